@@ -1,0 +1,131 @@
+/*
+ * nextscale: CUDA kernels for coarse-to-fine, speculative and long-context generation.
+ *
+ * The C ABI. It is all that a C or C++ engine needs, and the Rust crate calls nothing else.
+ *
+ * Conventions
+ *   - A launcher takes one params struct by pointer and a stream (a cudaStream_t or CUstream; NULL is the legacy
+ *     default stream), enqueues its kernels there and returns. The struct may be discarded at once. A launcher never
+ *     allocates, synchronises, reads back, changes the current device, prints or exits, and can be captured in a CUDA
+ *     graph once it has run outside a capture (the first launch of a kernel loads its code).
+ *   - The device that owns the pointers and the stream must be current on the calling thread.
+ *   - It returns NXS_OK, a negative NXS_E_* code (nothing was launched), or a positive cudaError_t.
+ *     Faults inside a kernel surface at the caller's next synchronising call, as with any CUDA launch.
+ *   - Every pointer names its shape in a comment, outermost dimension first. Strides count elements, are 64-bit and
+ *     not negative. The last dimension is contiguous unless it has a stride of its own.
+ *   - An optional pointer ends in `_or_null`. A struct starts as all zeroes: a zero field is its documented default.
+ *   - A problem with no elements returns NXS_OK without a launch.
+ */
+#ifndef NEXTSCALE_H
+#define NEXTSCALE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Grows when a struct or the meaning of a field changes; compare with nxs_abi_version() at start-up. */
+#define NXS_ABI_VERSION 1u
+
+/* 0: done. Negative: one of NXS_E_*. Positive: a cudaError_t. */
+typedef int32_t nxs_status;
+#define NXS_OK 0
+#define NXS_E_NULL (-1)        /* a required pointer is null */
+#define NXS_E_SHAPE (-2)       /* a size is negative or larger than the op allows */
+#define NXS_E_STRIDE (-3)      /* a stride is negative or not a multiple of the access width */
+#define NXS_E_ALIGNMENT (-4)   /* a pointer is not aligned to its element or to the access width */
+#define NXS_E_DTYPE (-5)       /* a dtype this op does not take */
+#define NXS_E_UNSUPPORTED (-6) /* a combination this build or this device has no kernel for */
+
+typedef int32_t nxs_dtype;
+#define NXS_F32 0
+#define NXS_F16 1
+#define NXS_BF16 2
+#define NXS_F8_E4M3 3 /* 1-4-3, bias 7, no infinity, S.1111.111 is NaN (OCP FP8) */
+#define NXS_I8 4
+#define NXS_U8 5
+#define NXS_U16 6
+#define NXS_I32 7
+#define NXS_U32 8
+#define NXS_I64 9
+
+/* Bits that a kernel ORs into the device word that a caller passes as `flags_or_null`. */
+#define NXS_FLAG_CODE_CLAMPED 1u /* a code was outside its codebook and was clamped to the nearest entry */
+
+/* The version this library was built with. */
+uint32_t nxs_abi_version(void);
+
+/* A static string: "NXS_E_SHAPE", or CUDA's own name for a positive status. Needs no driver. Never null. */
+const char *nxs_status_name(nxs_status status);
+
+/* What planning needs to know of a device. */
+typedef struct nxs_device_info {
+  int32_t cc_major, cc_minor;  /* compute capability */
+  int32_t sm_count;            /* multiprocessors */
+  int32_t smem_per_block_max;  /* bytes of shared memory a block may opt in to */
+  int64_t l2_bytes;
+} nxs_device_info;
+
+/* Fills *info for device `ordinal`. Does not create a context. */
+nxs_status nxs_get_device_info(int32_t ordinal, nxs_device_info *info);
+
+/* The ordinal of the device that is current on this thread. */
+nxs_status nxs_current_device(int32_t *ordinal);
+
+/* ---- random ------------------------------------------------------------------------------------------------- */
+
+/*
+ * Philox 4x32-10 (Salmon et al., SC'11) blocks for consecutive positions:
+ *   out[i, 0..4] = philox(key = seed, counter = {lo(first + i), hi(first + i), domain, draw})
+ * as raw words (NXS_U32) or as uniforms in [0, 1): (word >> 8) * 2^-24 (NXS_F32).
+ */
+typedef struct nxs_philox_fill_params {
+  void *out;               /* [positions, 4] out_dtype, contiguous, 16-byte aligned */
+  int64_t positions;
+  uint64_t seed;
+  uint64_t first_position;
+  uint32_t domain;         /* which kind of draw: two uses of one (seed, position) take different domains */
+  uint32_t draw;           /* which draw within the domain */
+  nxs_dtype out_dtype;     /* NXS_U32 or NXS_F32 */
+} nxs_philox_fill_params;
+
+nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
+
+/* ---- quantization ------------------------------------------------------------------------------------------- */
+
+/*
+ * Residual-vector-quantization decode (EnCodec, Mimi, DAC tables, RQ-VAE):
+ *   out[b, r, :] = round(sum over l ascending of codebooks[l, codes[b, l, r], :])
+ * summed in f32 from +0, one addition a level in ascending order, rounded once to out_dtype (nearest even).
+ * A code outside [0, entries) is clamped to the nearest entry and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null;
+ * a code equal to null_code (when has_null_code) adds nothing.
+ */
+typedef struct nxs_rvq_decode_params {
+  const void *codes;             /* [batch, levels, rows] codes_dtype, every dimension strided */
+  const void *codebooks;         /* [levels, entries, dim] codebooks_dtype; stride_level 0 shares one codebook */
+  void *out;                     /* [batch, rows, dim] out_dtype; rows must not overlap */
+  uint32_t *flags_or_null;       /* [1]; only ever OR-ed into: the caller clears it */
+  int64_t codes_stride_batch, codes_stride_level, codes_stride_row;
+  int64_t codebooks_stride_level, codebooks_stride_entry;
+  int64_t out_stride_batch, out_stride_row;
+  int64_t batch, rows, entries;
+  int32_t levels, dim;
+  int64_t null_code;
+  int32_t has_null_code;
+  nxs_dtype codes_dtype;         /* NXS_U16, NXS_U32 or NXS_I64 */
+  nxs_dtype codebooks_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype out_dtype;           /* NXS_F32, NXS_F16 or NXS_BF16 */
+  int32_t vector;                /* 1: 16-byte codebook reads. dim and the codebook and out strides are multiples of
+                                    16 / sizeof(codebooks_dtype), codebooks is 16-byte aligned, and out is aligned to
+                                    min(16, that many output elements). 0: one element at a time, no demands. */
+} nxs_rvq_decode_params;
+
+nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* NEXTSCALE_H */
