@@ -4,11 +4,12 @@
 //            out [batch, rows, dim]. Shapes, dtypes and flags are described in nextscale.h.
 // Who does what
 //            A row of `dim` elements is cut into chunks of kVec elements (16 bytes of codebook, or one element).
-//            `lanes` = the least power of two >= chunks, at most 32, threads share a row; a block of 256 threads owns
-//            256 / lanes rows; the grid covers the flattened rows b * rows + r. Each thread walks its row's chunks
-//            lane, lane + lanes, ... and for each one adds the levels in groups of kLevelsInFlight: all codes of a
-//            group are loaded, then all gathers, then added in ascending order. No shared memory, no barrier.
-//            rvq_decode/plan.rs states the same arithmetic; its tests prove that every output is owned once.
+//            `lanes` = 2^log2_lanes threads share a row (the plan's choice); a block of 256 threads owns 256 / lanes rows;
+//            the grid covers the flattened rows b * rows + r. Each thread walks its row's chunks lane, lane + lanes, ...
+//            and for each one adds the levels in groups of kLevelsInFlight: all codes of a group are loaded, then all
+//            gathers, then added in ascending order. No shared memory, no barrier.
+//            Schedule in src/quantization/rvq_decode/plan.rs walks the same cells; its tests prove that every output
+//            is owned once.
 // Bytes      gathered: batch * rows * levels * dim * sizeof(codebook); written: batch * rows * dim * sizeof(out);
 //            codes read once per chunk pass (broadcast in the warp). The codebooks (4 MiB at 8 x 1024 x 128 f32) live
 //            in L2, so the L2 read rate is the limit unless levels * sizeof(codebook) is small against sizeof(out).
@@ -25,25 +26,10 @@ namespace nxs::quantization {
 constexpr int kRvqDecodeThreads = 256;
 constexpr int kLevelsInFlight = 8;
 
-// How the launch was cut up; from the shape alone.
-struct RvqDecodeShape {
-  u32 log2_lanes;      // threads a row
-  u32 rows_per_block;  // kRvqDecodeThreads >> log2_lanes
-  i64 blocks;
-};
-
-inline RvqDecodeShape rvq_decode_shape(i64 batch, i64 rows, i32 dim, i32 vec) {
-  const i32 chunks = dim / vec;
-  RvqDecodeShape shape = {};
-  while ((1 << shape.log2_lanes) < chunks && shape.log2_lanes < 5) ++shape.log2_lanes;
-  shape.rows_per_block = kRvqDecodeThreads >> shape.log2_lanes;
-  shape.blocks = (batch * rows + shape.rows_per_block - 1) / shape.rows_per_block;
-  return shape;
-}
-
 template <typename Code, typename E, typename O, int kVec>
 __global__ void __launch_bounds__(kRvqDecodeThreads)
-    rvq_decode_kernel(const __grid_constant__ nxs_rvq_decode_params p, const u32 log2_lanes) {
+    rvq_decode_kernel(const __grid_constant__ nxs_rvq_decode_params p) {
+  const u32 log2_lanes = static_cast<u32>(p.log2_lanes);
   const u32 lane = thread_index() & ((1u << log2_lanes) - 1);
   const i64 row = static_cast<i64>(block_index_x()) * (kRvqDecodeThreads >> log2_lanes) + (thread_index() >> log2_lanes);
   if (row >= p.batch * p.rows) return;
@@ -102,14 +88,14 @@ __global__ void __launch_bounds__(kRvqDecodeThreads)
 
 template <typename Code, typename E, typename O>
 nxs_status rvq_decode_launch(const nxs_rvq_decode_params& p, void* stream) {
-  constexpr int kVec = 16 / sizeof(E);
-  const RvqDecodeShape shape = rvq_decode_shape(p.batch, p.rows, p.dim, p.vector ? kVec : 1);
-  NXS_REQUIRE(shape.blocks < (i64{1} << 31), NXS_E_SHAPE);
-  LaunchShape launch_shape;
-  launch_shape.grid = dim3(static_cast<unsigned>(shape.blocks));
-  launch_shape.block = kRvqDecodeThreads;
-  return p.vector ? launch(rvq_decode_kernel<Code, E, O, kVec>, launch_shape, stream, p, shape.log2_lanes)
-                  : launch(rvq_decode_kernel<Code, E, O, 1>, launch_shape, stream, p, shape.log2_lanes);
+  const i64 rows_per_block = kRvqDecodeThreads >> p.log2_lanes;
+  const i64 blocks = (p.batch * p.rows + rows_per_block - 1) / rows_per_block;
+  NXS_REQUIRE(blocks < (i64{1} << 31), NXS_E_SHAPE);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(blocks));
+  shape.block = kRvqDecodeThreads;
+  return p.vector ? launch(rvq_decode_kernel<Code, E, O, 16 / sizeof(E)>, shape, stream, p)
+                  : launch(rvq_decode_kernel<Code, E, O, 1>, shape, stream, p);
 }
 
 // One instantiation file per codebook dtype (rvq_decode_<dtype>.cu) picks the rest.

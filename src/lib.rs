@@ -1,0 +1,27 @@
+#![doc = include_str!("../README.md")]
+#![warn(missing_debug_implementations)]
+
+pub mod device;
+pub mod dtype;
+pub mod error;
+pub mod layout;
+pub mod philox;
+#[cfg(feature = "quantization")]
+pub mod quantization;
+pub mod stream;
+pub mod view;
+
+mod engine;
+mod ffi;
+mod launch;
+mod plan;
+
+pub use device::{Device, DeviceInfo, driver_present};
+pub use dtype::{DType, F8E4M3, bf16, f16};
+pub use error::{Error, Result};
+pub use layout::Layout;
+pub use stream::{AsStream, Stream};
+pub use view::{In, Out};
+
+#[cfg(feature = "cudarc-0_19")]
+pub use engine::cudarc_0_19;

@@ -1,0 +1,30 @@
+//! What all plans share.
+
+/// Gives a typed plan `$Plan<T, ...> { inner, types }` the traits of its untyped `inner`: derives would ask them of the
+/// element types, which have no `Eq` and `Hash`.
+macro_rules! typed_plan {
+    ($Plan:ident < $($T:ident),+ >) => {
+        impl<$($T),+> Clone for $Plan<$($T),+> {
+            fn clone(&self) -> Self {
+                $Plan { inner: self.inner.clone(), types: ::core::marker::PhantomData }
+            }
+        }
+        impl<$($T),+> PartialEq for $Plan<$($T),+> {
+            fn eq(&self, other: &Self) -> bool {
+                self.inner == other.inner
+            }
+        }
+        impl<$($T),+> Eq for $Plan<$($T),+> {}
+        impl<$($T),+> ::core::hash::Hash for $Plan<$($T),+> {
+            fn hash<H: ::core::hash::Hasher>(&self, state: &mut H) {
+                self.inner.hash(state);
+            }
+        }
+        impl<$($T),+> ::core::fmt::Debug for $Plan<$($T),+> {
+            fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+                self.inner.fmt(f)
+            }
+        }
+    };
+}
+pub(crate) use typed_plan;
