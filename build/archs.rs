@@ -37,16 +37,15 @@ impl Archs {
         let text = if text.trim() == "native" { native()? } else { text };
         let archs = Self::parse(&text).map_err(|e| format!("{source}: {e}\n{HELP}"))?;
         let known = known_to(toolkit);
-        if !known.is_empty() {
-            if let Some(unknown) = archs.sass.iter().chain(&archs.ptx).find(|arch| !known.contains(*arch)) {
-                let known: Vec<_> = known.iter().map(String::as_str).collect();
-                return Err(format!(
-                    "{source}: CUDA {}.{} does not know sm_{unknown}; it knows {}.\n{HELP}",
-                    toolkit.version.0,
-                    toolkit.version.1,
-                    known.join(", ")
-                ));
-            }
+        let unknown = archs.sass.iter().chain(&archs.ptx).find(|arch| !known.contains(*arch));
+        if let (Some(unknown), false) = (unknown, known.is_empty()) {
+            let known: Vec<_> = known.iter().map(String::as_str).collect();
+            return Err(format!(
+                "{source}: CUDA {}.{} does not know sm_{unknown}; it knows {}.\n{HELP}",
+                toolkit.version.0,
+                toolkit.version.1,
+                known.join(", ")
+            ));
         }
         Ok(archs)
     }

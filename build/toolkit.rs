@@ -83,10 +83,9 @@ fn find_nvcc(env: Lookup) -> Result<(PathBuf, Option<String>), String> {
             if path.is_file() {
                 return Ok((path, None));
             }
-            if path.components().count() == 1 {
-                if let Some(found) = on_path(env, &path) {
-                    return Ok((found, None));
-                }
+            let named = (path.components().count() == 1).then(|| on_path(env, &path)).flatten();
+            if let Some(found) = named {
+                return Ok((found, None));
             }
             return Err(format!("{variable}={} is not a file. Unset it or point it at nvcc.", path.display()));
         }

@@ -1,6 +1,5 @@
 //! What every `run` does: check the operands, then call a launcher. No step here allocates.
 
-use crate::device::Device;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::stream::Stream;
@@ -115,8 +114,9 @@ pub(crate) fn launch(
     let mut current = 0;
     // SAFETY: `current` is a valid place for the call to fill.
     check("nxs_current_device", unsafe { crate::ffi::nxs_current_device(&mut current) })?;
-    if stream.device() != Device::Cuda(current) {
-        return Err(Error::DeviceMismatch { arg: "stream", stream: stream.device(), got: Device::Cuda(current) });
+    let current = crate::device::Device::Cuda(current);
+    if stream.device() != current {
+        return Err(Error::DeviceMismatch { arg: "stream", stream: stream.device(), got: current });
     }
     check(op, launcher(stream.handle()))
 }
@@ -164,19 +164,15 @@ mod tests {
 
     #[test]
     fn overlap_counts_only_what_is_reached_and_written() {
-        let stream = Stream::host();
-        let mut words = [0u32; 8];
-        let address = words.as_mut_ptr();
-        // SAFETY: views are only compared, never read or written, so that they may alias.
-        let (a, b) =
-            unsafe { (core::slice::from_raw_parts(address, 4), core::slice::from_raw_parts_mut(address.add(3), 4)) };
-        let check = |need| {
-            let (a, b) = (In::host(a), Out::host(&mut *(b as *const [u32] as *mut [u32])));
-            Operands::of(&stream).input("a", &a, need)?.output("b", &b, 4)?.finish()
+        // SAFETY: nothing is launched; the addresses are only compared.
+        let (stream, a, b) = unsafe {
+            let stream = Stream::from_raw(core::ptr::null_mut(), 0);
+            (stream, In::<u32>::from_raw(4096, 4, 0), Out::<u32>::from_raw(4096 + 3 * 4, 4, 0))
         };
+        let check = |need| Operands::of(&stream).input("a", &a, need)?.output("b", &b, 4)?.finish();
         assert_eq!(check(3), Ok(()));
         assert_eq!(check(4), Err(Error::Overlap { written: "b", other: "a" }));
-        let both = Operands::of(&stream).input("a", &In::host(a), 4).unwrap().input("c", &In::host(a), 4).unwrap();
+        let both = Operands::of(&stream).input("a", &a, 4).unwrap().input("c", &a, 4).unwrap();
         assert_eq!(both.finish(), Ok(()));
     }
 }

@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
-#![warn(missing_debug_implementations)]
+#![warn(missing_debug_implementations, unreachable_pub)]
+// Without a family, parts of the shared vocabulary have no user.
+#![cfg_attr(not(feature = "quantization"), allow(dead_code))]
 
 pub mod device;
 pub mod dtype;
@@ -14,6 +16,7 @@ pub mod view;
 mod engine;
 mod ffi;
 mod launch;
+#[cfg(feature = "quantization")]
 mod plan;
 
 pub use device::{Device, DeviceInfo, driver_present};
