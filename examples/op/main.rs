@@ -1,0 +1,121 @@
+//! Runs any op of nextscale from a file: `op --list`, `op <op> --help`.
+//!
+//! ```text
+//! cargo run --example op -- rvq_decode --device host --in x.safetensors --out y.safetensors --set null_code=-1
+//! ```
+//!
+//! It is how other languages check the library, and how a bug report becomes a test. Exit code 2: the request makes no
+//! sense (a wrong setting, tensor or dtype); 1: the op, the device or the output file failed; both with one line that
+//! says why.
+
+mod philox_fill;
+mod request;
+mod runner;
+mod rvq_decode;
+mod tensors;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use lexopt::prelude::*;
+
+use crate::request::{Failure, Op, Settings};
+use crate::runner::{DEVICES, Runner};
+use crate::tensors::Tensors;
+
+/// Every op. A new one is a file beside this and a line here.
+static OPS: &[&Op] = &[&rvq_decode::OP, &philox_fill::OP];
+
+fn main() -> ExitCode {
+    match answer() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("op: {failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn answer() -> Result<(), Failure> {
+    let mut op: Option<&Op> = None;
+    let (mut help, mut list) = (false, false);
+    let mut device = "host".to_owned();
+    let (mut input, mut output) = (None::<PathBuf>, None::<PathBuf>);
+    let mut settings = Vec::new();
+    let mut repeat = 1u64;
+
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Short('h') | Long("help") => help = true,
+            Long("list") => list = true,
+            Long("device") => device = parser.value()?.string()?,
+            Long("in") => input = Some(parser.value()?.into()),
+            Long("out") => output = Some(parser.value()?.into()),
+            Long("set") => {
+                // Several pairs may follow one --set; the op's name, which has no '=', may too.
+                settings.push(parser.value()?.string()?);
+            }
+            Long("repeat") => repeat = parser.value()?.parse()?,
+            Value(value) => {
+                let value = value.string()?;
+                if value.contains('=') && !settings.is_empty() {
+                    settings.push(value);
+                } else if op.is_none() {
+                    op = Some(*OPS.iter().find(|op| op.name == value).ok_or_else(|| {
+                        Failure::request(format!("no op is called {value:?}; `op --list` names them"))
+                    })?);
+                } else {
+                    return Err(Failure::request(format!("unexpected argument {value:?}")));
+                }
+            }
+            _ => return Err(argument.unexpected().into()),
+        }
+    }
+
+    if list {
+        for op in OPS {
+            println!("{:<16}{}", op.name, op.about);
+        }
+        return Ok(());
+    }
+    let Some(op) = op else {
+        let usage = usage("<op>");
+        if help {
+            println!("{usage}");
+            return Ok(());
+        }
+        return Err(Failure::request(format!("which op? {usage}")));
+    };
+    if help {
+        println!("{}\n\n{}", usage(op.name), op.help());
+        return Ok(());
+    }
+
+    if repeat == 0 {
+        return Err(Failure::request("--repeat must be at least 1"));
+    }
+    let settings = Settings::parse(op, &settings)?;
+    let inputs = match input {
+        Some(path) => Tensors::load(&path)?,
+        None => Tensors::default(),
+    };
+    inputs.refuse_others(op)?;
+    let output = output.ok_or_else(|| Failure::request("--out is missing"))?;
+    let runner = Runner::open(&device)?;
+
+    let first = (op.run)(&runner, &inputs, &settings)?;
+    for round in 2..=repeat {
+        let again = (op.run)(&runner, &inputs, &settings)?;
+        if let Some(name) = first.first_difference(&again) {
+            return Err(Failure::Failed(format!("{name}: run {round} gave other bits than run 1")));
+        }
+    }
+    first.save(&output)
+}
+
+fn usage(op: &str) -> String {
+    format!(
+        "usage: op {op} [--device {DEVICES}] [--in x.safetensors] --out y.safetensors [--set key=value ...] [--repeat n]"
+    )
+}
