@@ -1,0 +1,1 @@
+"""References of nextscale's ops, written from the papers, slow and clear."""

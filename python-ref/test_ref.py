@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""Tests of the references, and of the goldens against what the references answer now. `python test_ref.py`."""
+
+import json
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import make_golden
+from nextscale_ref import philox, rvq
+
+
+def test_philox_known_answers():
+    for counter, key, words in philox.KNOWN_ANSWERS:
+        assert philox.philox(counter, key) == words
+        # The same through the op's counter: position, domain and draw make up its words.
+        position, seed = counter[0] | counter[1] << 32, key[0] | key[1] << 32
+        assert philox.block(seed, position, counter[2], counter[3]) == words
+        assert philox.philox_fill(1, seed, position, counter[2], counter[3]).tolist() == [list(words)]
+
+
+def test_philox_positions_wrap():
+    wrapped = philox.philox_fill(4, seed=9, first_position=2**64 - 2)
+    assert wrapped[2:].tolist() == philox.philox_fill(2, seed=9).tolist()
+    assert philox.philox_fill(0).shape == (0, 4)
+
+
+def test_philox_uniforms():
+    words = philox.philox_fill(64, seed=5).to(torch.int64)
+    uniforms = philox.philox_fill(64, seed=5, dtype=torch.float32)
+    assert torch.equal(uniforms.double(), (words >> 8).double() / 2**24)
+    assert 0 <= uniforms.min() and uniforms.max() < 1 and abs(uniforms.mean() - 0.5) < 0.1
+
+
+def naive(codes, codebooks, null_code=None):
+    """rvq_decode in loops. codes [levels, rows], codebooks [levels, entries, dim]; returns f32 [rows, dim]."""
+    out = torch.zeros(codes.shape[1], codebooks.shape[2])
+    for row in range(codes.shape[1]):
+        for level in range(codes.shape[0]):
+            code = int(codes[level, row])
+            if code != null_code:
+                out[row] += codebooks[level, code].float()
+    return out
+
+
+def test_rvq_matches_loops():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 6, (5, 7), generator=generator)
+    books = torch.randn(5, 6, 9, generator=generator)
+    for null_code in [None, 2]:
+        want = naive(codes, books, null_code)
+        assert torch.equal(rvq.rvq_decode(codes, books, null_code=null_code), want)
+        assert torch.equal(rvq.rvq_decode(codes.T, books, null_code=null_code, rows_first=True), want)
+        batched = rvq.rvq_decode(torch.stack([codes, codes.flip(1)]), books, null_code=null_code)
+        assert torch.equal(batched, torch.stack([want, want.flip(0)]))
+        half = rvq.rvq_decode(codes, books.bfloat16(), torch.float16, null_code)
+        assert torch.equal(half, naive(codes, books.bfloat16(), null_code).half())
+
+
+def test_rvq_shared_is_repeated():
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 6, (2, 4, 3), generator=generator).to(torch.uint16)
+    book = torch.randn(6, 5, generator=generator)
+    assert torch.equal(rvq.rvq_decode(codes, book), rvq.rvq_decode(codes, book.expand(4, 6, 5)))
+
+
+def test_rvq_order_and_start():
+    # Ascending, not pairwise or descending: 1 + 2^25 loses the 1, then 2^25 - 2^25 leaves 0.
+    books = torch.tensor([1.0, 2.0**25, -(2.0**25)]).reshape(3, 1, 1)
+    codes = torch.zeros(3, 1, dtype=torch.int64)
+    assert rvq.rvq_decode(codes, books).item() == 0 and rvq.rvq_decode_f64(codes, books).item() == 1
+    # +0 + -0 is +0.
+    assert not torch.signbit(rvq.rvq_decode(codes, torch.full((3, 1, 1), -0.0))).any()
+    # One rounding at the end: in bf16, 256 + 1 + 1 would stay at 256.
+    books = torch.tensor([256.0, 1.0, 1.0], dtype=torch.bfloat16).reshape(3, 1, 1)
+    assert rvq.rvq_decode(codes, books).item() == 258
+
+
+def test_rvq_null_outside_the_codebook():
+    codes = torch.tensor([[0, -1], [-1, -1]])
+    books = torch.ones(2, 1, 3)
+    assert rvq.rvq_decode(codes, books, null_code=-1).tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+def test_rvq_without_elements():
+    assert rvq.rvq_decode(torch.zeros(3, 0, dtype=torch.int64), torch.ones(3, 2, 4)).shape == (0, 4)
+    assert rvq.rvq_decode(torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2, 4)).tolist() == [[0] * 4] * 2
+
+
+def test_rvq_is_the_usual_expression():
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 64, (8, 100), generator=generator)
+    books = torch.randn(8, 64, 32, generator=generator)
+    usual = sum(F.embedding(codes[level], books[level]) for level in range(8))
+    assert torch.equal(rvq.rvq_decode(codes, books), usual)
+
+
+def test_rvq_bound_holds_and_is_not_slack():
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 64, (32, 200), generator=generator)
+    books = torch.randn(32, 64, 32, generator=generator)
+    exact = rvq.rvq_decode_f64(codes, books)
+    for dtype in [torch.float32, torch.float16, torch.bfloat16]:
+        error = (rvq.rvq_decode(codes, books, dtype).double() - exact).abs()
+        bound = rvq.error_bound(codes, books, dtype)
+        assert (error <= bound).all() and (error > bound / 1000).any()
+    assert (rvq.error_bound(codes[:1], books[:1], torch.float32) == 0).all()
+
+
+def test_goldens_are_current():
+    """The committed files hold the same bits as those made now."""
+    made = {"rvq_decode": make_golden.rvq_golden(), "philox": make_golden.philox_golden()}
+    for name, (tensors, cases) in made.items():
+        path = make_golden.GOLDEN / f"{name}.safetensors"
+        assert path.stat().st_size < make_golden.LARGEST
+        committed = load_file(path)
+        assert committed.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert committed[key].dtype == tensor.dtype
+            assert torch.equal(bits(committed[key]), bits(tensor)), key
+        with safe_open(path, "pt") as file:
+            assert json.loads(file.metadata()["cases"]) == cases
+
+
+def bits(tensor):
+    """The bytes of a tensor: equality that tells -0 from 0 and knows NaN."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def main():
+    for name, test in sorted(globals().items()):
+        if name.startswith("test_"):
+            test()
+            print(f"{name}: ok")
+
+
+if __name__ == "__main__":
+    main()
