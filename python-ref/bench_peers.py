@@ -1,0 +1,284 @@
+#!/usr/bin/env python3
+"""Times what PyTorch offers for each op, on the shapes of benches/shapes.json, and writes peers.json.
+
+    python bench_peers.py --out peers.json
+
+Modes, each a median:
+    graph  a CUDA graph of 20 calls, L2 warm; the time of a replay / 20
+    eager  20 calls from Python between two events / 20
+    cold   one call between two events after 256 MiB were written, which leaves nothing of the inputs in L2; the GPU is
+           kept busy until the call is enqueued, so that the time is the GPU's, not Python's
+
+Every peer is checked against the f32-sequential reference first, in fresh memory full of NaN, and again after its graph
+was replayed. One that fails is recorded with the error in place of a time.
+
+peers.json: {"machine": {torch, cuda, gpu, driver, copy_gbps}, "rows": [{op, case, peer, mode, us} or
+{op, case, peer, mode, error}]}; `exact` in a row says that the peer's result equals the reference bit for bit.
+
+`--check-only` only checks, on small versions of the shapes, on any device.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from nextscale_ref import rvq
+
+SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
+MODES = ["graph", "eager", "cold"]
+CALLS = 20
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+# ---- rvq_decode
+
+
+class RvqDecode:
+    """Inputs of one case and the expressions that compute it."""
+
+    def __init__(self, case, device):
+        self.levels, self.dim = case["levels"], case["dim"]
+        self.out_dtype = DTYPES[case["out"]]
+        self.shared = case["shared"]
+        self.rows_first = case["codes_layout"] == "batch_rows_levels"
+        generator = torch.Generator(device).manual_seed(0)
+        inner = [case["rows"], self.levels] if self.rows_first else [self.levels, case["rows"]]
+        # Without a batch the expressions are simpler and no slower.
+        shape = ([case["batch"]] if case["batch"] > 1 else []) + inner
+        self.codes = torch.randint(0, case["entries"], shape, generator=generator, device=device)
+        books = [case["entries"], self.dim] if self.shared else [self.levels, case["entries"], self.dim]
+        self.books = torch.randn(books, generator=generator, device=device).to(DTYPES[case["codebooks"]])
+        self.flat = self.books.view(-1, self.dim)
+        self.offsets = torch.arange(self.levels, device=device)[:, None] * (0 if self.shared else case["entries"])
+        # PyTorch indexes with i32 and i64: i64 codes as they are, narrower ones as whichever is faster.
+        self.indices = ["i64"] if case["codes"] == "i64" else ["i32", "i64"]
+
+    def reference(self):
+        """The result, and how far a peer may be from it: it may add in another order, and in the dtype of its inputs."""
+        want = rvq.rvq_decode(self.codes, self.books, self.out_dtype, rows_first=self.rows_first)
+        magnitude = rvq.rvq_decode(self.codes, self.books.abs(), torch.float32, rows_first=self.rows_first)
+        epsilon = max(torch.finfo(self.books.dtype).eps, torch.finfo(self.out_dtype).eps)
+        return want, magnitude * (self.levels * epsilon)
+
+    def peers(self):
+        """Yields (name, a function that makes the call). Making is lazy: compiling takes long and may fail."""
+        for index in self.indices:
+            yield f"embedding per level, summed ({index})", lambda i=index: self.call(self.embedding_sum, i)
+            yield f"gather and sum ({index})", lambda i=index: self.call(self.gather_sum, i)
+            yield f"embedding_bag ({index})", lambda i=index: self.call(self.embedding_bag, i)
+            yield f"embedding_bag, flat indices given ({index})", lambda i=index: self.prepared_bag(i)
+        for mode, name in [("default", "compile"), ("max-autotune-no-cudagraphs", "compile max-autotune")]:
+            for expression, what in [
+                (self.embedding_sum, "embedding per level, summed"),
+                (self.gather_sum, "gather and sum"),
+            ]:
+                yield (
+                    f"{name}: {what} ({self.indices[0]})",
+                    lambda e=expression, m=mode: self.call(e, self.indices[0], m),
+                )
+
+    def call(self, expression, index, compile_mode=None):
+        dtype = {"i32": torch.int32, "i64": torch.int64}[index]
+        codes, offsets = self.codes.to(dtype), self.offsets.to(dtype)
+        if compile_mode:
+            # Else the compiler would give up after a few shapes and run the expression as it is.
+            torch._dynamo.reset()
+            expression = torch.compile(expression, mode=compile_mode, dynamic=False)
+        return lambda: expression(codes, offsets, self.books, self.flat)
+
+    def levels_first(self, codes):
+        return codes.transpose(-1, -2) if self.rows_first else codes
+
+    def embedding_sum(self, codes, offsets, books, flat):
+        codes = self.levels_first(codes)
+        total = F.embedding(codes[..., 0, :], books if self.shared else books[0])
+        for level in range(1, self.levels):
+            total += F.embedding(codes[..., level, :], books if self.shared else books[level])
+        return total.to(self.out_dtype)
+
+    def gather_sum(self, codes, offsets, books, flat):
+        codes = self.levels_first(codes)
+        return flat[codes if self.shared else codes + offsets].sum(-3).to(self.out_dtype)
+
+    def embedding_bag(self, codes, offsets, books, flat):
+        codes = self.levels_first(codes)
+        bags = (codes if self.shared else codes + offsets).transpose(-1, -2)
+        out = F.embedding_bag(bags.reshape(-1, self.levels), flat, mode="sum")
+        return out.view(*bags.shape[:-1], self.dim).to(self.out_dtype)
+
+    def prepared_bag(self, index):
+        dtype = {"i32": torch.int32, "i64": torch.int64}[index]
+        bags = (self.levels_first(self.codes) + self.offsets).transpose(-1, -2).to(dtype)
+        shape, bags = bags.shape[:-1], bags.reshape(-1, self.levels).contiguous()
+        return lambda: F.embedding_bag(bags, self.flat, mode="sum").view(*shape, self.dim).to(self.out_dtype)
+
+
+OPS = {"rvq_decode": RvqDecode}
+
+
+def smaller(case):
+    """A version of a case for checking only."""
+    return case | {"rows": min(case["rows"], 33), "batch": min(case["batch"], 3), "entries": min(case["entries"], 100)}
+
+
+# ---- checking and timing
+
+
+def check(out, want, tolerance):
+    """Whether `out` equals `want` in every bit. Raises if it is not even close."""
+    if out.shape != want.shape or out.dtype != want.dtype:
+        raise AssertionError(f"wrong result: {out.dtype} {list(out.shape)}")
+    # Written so that a NaN fails.
+    close = (out.float() - want.float()).abs() <= tolerance
+    if not close.all():
+        raise AssertionError(f"wrong result: {(~close).sum().item()} of {close.numel()} elements are off")
+    return torch.equal(out, want)
+
+
+def poison(like):
+    """Memory that a call may get for its output holds NaN afterwards."""
+    torch.full_like(like, float("nan"))
+
+
+def milliseconds(work):
+    """GPU time of what `work` enqueues."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def time_graph(call, want, tolerance):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            out = call()
+    out.fill_(float("nan"))
+    graph.replay()
+    check(out, want, tolerance)
+    for _ in range(3):
+        graph.replay()
+    return statistics.median(milliseconds(graph.replay) for _ in range(30)) * 1e3 / CALLS
+
+
+def time_eager(call, want, tolerance):
+    def calls():
+        for _ in range(CALLS):
+            call()
+
+    calls()
+    return statistics.median(milliseconds(calls) for _ in range(20)) * 1e3 / CALLS
+
+
+def time_cold(call, want, tolerance):
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    times = []
+    for number in range(30):
+        flush.fill_(number)
+        torch.cuda._sleep(1_000_000)  # About half a millisecond.
+        times.append(milliseconds(call))
+    return statistics.median(times) * 1e3
+
+
+TIMERS = {"graph": time_graph, "eager": time_eager, "cold": time_cold}
+
+
+def measure(make, want, tolerance, modes):
+    """Yields (mode, result) of one peer, the result as it stands in a row. Survives what the peer may raise."""
+    try:
+        call = make()
+        call()  # Compiles what is compiled at the first call.
+        poison(want)
+        exact = check(call(), want, tolerance)
+    except Exception as error:
+        for mode in modes or [None]:
+            yield mode, {"error": brief(error)}
+        return
+    for mode in modes:
+        try:
+            yield mode, {"us": round(TIMERS[mode](call, want, tolerance), 3), "exact": exact}
+        except Exception as error:
+            yield mode, {"error": brief(error)}
+    if not modes:
+        yield None, {"exact": exact}
+
+
+def brief(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def copy_gbps():
+    """Bytes read and written per second by a large copy within the device, in GB/s."""
+    source = torch.zeros(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = statistics.median(milliseconds(lambda: target.copy_(source)) for _ in range(15)) / 1e3
+    return round(2 * source.numel() / seconds / 1e9, 1)
+
+
+def driver():
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", type=pathlib.Path, default=SHAPES)
+    parser.add_argument("--out", type=pathlib.Path, help="peers.json")
+    parser.add_argument("--case", action="append", help="only this case; may be repeated")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--device", default="cuda", help="for --check-only")
+    arguments = parser.parse_args()
+    if not arguments.check_only and arguments.out is None:
+        parser.error("--out is missing")
+    device = arguments.device if arguments.check_only else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench_peers.py: PyTorch sees no CUDA device")
+
+    machine = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    if not arguments.check_only:
+        machine |= {"gpu": torch.cuda.get_device_name(), "driver": driver(), "copy_gbps": copy_gbps()}
+    print(machine, flush=True)
+    rows, failed = [], 0
+    for op, cases in json.loads(arguments.shapes.read_text()).items():
+        for case in cases:
+            if op not in OPS or (arguments.case and case["name"] not in arguments.case):
+                continue
+            inputs = OPS[op](smaller(case) if arguments.check_only else case, device)
+            want, tolerance = inputs.reference()
+            for peer, make in inputs.peers():
+                if arguments.no_compile and peer.startswith("compile"):
+                    continue
+                for mode, result in measure(make, want, tolerance, [] if arguments.check_only else MODES):
+                    failed += "error" in result
+                    rows.append({"op": op, "case": case["name"], "peer": peer, "mode": mode} | result)
+                    value = result.get("error") or f"{result.get('us', '')} {'exact' if result['exact'] else ''}"
+                    print(f"{case['name']:<24}{mode or 'check':<7}{peer:<60}{value}", flush=True)
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            if arguments.out:
+                # After every case, so that what was measured outlives a run that is cut off.
+                arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    print(f"{len(rows)} results, {failed} of them errors")
+
+
+if __name__ == "__main__":
+    main()
