@@ -380,12 +380,14 @@ fn bad_plans_are_refused() {
     size(build(builder().rows(1 << 34)), "batch * rows");
     size(build(builder().batch(usize::MAX)), "batch");
     size(build(builder().codes_strides([i64::MAX, 1, 8])), "codes");
-    size(build(RvqDecode::builder(8, usize::MAX >> 1, 32)), "codebooks");
+    size(build(RvqDecode::builder(8, 1 << 31, 32)), "entries");
+    size(build(builder().codebooks_strides([i64::MAX / 4, 32])), "codebooks");
     let stride = |result: Result<()>, name: &str, at: usize| {
         assert!(matches!(result, Err(Error::Stride { arg, dim, .. }) if arg == name && dim == at), "{result:?}");
     };
     stride(build(builder().codes_strides([80, -1, 8])), "codes", 1);
     stride(build(builder().codebooks_strides([-4, 32])), "codebooks", 0);
+    stride(build(builder().codebooks_strides([32, 1 << 30])), "codebooks", 1);
     stride(build(builder().out_strides([320, 31])), "out", 1);
     stride(build(builder().out_strides([319, 32])), "out", 0);
     stride(build(builder().out_strides([0, 32])), "out", 0);
@@ -630,7 +632,7 @@ mod cudarc {
         let mut codes = stream.clone_htod(&problem.codes).unwrap();
         let mut out = Buffer::<f32>::poisoned(&device, 2 * 37 * 128, 0);
         let mut eager = Buffer::<f32>::poisoned(&device, 2 * 37 * 128, 0);
-        let mut run = |codes: In<'_, u32>, out: Out<'_, f32>| {
+        let run = |codes: In<'_, u32>, out: Out<'_, f32>| {
             plan.run(&stream, RvqDecodeArgs { codes, codebooks: codebooks.input(), out, flags: None }).unwrap();
         };
         run(codes.as_in(&stream), eager.output()); // loads the code

@@ -21,7 +21,7 @@ extern "C" nxs_status nxs_rvq_decode(const nxs_rvq_decode_params* params, void* 
   NXS_REQUIRE(p.out_dtype == NXS_F32 || p.out_dtype == NXS_F16 || p.out_dtype == NXS_BF16, NXS_E_DTYPE);
 
   NXS_REQUIRE(p.batch >= 0 && p.rows >= 0 && p.entries >= 0 && p.dim >= 0 && p.levels >= 0, NXS_E_SHAPE);
-  NXS_REQUIRE(p.levels <= 65536 && p.dim <= (1 << 20), NXS_E_SHAPE);
+  NXS_REQUIRE(p.levels <= 65536 && p.dim <= (1 << 20) && p.entries <= INT32_MAX, NXS_E_SHAPE);
   NXS_REQUIRE(p.log2_lanes >= 0 && p.log2_lanes <= 5, NXS_E_UNSUPPORTED);
   if (p.batch == 0 || p.rows == 0 || p.dim == 0) return NXS_OK;
   NXS_REQUIRE(p.rows <= (INT64_MAX >> 8) / p.batch, NXS_E_SHAPE);
@@ -30,6 +30,7 @@ extern "C" nxs_status nxs_rvq_decode(const nxs_rvq_decode_params* params, void* 
   for (const i64 stride : {p.codes_stride_batch, p.codes_stride_level, p.codes_stride_row, p.codebooks_stride_level,
                            p.codebooks_stride_entry, p.out_stride_batch, p.out_stride_row})
     NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);
+  NXS_REQUIRE(p.codebooks_stride_entry <= UINT32_MAX / book_bytes, NXS_E_STRIDE);
   NXS_REQUIRE(p.out && (p.levels == 0 || (p.codes && p.codebooks)), NXS_E_NULL);
   NXS_REQUIRE(is_aligned(p.codes, code_bytes) && is_aligned(p.codebooks, book_bytes) && is_aligned(p.out, out_bytes) &&
                   is_aligned(p.flags_or_null, 4),

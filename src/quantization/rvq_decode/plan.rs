@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::layout::Layout;
 
 const MOST_LEVELS: u64 = 65_536;
+const MOST_ENTRIES: u64 = i32::MAX as u64;
 const MOST_DIM: u64 = 1 << 20;
 /// A grid has fewer than 2^31 blocks, and a block owns at least 8 rows.
 const MOST_ROWS: u64 = (1 << 31) * 8 - 8;
@@ -117,8 +118,9 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `levels` beyond 65536, `dim` beyond 2^20, too many rows or no entries; [`Error::Stride`] for a
-    /// negative stride, an output that overlaps itself, or wide access that the strides do not allow;
+    /// [`Error::Size`] for `levels` beyond 65536, `dim` beyond 2^20, `entries` beyond 2^31 - 1 or
+    /// none, too many rows; [`Error::Stride`] for a
+    /// negative stride, codebook entries 4 GiB or more apart, an output that overlaps itself, or wide access that the strides do not allow;
     /// [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<RvqDecode<C, E, O>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
@@ -129,7 +131,7 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
         };
         size("levels", self.levels, 0, MOST_LEVELS)?;
         size("dim", self.dim, 0, MOST_DIM)?;
-        size("entries", self.entries, u64::from(self.levels > 0), i64::MAX as u64)?;
+        size("entries", self.entries, u64::from(self.levels > 0), MOST_ENTRIES)?;
         size("batch", self.batch, 0, i64::MAX as u64)?;
         size("rows", self.rows, 0, i64::MAX as u64)?;
         size("batch * rows", self.batch.saturating_mul(self.rows), 0, MOST_ROWS)?;
@@ -144,6 +146,10 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
         let out =
             self.out.map_or(Layout::contiguous(out_shape), |[batch, row]| Layout::strided(out_shape, [batch, row, 1]));
         out.require_disjoint("out")?;
+        let got = codebooks.strides()[1];
+        if got > i64::from(u32::MAX) / size_of::<E>() as i64 {
+            return Err(Error::Stride { arg: "codebooks", dim: 1, got, need: "entries must be less than 4 GiB apart" });
+        }
 
         let mut plan = Plan {
             codes_len: codes.required_len("codes")?,

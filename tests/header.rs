@@ -1,0 +1,96 @@
+//! The header is C99 and C++17, its structs are laid out as `src/ffi.rs` says, and the numbers in Rust are those in C.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nextscale::DType;
+
+const HEADER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/include");
+const FFI: &str = include_str!("../src/ffi.rs");
+
+/// The host compiler for a language, without cargo's build-script environment.
+fn compiler(cpp: bool) -> Command {
+    let triple = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    cc::Build::new()
+        .cpp(cpp)
+        .target(&triple)
+        .host(&triple)
+        .opt_level(0)
+        .cargo_metadata(false)
+        .get_compiler()
+        .to_command()
+}
+
+fn build_and_run(name: &str, source: &str) -> String {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (file, program): (PathBuf, PathBuf) = (folder.join(format!("{name}.c")), folder.join(name));
+    fs::write(&file, source).unwrap();
+    let mut command = compiler(false);
+    command.args(["-std=c99", "-pedantic-errors", "-Wall", "-Wextra", "-Werror", "-I", HEADER, "-o"]);
+    let built = command.arg(&program).arg(&file).status().unwrap();
+    assert!(built.success());
+    String::from_utf8(Command::new(program).output().unwrap().stdout).unwrap()
+}
+
+#[test]
+fn compiles_as_c99_and_as_cpp17() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let file = folder.join("include.c");
+    fs::write(&file, "#include \"nextscale.h\"\n").unwrap();
+    for (cpp, standard, language) in [(false, "-std=c99", "c"), (true, "-std=c++17", "c++")] {
+        let mut command = compiler(cpp);
+        command.args([standard, "-pedantic-errors", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-x", language]);
+        assert!(command.args(["-I", HEADER]).arg(&file).status().unwrap().success(), "{standard}");
+    }
+}
+
+/// bindgen wrote the layout that libclang computed into `ffi.rs` as assertions; here the C compiler states its own.
+#[test]
+fn structs_are_laid_out_alike() {
+    let mut source = String::from("#include \"nextscale.h\"\n#include <stdio.h>\nint main(void) {\n");
+    let mut expected = String::new();
+    // ["Size of S"][size_of::<S>() - 24usize]; ["Offset of field: S::f"][offset_of!(S, f) - 8usize];
+    let flat = FFI.split_whitespace().collect::<Vec<_>>().join(" ");
+    for assertion in flat.split("[\"").skip(1) {
+        let (what, rest) = assertion.split_once("\"]").unwrap();
+        let number = rest.split("usize]").next().unwrap().rsplit("- ").next().unwrap();
+        let expression = if let Some(name) = what.strip_prefix("Size of ") {
+            format!("sizeof({name})")
+        } else if let Some(field) = what.strip_prefix("Offset of field: ") {
+            format!("offsetof({})", field.replace("::", ", "))
+        } else {
+            continue;
+        };
+        writeln!(source, "  printf(\"%s %zu\\n\", \"{expression}\", {expression});").unwrap();
+        writeln!(expected, "{expression} {number}").unwrap();
+    }
+    source.push_str("  return 0;\n}\n");
+    assert!(expected.contains("sizeof(nxs_rvq_decode_params)"), "{expected}");
+    assert_eq!(build_and_run("layout", &source), expected);
+}
+
+#[test]
+fn dtypes_have_the_numbers_of_the_header() {
+    let dtypes = [
+        ("NXS_F32", DType::F32),
+        ("NXS_F16", DType::F16),
+        ("NXS_BF16", DType::BF16),
+        ("NXS_F8_E4M3", DType::F8E4M3),
+        ("NXS_I8", DType::I8),
+        ("NXS_U8", DType::U8),
+        ("NXS_U16", DType::U16),
+        ("NXS_I32", DType::I32),
+        ("NXS_U32", DType::U32),
+        ("NXS_I64", DType::I64),
+    ];
+    let mut source = String::from("#include \"nextscale.h\"\n#include <stdio.h>\nint main(void) {\n");
+    let mut expected = String::new();
+    for (name, dtype) in dtypes {
+        writeln!(source, "  printf(\"%d \", {name});").unwrap();
+        write!(expected, "{} ", dtype as i32).unwrap();
+    }
+    source.push_str("  return 0;\n}\n");
+    assert_eq!(build_and_run("dtypes", &source), expected);
+}
