@@ -156,6 +156,13 @@ def milliseconds(work):
     return start.elapsed_time(end)
 
 
+def median_us(work):
+    """Median GPU time of 7 to 30 rounds, as many as fit in about half a second."""
+    work()
+    rounds = min(30, max(7, int(500 / max(milliseconds(work), 1e-3))))
+    return statistics.median(milliseconds(work) for _ in range(rounds)) * 1e3
+
+
 def time_graph(call, want, tolerance):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -170,9 +177,7 @@ def time_graph(call, want, tolerance):
     out.fill_(float("nan"))
     graph.replay()
     check(out, want, tolerance)
-    for _ in range(3):
-        graph.replay()
-    return statistics.median(milliseconds(graph.replay) for _ in range(30)) * 1e3 / CALLS
+    return median_us(graph.replay) / CALLS
 
 
 def time_eager(call, want, tolerance):
@@ -180,8 +185,7 @@ def time_eager(call, want, tolerance):
         for _ in range(CALLS):
             call()
 
-    calls()
-    return statistics.median(milliseconds(calls) for _ in range(20)) * 1e3 / CALLS
+    return median_us(calls) / CALLS
 
 
 def time_cold(call, want, tolerance):
