@@ -60,7 +60,7 @@ class RvqDecode:
         self.indices = ["i64"] if case["codes"] == "i64" else ["i32", "i64"]
 
     def reference(self):
-        """The result, and how far a peer may be from it: it may add in another order, and in the dtype of its inputs."""
+        """The result, and how far a peer may be from it: it may add in another order, in the dtype of its inputs."""
         want = rvq.rvq_decode(self.codes, self.books, self.out_dtype, rows_first=self.rows_first)
         magnitude = rvq.rvq_decode(self.codes, self.books.abs(), torch.float32, rows_first=self.rows_first)
         epsilon = max(torch.finfo(self.books.dtype).eps, torch.finfo(self.out_dtype).eps)

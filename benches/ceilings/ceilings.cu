@@ -1,17 +1,18 @@
 // What one GPU reaches: copy, DRAM and L2 bandwidth, random rows from L2, and the time of an empty kernel in a
 // CUDA graph. Prints JSON. A bench's floor is taken from these, not from a data sheet.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o ceilings ceilings.cu && ./ceilings > ceilings.json
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o ceilings ceilings.cu
+//   ./ceilings > ceilings.json
 //
-// Who does what  read: the grid fills the GPU; a block walks the working set tile after tile (64 KiB: every thread takes
-//                8 loads of 16 bytes, neighbours next to each other), each block from another tile on, around and around.
+// Who does what  read: the grid fills the GPU; a block walks the working set tile after tile (64 KiB: a thread takes 8
+//                loads of 16 bytes, neighbours next to each other), each block from another tile on, round and round.
 //                gather: a warp takes a row of 512 bytes, 16 a lane; 8 rows, picked by a linear congruential
 //                generator in registers, are in flight at a time.
 // Loads          volatile asm, so that none is hoisted, merged or dropped; they leave L1 out, so that L2 is what is
 //                measured; their xor goes to memory if it has a value that it hardly has.
-// Occupancy      2 blocks a multiprocessor leave registers for all the loads in flight; at 4 the compiler uses the first
-//                ones before it starts the last. Both are run and the better is reported: a ceiling, not one program's
-//                share of it.
+// Occupancy      2 blocks a multiprocessor leave registers for all the loads in flight; at 4 the compiler uses the
+//                first ones before it starts the last. Both are run and the better is reported: a ceiling, not one
+//                program's share of it.
 // Times          CUDA events; each figure is the median of 15 rounds after 3 to warm up.
 #include <cuda_runtime.h>
 

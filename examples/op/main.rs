@@ -116,6 +116,7 @@ fn answer() -> Result<(), Failure> {
 
 fn usage(op: &str) -> String {
     format!(
-        "usage: op {op} [--device {DEVICES}] [--in x.safetensors] --out y.safetensors [--set key=value ...] [--repeat n]"
+        "usage: op {op} [--device {DEVICES}] [--in x.safetensors] --out y.safetensors \
+         [--set key=value ...] [--repeat n: fails unless all runs give the same bits]"
     )
 }

@@ -1,6 +1,6 @@
 //! Where a request runs: memory and a stream.
 //!
-//! A device is one variant of [`Runner`], one of [`Buffer`], and one arm in each match of this file. Ops see none of it.
+//! A device is one variant of [`Runner`], one of [`Buffer`], and one arm in each match here. Ops see none of it.
 
 #[cfg(feature = "cudarc-0_19")]
 use std::sync::Arc;
