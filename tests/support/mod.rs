@@ -7,8 +7,8 @@
 
 use std::fmt::Debug;
 
-use nextscale::dtype::Element;
-use nextscale::{In, Out, Stream};
+use nextscale::dtype::{Code, Element, Float};
+use nextscale::{DType, In, Out, Stream, bf16, f16};
 
 #[cfg(feature = "cudarc-0_19")]
 use nextscale::cudarc_0_19::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr};
@@ -58,7 +58,8 @@ impl TestDevice {
             "no CUDA device"
         };
         assert!(std::env::var_os("NXS_REQUIRE_GPU").is_none(), "NXS_REQUIRE_GPU is set: {missing}");
-        eprintln!("SKIPPED on CUDA: {missing}");
+        static SAID: std::sync::Once = std::sync::Once::new();
+        SAID.call_once(|| eprintln!("SKIPPED on CUDA: {missing}"));
         None
     }
 
@@ -82,6 +83,46 @@ impl TestDevice {
             TestDevice::Cuda(stream) => stream.synchronize().expect("the kernels ran without a fault"),
         }
     }
+}
+
+/// Something to be done for types that are known only at run time: integer codes and two floats.
+pub trait ForDTypes {
+    fn call<C: Code, E: Float, O: Float>(self);
+}
+
+/// Calls `work` with the types of three dtypes: codes, an input float, an output float.
+pub fn for_dtypes(codes: DType, input: DType, output: DType, work: impl ForDTypes) {
+    fn with_codes<E: Float, O: Float>(codes: DType, work: impl ForDTypes) {
+        match codes {
+            DType::U16 => work.call::<u16, E, O>(),
+            DType::U32 => work.call::<u32, E, O>(),
+            DType::I64 => work.call::<i64, E, O>(),
+            other => panic!("{other} is no type of codes"),
+        }
+    }
+    fn with_input<E: Float>(codes: DType, output: DType, work: impl ForDTypes) {
+        match output {
+            DType::F32 => with_codes::<E, f32>(codes, work),
+            DType::F16 => with_codes::<E, f16>(codes, work),
+            DType::BF16 => with_codes::<E, bf16>(codes, work),
+            other => panic!("{other} is no float"),
+        }
+    }
+    match input {
+        DType::F32 => with_input::<f32>(codes, output, work),
+        DType::F16 => with_input::<f16>(codes, output, work),
+        DType::BF16 => with_input::<bf16>(codes, output, work),
+        other => panic!("{other} is no float"),
+    }
+}
+
+pub const CODES: [DType; 3] = [DType::U16, DType::U32, DType::I64];
+pub const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// A dtype by the name it has in files.
+pub fn dtype(name: &str) -> DType {
+    let all = CODES.into_iter().chain(FLOATS);
+    all.into_iter().find(|dtype| dtype.to_string() == name).unwrap_or_else(|| panic!("no dtype {name}"))
 }
 
 /// Random cases a property test draws.

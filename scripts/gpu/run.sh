@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: run.sh [test] [sanitize] [compare] [bench] ...   (all four if none is named)
+# Results and logs go to $OUT, ./out if unset. Ends with one line a step; exits with 1 if any failed.
+#   test      every test executable, on the host and on the GPU (a skip is a failure), and the C example
+#   sanitize  compute-sanitizer's four tools over the tests, small shapes
+#   compare   the op executable against PyTorch
+#   bench     measured ceilings, our benches, the peers; writes RESULTS.md
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+OUT=${OUT:-$PWD/out}
+mkdir -p "$OUT"
+cd "$here"
+export NXS_REQUIRE_GPU=1
+summary=()
+failed=0
+
+# step NAME COMMAND...: runs it with its output in $OUT/NAME.log, and the end of that on the screen.
+step() {
+  local name=$1 start=$SECONDS verdict=passed
+  shift
+  if ! "$@" > "$OUT/$name.log" 2>&1; then
+    verdict=FAILED
+    failed=1
+    tail -n 40 "$OUT/$name.log"
+  fi
+  summary+=("$(printf '%-34s %-7s %4d s  %s' "$name" $verdict $((SECONDS - start)) "$(grep -aE '^test result|passed|ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$name.log" | tail -n 1 | cut -c1-90)")")
+}
+
+run_test() {
+  for executable in tests/*; do
+    step "test-$(basename "$executable")" "$executable" --test-threads=4
+  done
+  step test-c_example ./c_example
+}
+
+run_sanitize() {
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return 1
+  for tool in memcheck racecheck initcheck synccheck; do
+    # Kernels are what is under test: one thread, few cases.
+    NXS_SMALL=1 NXS_CASES=6 step "sanitize-$tool-rvq_decode" "$sanitizer" --tool $tool --error-exitcode 1 \
+      tests/rvq_decode --test-threads=1 kernels_agree bitwise edges graphs streams wide
+    NXS_SMALL=1 step "sanitize-$tool-philox" "$sanitizer" --tool $tool --error-exitcode 1 tests/philox --test-threads=1
+  done
+}
+
+run_compare() {
+  step compare python3 python-ref/compare.py --op ./op --device cuda --cases 60 --seed $RANDOM
+}
+
+machine() {
+  python3 - <<'PY'
+import json, subprocess, datetime
+query = "name,driver_version,memory.total"
+name, driver, memory = subprocess.check_output(
+    ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], text=True).splitlines()[0].split(", ")
+built = dict(line.split(" ", 1) for line in open("built-from.txt") if " " in line)
+toolkit = next((line.split("release ")[1].split(",")[0] for line in open("built-from.txt") if "release " in line), "?")
+print(json.dumps({"date": datetime.date.today().isoformat(), "gpu": name, "driver": driver, "memory": memory,
+                  "toolkit": f"CUDA {toolkit}", "commit": built.get("commit", "?").strip()}))
+PY
+}
+
+run_bench() {
+  machine > "$OUT/machine.json"
+  step bench-ceilings bash -c './ceilings > "$OUT/ceilings.json"'
+  for executable in benches/*; do
+    [ -x "$executable" ] || continue
+    CRITERION_HOME="$OUT/criterion" step "bench-$(basename "$executable")" "$executable" --bench
+  done
+  step bench-peers python3 python-ref/bench_peers.py --shapes benches/shapes.json --out "$OUT/peers.json"
+  step bench-results bash -c './results --criterion "$OUT/criterion" --peers "$OUT/peers.json" \
+    --ceilings "$OUT/ceilings.json" --machine "$OUT/machine.json" --shapes benches/shapes.json > "$OUT/RESULTS.md"'
+  tar -czf "$OUT/criterion.tgz" -C "$OUT" criterion && rm -rf "$OUT/criterion"
+}
+
+export OUT
+for mode in "${@:-test sanitize compare bench}"; do
+  for one in $mode; do
+    case $one in
+      test | sanitize | compare | bench) "run_$one" || { summary+=("$one could not start"); failed=1; } ;;
+      *) echo "unknown: $one (test, sanitize, compare, bench)" >&2; exit 2 ;;
+    esac
+  done
+done
+printf '\n'
+printf '%s\n' "${summary[@]}"
+exit $failed
