@@ -5,6 +5,7 @@
 #   sanitize  compute-sanitizer's four tools over the tests, small shapes
 #   compare   the op executable against PyTorch
 #   bench     measured ceilings, our benches, the peers; writes RESULTS.md
+# CASES: random cases of each op to compare (default 81). PEERS: flags for bench_peers.py, such as --no-compile.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 OUT=${OUT:-$PWD/out}
@@ -45,7 +46,7 @@ run_sanitize() {
 }
 
 run_compare() {
-  step compare python3 python-ref/compare.py --op ./op --device cuda --cases 60 --seed $RANDOM
+  step compare python3 python-ref/compare.py --op ./op --device cuda --cases ${CASES:-81} --seed $RANDOM
 }
 
 machine() {
@@ -68,7 +69,7 @@ run_bench() {
     [ -x "$executable" ] || continue
     CRITERION_HOME="$OUT/criterion" step "bench-$(basename "$executable")" "$executable" --bench
   done
-  step bench-peers python3 python-ref/bench_peers.py --shapes benches/shapes.json --out "$OUT/peers.json"
+  step bench-peers python3 python-ref/bench_peers.py --shapes benches/shapes.json --out "$OUT/peers.json" ${PEERS:-}
   step bench-results bash -c './results --criterion "$OUT/criterion" --peers "$OUT/peers.json" \
     --ceilings "$OUT/ceilings.json" --machine "$OUT/machine.json" --shapes benches/shapes.json > "$OUT/RESULTS.md"'
   tar -czf "$OUT/criterion.tgz" -C "$OUT" criterion && rm -rf "$OUT/criterion"
