@@ -59,12 +59,15 @@ impl ForDTypes for Bench<'_> {
         let (codes, codebooks) = (Buffer::of(&device, &codes, 0), Buffer::of(&device, &codebooks, 0));
         let out = std::cell::RefCell::new(Buffer::<O>::poisoned(&device, batch * rows * dim, 0));
 
-        let moved = batch * rows * (levels * (dim * size_of::<E>() + size_of::<C>()) + dim * size_of::<O>());
-        support::time(self.criterion, self.stream, "rvq_decode", &self.shape.name, moved as u64, || {
+        let run = |plan: &RvqDecode<C, E, O>| {
             let mut out = out.borrow_mut();
             let (codes, codebooks, out) = (codes.input(), codebooks.input(), out.output());
             plan.run(self.stream, RvqDecodeArgs { codes, codebooks, out, flags: None }).unwrap();
-        });
+        };
+        let empty = RvqDecode::builder(levels, entries, dim).rows(0).build(&DeviceInfo::H200).unwrap();
+        let moved = batch * rows * (levels * (dim * size_of::<E>() + size_of::<C>()) + dim * size_of::<O>());
+        let name = ("rvq_decode", self.shape.name.as_str(), moved as u64);
+        support::time(self.criterion, self.stream, name, || run(&plan), || run(&empty));
     }
 }
 

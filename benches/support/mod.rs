@@ -5,7 +5,8 @@
 //! | `graph` | replays of a CUDA graph of 20 runs; L2 holds what fits |
 //! | `stream` | runs enqueued one after the other; L2 as in `graph` |
 //! | `cold` | one run after 256 MiB were written, which leaves nothing of it in L2 |
-//! | `host_enqueue` | what the calling thread spends in `run` |
+//! | `host_enqueue` | what the calling thread spends in `run`, CUDA's launch included |
+//! | `host_checks` | the same for an empty problem: all but CUDA's launch |
 
 #[path = "../../tests/support/mod.rs"]
 mod harness;
@@ -47,8 +48,15 @@ pub fn criterion() -> Criterion {
         .configure_from_args()
 }
 
-/// Times `run` in every mode, as `op/<mode>/<case>`. `bytes` are those that it moves.
-pub fn time(criterion: &mut Criterion, stream: &Arc<CudaStream>, op: &str, case: &str, bytes: u64, run: impl Fn()) {
+/// Times `run` in every mode, as `op/<mode>/<case>`. `bytes` are those that it moves. `run_empty` runs a problem without
+/// elements.
+pub fn time(
+    criterion: &mut Criterion,
+    stream: &Arc<CudaStream>,
+    (op, case, bytes): (&str, &str, u64),
+    run: impl Fn(),
+    run_empty: impl Fn(),
+) {
     run(); // loads the code
     let graph = capture(stream, || (0..RUNS_PER_GRAPH).for_each(|_| run()));
     let mut flush = stream.alloc_zeros::<u8>(FLUSH_BYTES).expect("256 MiB");
@@ -71,6 +79,7 @@ pub fn time(criterion: &mut Criterion, stream: &Arc<CudaStream>, op: &str, case:
     group.bench_function(BenchmarkId::new("host_enqueue", case), |b| {
         b.iter_custom(|iterations| host(stream, iterations, &run));
     });
+    group.bench_function(BenchmarkId::new("host_checks", case), |b| b.iter(&run_empty));
     group.finish();
 }
 

@@ -120,8 +120,8 @@ typedef struct nxs_rvq_decode_params {
   int32_t vector;                /* 1: 16-byte codebook reads. dim and the codebook and out strides are multiples of
                                     16 / sizeof(codebooks_dtype), codebooks is 16-byte aligned, and out is aligned to
                                     min(16, that many output elements). 0: one element at a time, no demands. */
-  int32_t log2_lanes;            /* 2^log2_lanes threads share a row, 0 to 5. Every value is correct. Fastest: the least
-                                    one with 2^log2_lanes * (elements a read) >= dim, or 5. */
+  int32_t log2_lanes;            /* 2^log2_lanes threads share a row, 0 to 8. Every value is correct. Fastest: the least
+                                    one with 2^log2_lanes * (elements a read) >= dim, or 8. */
 } nxs_rvq_decode_params;
 
 nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);

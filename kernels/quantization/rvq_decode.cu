@@ -22,7 +22,7 @@ extern "C" nxs_status nxs_rvq_decode(const nxs_rvq_decode_params* params, void* 
 
   NXS_REQUIRE(p.batch >= 0 && p.rows >= 0 && p.entries >= 0 && p.dim >= 0 && p.levels >= 0, NXS_E_SHAPE);
   NXS_REQUIRE(p.levels <= 65536 && p.dim <= (1 << 20) && p.entries <= INT32_MAX, NXS_E_SHAPE);
-  NXS_REQUIRE(p.log2_lanes >= 0 && p.log2_lanes <= 5, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.log2_lanes >= 0 && p.log2_lanes <= 8, NXS_E_UNSUPPORTED);
   if (p.batch == 0 || p.rows == 0 || p.dim == 0) return NXS_OK;
   NXS_REQUIRE(p.rows <= (INT64_MAX >> 8) / p.batch, NXS_E_SHAPE);
   NXS_REQUIRE(p.levels == 0 || p.entries > 0, NXS_E_SHAPE);

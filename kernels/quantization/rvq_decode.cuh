@@ -77,7 +77,7 @@ NXS_DEVICE void add_all_levels(const nxs_rvq_decode_params& p, const Code* codes
 }
 
 template <typename Code, typename E, typename O, int kVec>
-__global__ void __launch_bounds__(kRvqDecodeThreads, 3)
+__global__ void __launch_bounds__(kRvqDecodeThreads, 4)
     rvq_decode_kernel(const __grid_constant__ nxs_rvq_decode_params p) {
   const u32 log2_lanes = static_cast<u32>(p.log2_lanes);
   const u32 lane = thread_index() & ((1u << log2_lanes) - 1);

@@ -69,8 +69,9 @@ template <typename T> NXS_DEVICE Word<sizeof(T)> to_word(const T& value) {
 
 // Ordered among the kernel's other memory accesses.
 NXS_LOAD(load_global, asm volatile, "ld.global", : "memory")
-// Through the non-coherent path: only for memory that nothing writes while the kernel runs. The compiler may move it.
-NXS_LOAD(load_global_nc, asm, "ld.global.nc")
+// Through the non-coherent path: only for memory that nothing writes while the kernel runs. Volatile, so that loads
+// written together stay together: otherwise the compiler sinks each one to its use and one is in flight at a time.
+NXS_LOAD(load_global_nc, asm volatile, "ld.global.nc")
 NXS_STORE(store_global, "st.global")
 // Written once and not read again by this kernel: marked first to leave the caches.
 NXS_STORE(store_global_streaming, "st.global.cs")

@@ -12,8 +12,8 @@ use crate::layout::Layout;
 const MOST_LEVELS: u64 = 65_536;
 const MOST_ENTRIES: u64 = i32::MAX as u64;
 const MOST_DIM: u64 = 1 << 20;
-/// A grid has fewer than 2^31 blocks, and a block owns at least 8 rows.
-const MOST_ROWS: u64 = (1 << 31) * 8 - 8;
+/// A grid has fewer than 2^31 blocks, and a block owns at least a row.
+const MOST_ROWS: u64 = (1 << 31) - 1;
 const THREADS: u32 = 256;
 
 /// How the kernel reaches memory.
@@ -225,8 +225,9 @@ impl Plan {
     pub(super) fn schedule(&self, wide: bool) -> Schedule {
         let [batch, rows, dim] = self.out.shape();
         let vec = if wide { self.vec } else { 1 };
-        // Enough threads for a row that each takes one chunk; beyond a warp they take turns.
-        let lanes = dim.div_ceil(u64::from(vec)).next_power_of_two().clamp(1, 32) as u32;
+        // Enough threads for a row that each takes one chunk; beyond a block they take turns. (A warp a row, taking turns,
+        // left a third of the GPU idle in the last wave of blocks.)
+        let lanes = dim.div_ceil(u64::from(vec)).next_power_of_two().clamp(1, u64::from(THREADS)) as u32;
         Schedule { vec, lanes, rows: batch * rows, dim }
     }
 }
@@ -236,7 +237,7 @@ impl Plan {
 pub struct Schedule {
     /// Elements a thread takes at a time.
     pub vec: u32,
-    /// Threads that share a row: a power of two up to 32.
+    /// Threads that share a row: a power of two up to 256.
     pub lanes: u32,
     /// Rows of the whole batch.
     pub rows: u64,
