@@ -1,0 +1,37 @@
+#pragma once
+#include "common/ptx/simt.cuh"
+
+namespace nxs {
+
+#define NXS_ACCESS(T) static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16)
+
+namespace detail {
+template <typename T> NXS_DEVICE T load(const T* p, emulator::Access access, emulator::Where where) {
+  NXS_ACCESS(T);
+  emulator::global_access(p, sizeof(T), access, where);
+  T value;
+  memcpy(&value, static_cast<const void*>(p), sizeof(T));
+  return value;
+}
+template <typename T> NXS_DEVICE void store(T* p, const T& value, emulator::Where where) {
+  NXS_ACCESS(T);
+  emulator::check_registers(value, where);
+  emulator::global_access(p, sizeof(T), emulator::Access::kWrite, where);
+  memcpy(static_cast<void*>(p), &value, sizeof(T));
+}
+}  // namespace detail
+
+template <typename T> NXS_DEVICE T load_global(const T* p, NXS_WHERE) { return detail::load(p, emulator::Access::kRead, where); }
+template <typename T> NXS_DEVICE T load_global_nc(const T* p, NXS_WHERE) {
+  return detail::load(p, emulator::Access::kReadConstant, where);
+}
+template <typename T> NXS_DEVICE void store_global(T* p, const T& value, NXS_WHERE) { detail::store(p, value, where); }
+template <typename T> NXS_DEVICE void store_global_streaming(T* p, const T& value, NXS_WHERE) { detail::store(p, value, where); }
+
+NXS_DEVICE void atomic_or_global(u32* p, u32 bits, NXS_WHERE) {
+  emulator::atomic_order(p, false, false, true, where);
+  emulator::global_access(p, 4, emulator::Access::kAtomic, where);
+  *p |= bits;
+}
+
+}  // namespace nxs

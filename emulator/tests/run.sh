@@ -1,0 +1,60 @@
+#!/bin/sh
+# Builds the kernels, the emulator and its tests under AddressSanitizer and UndefinedBehaviorSanitizer, and runs them.
+# The last line says how many checks passed and failed. CXX picks the compiler (g++), JOBS the compilations at a time (1).
+set -eu
+root=$(cd "$(dirname "$0")/../.." && pwd)
+out=$root/target/emulator
+mkdir -p "$out"
+cd "$root"
+
+cxx=${CXX:-g++}
+flags="-std=c++20 -O1 -g1 -Wall -Wextra -Wno-unknown-pragmas -Werror -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+ -fno-omit-frame-pointer -ffp-contract=off -Iemulator/include -Ikernels -Ikernels/include"
+# A register that a kernel reads before it writes it has this pattern.
+kernel_flags="-ftrivial-auto-var-init=pattern"
+
+# compile <source> <extra flags>: into $out, unless the object is newer than everything it was made from.
+compile() {
+  object=$out/$(echo "$1" | tr / -).o
+  echo "$object"
+  if [ -f "$object.d" ] && [ -f "$object" ] && [ "$0" -ot "$object" ]; then
+    fresh=1
+    for dependency in $(sed 's/^[^:]*://; s/\\$//' "$object.d"); do
+      [ -f "$dependency" ] && [ "$dependency" -ot "$object" ] || { fresh=0; break; }
+    done
+    [ $fresh = 1 ] && return
+  fi
+  echo "compile $1" >&2
+  # shellcheck disable=SC2086
+  $cxx $flags $2 -MMD -MF "$object.d" -x c++ -c "$1" -o "$object" || { rm -f "$object"; exit 1; }
+}
+
+objects=
+for source in emulator/src/*.cpp; do
+  objects="$objects $(compile "$source" -O2)"
+done
+for source in kernels/*/*.cu; do
+  objects="$objects $(compile "$source" "$kernel_flags")"
+done
+rm -f "$out/libnextscale_emulated.a"
+# shellcheck disable=SC2086
+ar rcs "$out/libnextscale_emulated.a" $objects
+
+passed=0 failed=0
+for source in emulator/tests/*.cpp; do
+  name=$(basename "$source" .cpp)
+  object=$(compile "$source" "$kernel_flags -Iemulator/tests")
+  # shellcheck disable=SC2086
+  $cxx $flags "$object" "$out/libnextscale_emulated.a" -o "$out/$name"
+  echo "== $name"
+  status=0
+  "$out/$name" > "$out/$name.log" 2>&1 || status=$?
+  cat "$out/$name.log"
+  last=$(tail -n 1 "$out/$name.log")
+  case $last in
+    *" passed, "*" failed") passed=$((passed + ${last%% *})) && last=${last#*, } && failed=$((failed + ${last%% *})) ;;
+    *) failed=$((failed + 1)) && echo "$name ended with status $status" ;;
+  esac
+done
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
