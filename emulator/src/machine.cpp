@@ -45,6 +45,13 @@ std::string file_name(const char* path) {
   return slash ? slash + 1 : path;
 }
 
+// The last name before the parameters in what the compiler calls a function.
+std::string function_name(const char* text) {
+  const std::string before(text, strcspn(text, "("));
+  const size_t start = before.find_last_of(": ");
+  return start == std::string::npos ? before : before.substr(start + 1);
+}
+
 void record_text(const char* kind, const Thread* thread, Where where, const std::string& sentence) {
   if (machine->stopping) return;
   machine->stopping = true;
@@ -55,7 +62,7 @@ void record_text(const char* kind, const Thread* thread, Where where, const std:
     snprintf(text, sizeof(text), ", block (%u,%u,%u), thread %u", b.x, b.y, b.z, thread->place.thread);
     report += text;
   }
-  report += ", " + file_name(where.file_name()) + ":" + std::to_string(where.line()) + " in " + where.function_name() + "]";
+  report += ", " + file_name(where.file_name()) + ":" + std::to_string(where.line()) + " in " + function_name(where.function_name()) + "]";
   if (!machine->options.quiet) fprintf(stderr, "nextscale emulator: %s\n", report.c_str());
 }
 

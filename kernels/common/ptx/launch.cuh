@@ -12,7 +12,8 @@ struct LaunchShape {
   dim3 grid = dim3(1);
   unsigned block = 1;
   unsigned dynamic_smem = 0;  // bytes; above 48 KiB call allow_dynamic_smem first
-  unsigned cluster = 1;       // blocks along x that share a cluster
+  unsigned cluster = 1;       // blocks along x that share a cluster; more than 8 are not portable
+  bool programmatic = false;  // may start before the kernel before it on the stream has ended: programmatic.cuh
 };
 
 // Enqueues kernel<<<shape>>>(args...) on `stream`. The error slot of the runtime is left clean.
@@ -23,14 +24,19 @@ nxs_status launch(void (*kernel)(Params...), const LaunchShape& shape, void* str
   config.blockDim = dim3(shape.block);
   config.dynamicSmemBytes = shape.dynamic_smem;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute cluster = {};
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
   if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = shape.cluster;
     cluster.val.clusterDim.y = 1;
     cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
+  }
+  if (shape.programmatic) {
+    cudaLaunchAttribute& programmatic = attributes[config.numAttrs++];
+    programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    programmatic.val.programmaticStreamSerializationAllowed = 1;
   }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
   if (error != cudaSuccess) (void)cudaGetLastError();

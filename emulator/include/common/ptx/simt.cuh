@@ -20,9 +20,6 @@ NXS_DEVICE void warp_sync(u32 mask = kFullWarp, NXS_WHERE) {
   emulator::warp_collective(emulator::Collective::kSync, mask, nullptr, nullptr, where);
 }
 
-NXS_DEVICE void programmatic_wait() {}
-NXS_DEVICE void programmatic_trigger() {}
-
 }  // namespace nxs
 
 #include "common/ptx/warp.cuh"

@@ -1,0 +1,34 @@
+// Special functions of the MUFU unit, and single arithmetic instructions. Approximate ones flush subnormals to zero.
+#pragma once
+#include "common/ptx/simt.cuh"
+
+namespace nxs {
+
+#define NXS_SPECIAL(name, instruction)                      \
+  NXS_DEVICE float name(float x) {                          \
+    float r;                                                \
+    asm(instruction ".f32 %0, %1;" : "=f"(r) : "f"(x));     \
+    return r;                                               \
+  }
+// ex2.approx.ftz: 2^x; relative error about 2^-22
+NXS_SPECIAL(exp2_approx, "ex2.approx.ftz")
+// lg2.approx.ftz
+NXS_SPECIAL(log2_approx, "lg2.approx.ftz")
+// rsqrt.approx.ftz
+NXS_SPECIAL(rsqrt_approx, "rsqrt.approx.ftz")
+// rcp.approx.ftz
+NXS_SPECIAL(reciprocal_approx, "rcp.approx.ftz")
+// tanh.approx: relative error about 2^-11
+NXS_SPECIAL(tanh_approx, "tanh.approx")
+#undef NXS_SPECIAL
+
+// fma.rn: a * b + c, rounded once
+NXS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// popc, clz
+NXS_DEVICE u32 population_count(u32 x) { return static_cast<u32>(__popc(x)); }
+NXS_DEVICE u32 leading_zeros(u32 x) { return static_cast<u32>(__clz(static_cast<int>(x))); }
+// The bits of a float; no instruction.
+NXS_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+NXS_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+
+}  // namespace nxs
