@@ -145,7 +145,8 @@ struct Mbarrier {
 
 struct Barrier {
   u32 expected = 0;
-  std::vector<Thread*> arrived, waiting;
+  std::vector<std::pair<const Thread*, u32>> arrived;  // with their lines
+  std::vector<Thread*> waiting;
   Clocks clocks;
 };
 

@@ -18,15 +18,14 @@ void block_barrier(u32 id, u32 threads, bool wait, bool whole_block, Where where
   if (barrier.arrived.empty()) barrier.expected = threads;
   if (barrier.expected != threads)
     fail("barrier", where, "barrier %u for %u threads, but others came to it for %u", id, threads, barrier.expected);
-  for (const Thread* other : barrier.arrived) {
+  for (const auto& [other, line] : barrier.arrived) {
     if (other == self) fail("arrival", where, "a second arrival at barrier %u before the first was answered", id);
-    if (other->place.thread / kWarp == self->place.thread / kWarp && other->where.line() != where.line())
-      fail("divergence", where, "lanes of one warp come to barrier %u here and at line %u", id, other->where.line());
+    if (other->place.thread / kWarp == self->place.thread / kWarp && line != where.line())
+      fail("divergence", where, "lanes of one warp come to barrier %u here and at line %u", id, line);
   }
   if (whole_block && block.alive < threads)
     fail("barrier", where, "a barrier of the whole block, of which %u threads have ended", threads - block.alive);
-  self->where = where;
-  barrier.arrived.push_back(self);
+  barrier.arrived.push_back({self, where.line()});
   barrier.clocks.join(self->clocks);
   self->tick();
   if (barrier.arrived.size() < threads) {
@@ -109,14 +108,15 @@ void warp_collective(Collective kind, u32 mask, void* slot, void (*finish)(Slots
   const u32 lane = self->place.thread % kWarp, first = self->place.thread - lane;
   if (!(mask >> lane & 1)) fail("divergence", where, "lane %u is not in the mask 0x%08x that it gives", lane, mask);
   WarpMeeting* meeting = nullptr;
-  for (const auto& other : warp.meetings)
-    if (other->mask & mask) {
-      if (other->kind != kind || other->mask != mask ||
-          (kind != Collective::kSync && (other->where.line() != where.line() || other->where.file_name() != where.file_name())))
-        fail("divergence", where, "lane %u is here with mask 0x%08x while others of its warp are at line %u with mask 0x%08x", lane,
-             mask, other->where.line(), other->mask);
+  for (const auto& other : warp.meetings) {
+    if (!(other->mask >> lane & 1)) continue;
+    const bool same_place = kind == Collective::kSync || other->where.line() == where.line();
+    if (other->kind == kind && other->mask == mask && same_place)
       meeting = other.get();
-    }
+    else if (other->arrived & mask)  // lanes that wait for this one there, and that this one would wait for here
+      fail("divergence", where, "lane %u is here with mask 0x%08x while others of its warp are at line %u with mask 0x%08x", lane, mask,
+           other->where.line(), other->mask);
+  }
   if (!meeting) {
     for (u32 i = 0; i < kWarp; ++i)
       if (mask >> i & 1)

@@ -1,5 +1,6 @@
 // What a conformance program needs of a device, on the emulator and on a GPU: buffers, and a check of launches.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
