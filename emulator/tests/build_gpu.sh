@@ -1,0 +1,17 @@
+#!/bin/sh
+# Compiles the conformance programs for a GPU of sm_90a into target/emulator-gpu/: the same checks, and checksums to compare
+# with those of run.sh. NVCC, or the PATH, says which compiler.
+set -eu
+root=$(cd "$(dirname "$0")/../.." && pwd)
+out=$root/target/emulator-gpu
+nvcc=${NVCC:-nvcc}
+mkdir -p "$out"
+cd "$root"
+for name in cluster library mma_tile simt wgmma_tile; do
+  sources=emulator/tests/$name.cpp
+  [ "$name" = library ] && sources="$sources $(echo kernels/*/*.cu)"
+  echo "compile $name"
+  # shellcheck disable=SC2086
+  "$nvcc" -std=c++17 -O3 -Wno-deprecated-gpu-targets -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80 \
+    -Ikernels -Ikernels/include -Iemulator/tests -Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas -x cu $sources -o "$out/$name"
+done
