@@ -16,8 +16,8 @@ namespace nxs {
 
 constexpr u32 kRows = 128, kDepth = 64, kStages = 2;
 
-template <int kN> constexpr u32 stage_bytes() { return (kRows + kN) * kDepth * 2; }
-template <int kN> constexpr u32 shared_bytes() { return kStages * stage_bytes<kN>() + kRows * kN * 4 + 64; }
+template <int kN> constexpr u32 kStageBytes = (kRows + kN) * kDepth * 2;
+template <int kN> constexpr u32 kSharedBytes = kStages * kStageBytes<kN> + kRows * kN * 4 + 64;
 
 // What both operands have in common: kExtent rows (of M or N) by 64 of k, in column blocks of `swizzle_bytes`.
 template <Major kMajor, u32 kExtent, Swizzle kSwizzle> struct Operand {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(384, 1)
                       const __grid_constant__ TensorMap map_c, i32 k) {
   using A = Operand<kMajorA, kRows, kSwizzle>;
   using B = Operand<kMajorB, u32(kN), kSwizzle>;
-  const u32 tiles = dynamic_shared(), tile_c = tiles + kStages * stage_bytes<kN>(), full = tile_c + kRows * kN * 4, empty = full + 8 * kStages;
+  const u32 tiles = dynamic_shared(), tile_c = tiles + kStages * kStageBytes<kN>, full = tile_c + kRows * kN * 4, empty = full + 8 * kStages;
   const u32 t = thread_index(), group = t / 128;
   const i32 m0 = static_cast<i32>(block_index_y() * kRows), n0 = static_cast<i32>(block_index_x() * kN);
   const u32 steps = static_cast<u32>(k + static_cast<i32>(kDepth) - 1) / kDepth;
@@ -73,9 +73,9 @@ __global__ void __launch_bounds__(384, 1)
       prefetch_tensor_map(&map_a);
       prefetch_tensor_map(&map_b);
       for (u32 step = 0; step < steps; ++step) {
-        const u32 s = step % kStages, tile = tiles + s * stage_bytes<kN>();
+        const u32 s = step % kStages, tile = tiles + s * kStageBytes<kN>;
         mbarrier_wait(empty + 8 * s, (step / kStages & 1) ^ 1);
-        mbarrier_arrive_expect(full + 8 * s, stage_bytes<kN>());
+        mbarrier_arrive_expect(full + 8 * s, kStageBytes<kN>);
         A::load(tile, &map_a, full + 8 * s, m0, static_cast<i32>(step * kDepth));
         B::load(tile + kRows * kDepth * 2, &map_b, full + 8 * s, n0, static_cast<i32>(step * kDepth));
       }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(384, 1)
   float d[kN / 2];
   u32 a[kDepth / 16][4];
   for (u32 step = 0; step < steps; ++step) {
-    const u32 s = step % kStages, tile = tiles + s * stage_bytes<kN>(), tile_b = tile + kRows * kDepth * 2;
+    const u32 s = step % kStages, tile = tiles + s * kStageBytes<kN>, tile_b = tile + kRows * kDepth * 2;
     mbarrier_wait(full + 8 * s, step / kStages & 1);
     if constexpr (kSourceA == SourceA::kRegisters) {
 #pragma unroll
@@ -175,7 +175,7 @@ static void run(const char* name) {
     nxs::LaunchShape shape;
     shape.grid = dim3((g.n + kN - 1) / kN, (g.m + nxs::kRows - 1) / nxs::kRows);
     shape.block = 384;
-    shape.dynamic_smem = nxs::shared_bytes<kN>();
+    shape.dynamic_smem = nxs::kSharedBytes<kN>;
     const std::string label = std::string("wgmma ") + name + (integers ? " integers" : " random");
     test::check(nxs::allow_dynamic_smem(kernel, shape.dynamic_smem) == NXS_OK, label + " may use its shared memory");
 #if !defined(__CUDACC__)
