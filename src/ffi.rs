@@ -105,11 +105,12 @@ pub struct nxs_rvq_decode_params {
     pub codebooks_dtype: nxs_dtype,
     pub out_dtype: nxs_dtype,
     pub vector: i32,
+    pub tiles: i32,
     pub log2_lanes: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_rvq_decode_params"][::core::mem::size_of::<nxs_rvq_decode_params>() - 152usize];
+    ["Size of nxs_rvq_decode_params"][::core::mem::size_of::<nxs_rvq_decode_params>() - 160usize];
     ["Alignment of nxs_rvq_decode_params"][::core::mem::align_of::<nxs_rvq_decode_params>() - 8usize];
     ["Offset of field: nxs_rvq_decode_params::codes"][::core::mem::offset_of!(nxs_rvq_decode_params, codes) - 0usize];
     ["Offset of field: nxs_rvq_decode_params::codebooks"]
@@ -150,8 +151,9 @@ const _: () = {
         [::core::mem::offset_of!(nxs_rvq_decode_params, out_dtype) - 140usize];
     ["Offset of field: nxs_rvq_decode_params::vector"]
         [::core::mem::offset_of!(nxs_rvq_decode_params, vector) - 144usize];
+    ["Offset of field: nxs_rvq_decode_params::tiles"][::core::mem::offset_of!(nxs_rvq_decode_params, tiles) - 148usize];
     ["Offset of field: nxs_rvq_decode_params::log2_lanes"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, log2_lanes) - 148usize];
+        [::core::mem::offset_of!(nxs_rvq_decode_params, log2_lanes) - 152usize];
 };
 impl Default for nxs_rvq_decode_params {
     fn default() -> Self {

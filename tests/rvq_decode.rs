@@ -5,7 +5,7 @@
 mod support;
 
 use nextscale::dtype::{Code, Float};
-use nextscale::quantization::{Access, RvqDecode, RvqDecodeArgs};
+use nextscale::quantization::{Access, RvqDecode, RvqDecodeArgs, Variant};
 use nextscale::{Device, DeviceInfo, Error, In, Layout, Out, Result, Stream, bf16, f16};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -30,6 +30,7 @@ struct Case {
     /// Some codes lie outside the codebook.
     bad_codes: bool,
     access: Access,
+    variant: Variant,
     seed: u64,
 }
 
@@ -53,11 +54,12 @@ fn case() -> impl Strategy<Value = Case> {
         prop_oneof![Just(None), Just(Some(-1)), (0..50i64).prop_map(Some)],
         prop::bool::weighted(0.3),
         prop_oneof![3 => Just(Access::Auto), 1 => Just(Access::Narrow)],
+        prop_oneof![Just(Variant::Rows), Just(Variant::Tiles), Just(Variant::Auto)],
         any::<u64>(),
     );
-    (sizes, layout, rest).prop_map(|(sizes, (shared, gap, shift), (null_code, bad_codes, access, seed))| {
+    (sizes, layout, rest).prop_map(|(sizes, (shared, gap, shift), (null_code, bad_codes, access, variant, seed))| {
         let (batch, rows, levels, entries, dim) = sizes;
-        Case { batch, rows, levels, entries, dim, shared, gap, shift, null_code, bad_codes, access, seed }
+        Case { batch, rows, levels, entries, dim, shared, gap, shift, null_code, bad_codes, access, variant, seed }
     })
 }
 
@@ -131,7 +133,9 @@ impl Case {
         if let Some(null) = self.null_code {
             builder = builder.null_code(null);
         }
-        builder.build(&DeviceInfo::H200).unwrap()
+        // Where tiles are refused, the other kernel decodes.
+        let wanted = builder.clone().variant(self.variant).build(&DeviceInfo::H200);
+        wanted.unwrap_or_else(|_| builder.build(&DeviceInfo::H200).unwrap())
     }
 
     /// The whole output buffer, gaps poisoned, and whether a code was clamped. `sum` adds one row's values of a level.
@@ -231,19 +235,22 @@ proptest! {
     /// Every element of the output belongs to exactly one thread, and no thread to an element outside.
     #[test]
     fn the_schedule_owns_every_output_once(
-        batch in 0..4usize, rows in 0..70usize, dim in 0..2500usize, narrow in any::<bool>(),
+        batch in 0..4usize, rows in 0..70usize, dim in prop_oneof![0..40usize, 0..2500usize], narrow in any::<bool>(),
+        tiles in any::<bool>(),
     ) {
         let access = if narrow { Access::Narrow } else { Access::Auto };
-        let plan = RvqDecode::<u32, bf16, f32>::builder(8, 16, dim).batch(batch).rows(rows).access(access)
-            .build(&DeviceInfo::H200).unwrap();
-        let schedule = plan.schedule();
+        let builder = RvqDecode::<u32, bf16, f32>::builder(8, 16, dim).batch(batch).rows(rows).access(access);
+        let plan = builder.clone().variant(if tiles { Variant::Tiles } else { Variant::Rows }).build(&DeviceInfo::H200);
+        let schedule = plan.unwrap_or_else(|_| builder.build(&DeviceInfo::H200).unwrap()).schedule();
         let mut owners = vec![0; batch * rows * dim];
-        for block in 0..schedule.blocks() {
-            for thread in 0..schedule.threads() {
-                for (row, elements) in schedule.cells(block, thread) {
-                    for d in elements {
-                        prop_assert!(d < dim as u64);
-                        owners[(row * dim as u64 + d) as usize] += 1;
+        for x in 0..schedule.grid()[0] {
+            for y in 0..schedule.grid()[1] {
+                for thread in 0..schedule.threads() {
+                    for (row, elements) in schedule.cells([x, y], thread) {
+                        for d in elements {
+                            prop_assert!(d < dim as u64);
+                            owners[(row * dim as u64 + d) as usize] += 1;
+                        }
                     }
                 }
             }
@@ -282,6 +289,7 @@ fn plain() -> Case {
         null_code: None,
         bad_codes: false,
         access: Access::Auto,
+        variant: Variant::Auto,
         seed: 5,
     }
 }
@@ -292,7 +300,9 @@ fn every_dtype_on_every_device_at_the_edges() {
         for dtypes in 0..27 {
             for (rows, dim) in [(1, 1), (7, 8), (8, 127), (9, 128), (33, 129), (31, 264)] {
                 for levels in [0, 1, 7, 8, 9, 17] {
-                    check_any(&device, &Case { rows, dim, levels, ..plain() }, dtypes);
+                    for variant in [Variant::Rows, Variant::Tiles] {
+                        check_any(&device, &Case { rows, dim, levels, variant, ..plain() }, dtypes);
+                    }
                 }
             }
         }
@@ -388,6 +398,17 @@ fn bad_plans_are_refused() {
     stride(build(builder().access(Access::Wide).codebooks_strides([16 * 33, 33])), "codebooks", 1);
     let odd = RvqDecode::<u32, f32, f32>::builder(8, 16, 31).access(Access::Wide);
     assert!(matches!(build(odd), Err(Error::Unsupported { arg: "dim", .. })));
+    let tiles = |b: nextscale::quantization::RvqDecodeBuilder<u32, f32, f32>, name| {
+        let built = build(b.variant(Variant::Tiles));
+        assert!(matches!(built, Err(Error::Unsupported { arg, .. }) if arg == name), "{built:?}");
+    };
+    tiles(builder().null_code(-1), "null_code");
+    tiles(builder().codebooks_strides([1 << 28, 32]), "codebooks");
+    tiles(RvqDecode::builder(8, 16, 16), "dim");
+    assert_eq!(build(builder().variant(Variant::Tiles)), Ok(()));
+    // Many rows are a matter for tiles, few are not.
+    let picks_tiles = |rows| builder().rows(rows).build(&DeviceInfo::H200).unwrap().schedule().tiles;
+    assert!(picks_tiles(100_000) && !picks_tiles(10));
     let mut old = DeviceInfo::A100;
     old.arch.major = 7;
     assert!(matches!(builder().build(&old), Err(Error::UnsupportedDevice { have: Some(_), .. })));

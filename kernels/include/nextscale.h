@@ -120,8 +120,10 @@ typedef struct nxs_rvq_decode_params {
   int32_t vector;                /* 1: 16-byte codebook reads. dim and the codebook and out strides are multiples of
                                     16 / sizeof(codebooks_dtype), codebooks is 16-byte aligned, and out is aligned to
                                     min(16, that many output elements). 0: one element at a time, no demands. */
-  int32_t log2_lanes;            /* 2^log2_lanes threads share a row, 0 to 8. Every value is correct. Fastest: the least
-                                    one with 2^log2_lanes * (elements a read) >= dim, or 8. */
+  int32_t tiles;                 /* 1: the kernel for many rows (thousands), which takes no null code, codebooks that span
+                                    less than 4 GiB, and log2_lanes of 3 to 5. 0: the one for any problem. */
+  int32_t log2_lanes;            /* 2^log2_lanes threads share a row: 0 to 7, with tiles 3 to 5. Every value is correct.
+                                    Fastest: the least one with 2^log2_lanes * (elements a read) >= dim, or the greatest. */
 } nxs_rvq_decode_params;
 
 nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);

@@ -22,9 +22,9 @@ extern "C" nxs_status nxs_rvq_decode(const nxs_rvq_decode_params* params, void* 
 
   NXS_REQUIRE(p.batch >= 0 && p.rows >= 0 && p.entries >= 0 && p.dim >= 0 && p.levels >= 0, NXS_E_SHAPE);
   NXS_REQUIRE(p.levels <= 65536 && p.dim <= (1 << 20) && p.entries <= INT32_MAX, NXS_E_SHAPE);
-  NXS_REQUIRE(p.log2_lanes >= 0 && p.log2_lanes <= 8, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.log2_lanes >= (p.tiles ? 3 : 0) && p.log2_lanes <= (p.tiles ? 5 : 7), NXS_E_UNSUPPORTED);
   if (p.batch == 0 || p.rows == 0 || p.dim == 0) return NXS_OK;
-  NXS_REQUIRE(p.rows <= (INT64_MAX >> 8) / p.batch, NXS_E_SHAPE);
+  NXS_REQUIRE(p.rows <= INT32_MAX / p.batch, NXS_E_SHAPE);
   NXS_REQUIRE(p.levels == 0 || p.entries > 0, NXS_E_SHAPE);
 
   for (const i64 stride : {p.codes_stride_batch, p.codes_stride_level, p.codes_stride_row, p.codebooks_stride_level,
@@ -41,6 +41,12 @@ extern "C" nxs_status nxs_rvq_decode(const nxs_rvq_decode_params* params, void* 
                     p.out_stride_batch % vec == 0 && p.out_stride_row % vec == 0,
                 NXS_E_STRIDE);
     NXS_REQUIRE(is_aligned(p.codebooks, 16) && is_aligned(p.out, store), NXS_E_ALIGNMENT);
+  }
+
+  if (p.tiles) {
+    const i64 span = (p.levels - 1) * p.codebooks_stride_level + (p.entries - 1) * p.codebooks_stride_entry + p.dim;
+    NXS_REQUIRE(!p.has_null_code && (p.levels == 0 || span <= UINT32_MAX / book_bytes), NXS_E_UNSUPPORTED);
+    NXS_REQUIRE(p.dim / ((p.vector ? 16 / book_bytes : 1) << p.log2_lanes) < 65535, NXS_E_UNSUPPORTED);
   }
 
   switch (p.codebooks_dtype) {

@@ -2,4 +2,4 @@
 
 mod rvq_decode;
 
-pub use rvq_decode::{Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule};
+pub use rvq_decode::{Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Variant};

@@ -52,6 +52,7 @@ pub(super) fn run<C: Code, E: Float, O: Float>(
         codebooks_dtype: E::DTYPE as i32,
         out_dtype: O::DTYPE as i32,
         vector: (schedule.vec > 1).into(),
+        tiles: schedule.tiles.into(),
         log2_lanes: schedule.lanes.trailing_zeros() as i32,
     };
     crate::launch::launch("nxs_rvq_decode", stream, |handle| {

@@ -4,7 +4,7 @@ mod cuda;
 mod host;
 mod plan;
 
-pub use plan::{Access, RvqDecodeBuilder, Schedule};
+pub use plan::{Access, RvqDecodeBuilder, Schedule, Variant};
 
 use core::marker::PhantomData;
 

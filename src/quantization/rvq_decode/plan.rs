@@ -12,9 +12,15 @@ use crate::layout::Layout;
 const MOST_LEVELS: u64 = 65_536;
 const MOST_ENTRIES: u64 = i32::MAX as u64;
 const MOST_DIM: u64 = 1 << 20;
-/// A grid has fewer than 2^31 blocks, and a block owns at least a row.
+/// The kernels count rows in 32 bits.
 const MOST_ROWS: u64 = (1 << 31) - 1;
-const THREADS: u32 = 256;
+/// Grids have fewer blocks along y.
+const MOST_SLICES: u64 = 65_535;
+/// Threads in a block of either kernel.
+const ROWS_THREADS: u32 = 128;
+const TILES_THREADS: u32 = 64;
+/// Fewer warps than this on a multiprocessor hide less latency than the tiles' long stretches of loads gain.
+const TILES_WARPS_PER_SM: u64 = 8;
 
 /// How the kernel reaches memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -26,6 +32,19 @@ pub enum Access {
     Narrow,
     /// 16 bytes at a time; refused where layouts or addresses do not allow it.
     Wide,
+}
+
+/// Which kernel decodes. Both give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Variant {
+    /// The faster one for the shape and the device.
+    #[default]
+    Auto,
+    /// A thread a chunk: any problem, and the fastest for few rows.
+    Rows,
+    /// A warp several rows: the fastest for many. Refused with a null code, with codebooks that span 4 GiB or more, and
+    /// for rows of less than 5 chunks (16 bytes of codebook each, or one element).
+    Tiles,
 }
 
 /// Describes a decode; [`RvqDecodeBuilder::build`] makes the plan.
@@ -41,6 +60,7 @@ pub struct RvqDecodeBuilder<C, E, O> {
     out: Option<[i64; 2]>,
     null_code: Option<i64>,
     access: Access,
+    variant: Variant,
     types: PhantomData<(C, E, O)>,
 }
 
@@ -57,6 +77,7 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
             out: None,
             null_code: None,
             access: Access::Auto,
+            variant: Variant::Auto,
             types: PhantomData,
         }
     }
@@ -115,6 +136,12 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
         self
     }
 
+    /// Forces the kernel.
+    pub fn variant(mut self, variant: Variant) -> Self {
+        self.variant = variant;
+        self
+    }
+
     /// Checks the description.
     ///
     /// # Errors
@@ -163,7 +190,10 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
             vec: (16 / size_of::<E>()) as u32,
             out_align: (16 / size_of::<E>() * size_of::<O>()).min(16) as u32,
             access: self.access,
+            variant: self.variant,
             wide: false,
+            element: size_of::<E>() as u32,
+            sm_count: device.sm_count.max(1) as u32,
         };
         // A buffer that no index reaches needs no elements, so none may be asked of it.
         if plan.out_len == 0 {
@@ -174,6 +204,9 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
             Access::Auto => plan.check_wide().is_ok(),
             Access::Wide => plan.check_wide().map(|()| true)?,
         };
+        if self.variant == Variant::Tiles {
+            plan.check_tiles(plan.wide)?;
+        }
         Ok(RvqDecode { inner: plan, types: PhantomData })
     }
 }
@@ -194,8 +227,12 @@ pub(super) struct Plan {
     /// Alignment of the writes that go with it.
     pub(super) out_align: u32,
     pub(super) access: Access,
+    variant: Variant,
     /// The layouts allow wide access.
     pub(super) wide: bool,
+    /// Bytes of an element of the codebooks.
+    element: u32,
+    sm_count: u32,
 }
 
 impl Plan {
@@ -221,23 +258,60 @@ impl Plan {
         Ok(())
     }
 
+    fn lanes(&self, vec: u32, most: u32) -> u32 {
+        self.dim().div_ceil(u64::from(vec)).next_power_of_two().clamp(1, u64::from(most)) as u32
+    }
+
+    /// Whether the kernel for many rows can take this.
+    fn check_tiles(&self, wide: bool) -> Result<()> {
+        let refuse = |arg, what| Err(Error::Unsupported { arg, what });
+        let vec = if wide { self.vec } else { 1 };
+        let lanes = self.lanes(vec, 32);
+        if self.null_code.is_some() {
+            return refuse("null_code", "tiles take none");
+        }
+        if self.codebooks_len > u64::from(u32::MAX / self.element) {
+            return refuse("codebooks", "tiles take codebooks that span less than 4 GiB");
+        }
+        if lanes < 8 || self.dim().div_ceil(u64::from(lanes * vec)) >= MOST_SLICES {
+            return refuse("dim", "tiles take 5 to 2 million chunks a row");
+        }
+        Ok(())
+    }
+
     /// The kernel's cut of the work.
     pub(super) fn schedule(&self, wide: bool) -> Schedule {
         let [batch, rows, dim] = self.out.shape();
         let vec = if wide { self.vec } else { 1 };
-        // Enough threads for a row that each takes one chunk; beyond a block they take turns. (A warp a row, taking turns,
-        // left a third of the GPU idle in the last wave of blocks.)
-        let lanes = dim.div_ceil(u64::from(vec)).next_power_of_two().clamp(1, u64::from(THREADS)) as u32;
-        Schedule { vec, lanes, rows: batch * rows, dim }
+        let cut = |tiles| Schedule {
+            tiles,
+            vec,
+            lanes: self.lanes(vec, if tiles { 32 } else { ROWS_THREADS }),
+            rows: batch * rows,
+            dim,
+        };
+        let tiles = match self.variant {
+            Variant::Rows => false,
+            // Narrow access after all may leave too many slices.
+            Variant::Tiles => self.check_tiles(wide).is_ok(),
+            Variant::Auto => {
+                self.check_tiles(wide).is_ok() && cut(true).warps() >= TILES_WARPS_PER_SM * u64::from(self.sm_count)
+            }
+        };
+        cut(tiles)
     }
 }
 
-/// How a kernel cuts a decode up: blocks of 256 threads, `lanes` threads a row, chunks of `vec` elements.
+/// How a kernel cuts a decode up. A row is cut into chunks of `vec` elements. Without `tiles` a thread takes the chunks
+/// `lane`, `lane + lanes`, ... of one row. With `tiles` a warp takes `passes * 32 / lanes` rows, one chunk a lane and pass,
+/// and blocks along y take the next 32 chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Schedule {
-    /// Elements a thread takes at a time.
+    /// Which kernel.
+    pub tiles: bool,
+    /// Elements in a chunk.
     pub vec: u32,
-    /// Threads that share a row: a power of two up to 256.
+    /// Threads that share a row: a power of two.
     pub lanes: u32,
     /// Rows of the whole batch.
     pub rows: u64,
@@ -246,27 +320,53 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Rows a block owns.
-    pub fn rows_per_block(&self) -> u64 {
-        u64::from(THREADS / self.lanes)
-    }
-
-    /// Blocks in the grid.
-    pub fn blocks(&self) -> u64 {
-        self.rows.div_ceil(self.rows_per_block())
-    }
-
-    /// What one thread of one block writes: its row (counted over the batch) and the elements of it, chunk by chunk.
-    pub fn cells(&self, block: u64, thread: u32) -> impl Iterator<Item = (u64, Range<u64>)> {
-        let row = block * self.rows_per_block() + u64::from(thread / self.lanes);
-        let first = u64::from(thread % self.lanes) * u64::from(self.vec);
-        let (vec, step) = (u64::from(self.vec), u64::from(self.vec) * u64::from(self.lanes));
-        let dim = if row < self.rows { self.dim } else { 0 };
-        (first..dim).step_by(step as usize).map(move |d| (row, d..d + vec))
+    /// Rows that a lane of a tile takes one after the other.
+    fn passes(&self) -> u64 {
+        if self.vec >= 4 { u64::from(16 / self.vec) } else { 4 }
     }
 
     /// Threads in a block.
-    pub const fn threads(&self) -> u32 {
-        THREADS
+    pub fn threads(&self) -> u32 {
+        if self.tiles { TILES_THREADS } else { ROWS_THREADS }
+    }
+
+    /// Blocks along x and y.
+    pub fn grid(&self) -> [u64; 2] {
+        let rows_at_once = u64::from(self.threads() / self.lanes);
+        if self.tiles {
+            let slices = self.dim.div_ceil(u64::from(self.vec * self.lanes));
+            [self.rows.div_ceil(rows_at_once * self.passes()), slices]
+        } else {
+            [self.rows.div_ceil(rows_at_once), 1]
+        }
+    }
+
+    fn warps(&self) -> u64 {
+        self.grid().iter().product::<u64>() * u64::from(self.threads() / 32)
+    }
+
+    /// What one thread of one block writes: rows (counted over the batch) and elements of them.
+    pub fn cells(&self, block: [u64; 2], thread: u32) -> Vec<(u64, Range<u64>)> {
+        let (vec, lanes) = (u64::from(self.vec), u64::from(self.lanes));
+        let chunk = |d: u64| d..d + vec;
+        let mut cells = Vec::new();
+        if self.tiles {
+            let (warp, lane) =
+                (block[0] * u64::from(TILES_THREADS / 32) + u64::from(thread / 32), u64::from(thread % 32));
+            let d = (block[1] * lanes + lane % lanes) * vec;
+            for pass in 0..self.passes() {
+                let row = (warp * self.passes() + pass) * (32 / lanes) + lane / lanes;
+                if row < self.rows && d < self.dim {
+                    cells.push((row, chunk(d)));
+                }
+            }
+        } else {
+            let row = block[0] * (u64::from(ROWS_THREADS) / lanes) + u64::from(thread) / lanes;
+            let first = u64::from(thread) % lanes * vec;
+            if row < self.rows {
+                cells.extend((first..self.dim).step_by((vec * lanes) as usize).map(|d| (row, chunk(d))));
+            }
+        }
+        cells
     }
 }
