@@ -27,16 +27,24 @@ constexpr u32 kMapMagic = 0x7e5a0b1e;
 nxs_status encode_tensor_map(TensorMap* map, const TensorShape& shape) {
   constexpr nxs_status kInvalidValue = 1;
   EncodedMap encoded = {};
-  const i64 bytes = shape.dtype == NXS_F32 || shape.dtype == NXS_I32 || shape.dtype == NXS_U32   ? 4
+  const i64 bytes = shape.dtype == NXS_F32 || shape.dtype == NXS_I32 || shape.dtype == NXS_U32    ? 4
                     : shape.dtype == NXS_F16 || shape.dtype == NXS_BF16 || shape.dtype == NXS_U16 ? 2
-                    : shape.dtype == NXS_I64                                                       ? 8
-                                                                                                   : 1;
+                    : shape.dtype == NXS_I64                                                      ? 8
+                                                                                                  : 1;
   const bool is_float = shape.dtype == NXS_F32 || shape.dtype == NXS_F16 || shape.dtype == NXS_BF16;
   if (!map || reinterpret_cast<u64>(map) % 64 || shape.rank < 1 || shape.rank > 5 || !shape.address ||
       reinterpret_cast<u64>(shape.address) % 16 || (shape.fill_nan && !is_float))
     return kInvalidValue;
-  encoded = {kMapMagic, static_cast<u8>(shape.rank), static_cast<u8>(bytes), shape.fill_nan, shape.swizzle, shape.dtype, {},
-             reinterpret_cast<u64>(shape.address), {}, {}};
+  encoded = {kMapMagic,
+             static_cast<u8>(shape.rank),
+             static_cast<u8>(bytes),
+             shape.fill_nan,
+             shape.swizzle,
+             shape.dtype,
+             {},
+             reinterpret_cast<u64>(shape.address),
+             {},
+             {}};
   for (u32 i = 0; i < shape.rank; ++i) {
     if (!shape.size[i] || shape.size[i] > u64{1} << 32 || !shape.box[i] || shape.box[i] > 256) return kInvalidValue;
     encoded.last[i] = static_cast<u32>(shape.size[i] - 1);
@@ -62,7 +70,9 @@ static float element(const u8* p, Reduction type) {
   float value;
   memcpy(&half, p, 2);
   memcpy(&value, p, 4);
-  return type == Reduction::kAddF32 ? value : type == Reduction::kAddF16 ? f16_bits_to_f32(half) : bf16_bits_to_f32(half);
+  return type == Reduction::kAddF32   ? value
+         : type == Reduction::kAddF16 ? f16_bits_to_f32(half)
+                                      : bf16_bits_to_f32(half);
 }
 
 static void reduce(u8* to, const u8* from, u32 bytes, Reduction type) {
@@ -107,7 +117,8 @@ void land(Copy& copy) {
   const Epoch epoch = {machine->cluster, mbarrier.block->first_agent + machine->launch.block + warps + mbarrier.slot,
                        mbarrier.phase + 1};
   const u8 flags = kInitialised | kWrittenAsync | (copy.tensor ? kKnownSwizzle : 0);
-  for (const Piece& piece : copy.pieces) machine->shared_shadow.end_write(piece.cells, piece.bytes, epoch, flags, copy.swizzle);
+  for (const Piece& piece : copy.pieces)
+    machine->shared_shadow.end_write(piece.cells, piece.bytes, epoch, flags, copy.swizzle);
   for (const auto& [cells, count] : copy.sources) machine->shared_shadow.end_read(cells, count, epoch);
   mbarrier.arriving.seen[epoch.agent] = epoch.step;
   mbarrier.bytes -= copy.transaction_bytes;
@@ -143,7 +154,8 @@ void end_copies(Thread& thread) {
     fail("unwaited copy", copy->where, "the thread ends with this copy neither committed nor waited for");
   for (const CopyGroup& group : thread.bulk_groups)
     for (const auto& copy : group) {
-      if (!copy->read_done) fail("unwaited copy", copy->where, "the thread ends before this copy is known to have read its source");
+      if (!copy->read_done)
+        fail("unwaited copy", copy->where, "the thread ends before this copy is known to have read its source");
       store_written(*copy, {machine->cluster, thread.agent, ~0u});  // no other block can know when
     }
 }
@@ -203,7 +215,8 @@ static std::unique_ptr<Copy> load_to(u32 to, u32 mbarrier, u32 bytes, bool clust
   copy->transaction_bytes = bytes;
   copy->where = where;
   const SharedSpan span = shared_span(to, bytes, cluster, where);
-  if (span.block != copy->mbarrier->block) fail("arrival", where, "a copy to one block that signals an mbarrier of another");
+  if (span.block != copy->mbarrier->block)
+    fail("arrival", where, "a copy to one block that signals an mbarrier of another");
   return copy;
 }
 
@@ -216,7 +229,8 @@ template <typename F> static void each_target(u32 to, u32 mbarrier, u32 multicas
 
 static void check_bulk(u32 shared, const void* global, u32 bytes, Where where) {
   if (shared % 16 || reinterpret_cast<u64>(global) % 16 || bytes % 16 || !bytes)
-    fail("misaligned", where, "bulk copy of %u bytes between %p and shared address 0x%x: multiples of 16 are due", bytes, global, shared);
+    fail("misaligned", where, "bulk copy of %u bytes between %p and shared address 0x%x: multiples of 16 are due",
+         bytes, global, shared);
 }
 
 void bulk_load(u32 to, const void* from, u32 bytes, u32 mbarrier, u32 multicast, Where where) {
@@ -290,13 +304,15 @@ static EncodedMap decode(const TensorMap* map, u32 rank, Where where) {
   if (reinterpret_cast<u64>(map) % 64) fail("tensor map", where, "a tensor map that is not aligned to 64 bytes");
   memcpy(&encoded, map, sizeof(encoded));
   if (encoded.magic != kMapMagic) fail("tensor map", where, "a tensor map that encode_tensor_map did not make");
-  if (rank && encoded.rank != rank) fail("tensor map", where, "a copy of rank %u with a map of rank %u", rank, encoded.rank);
+  if (rank && encoded.rank != rank)
+    fail("tensor map", where, "a copy of rank %u with a map of rank %u", rank, encoded.rank);
   return encoded;
 }
 
 void check_tensor_map(const TensorMap* map, u32 rank, Where where) { decode(map, rank, where); }
 
-// Calls visit(row in the box, global address of its first element, first and last in-bounds element) for each row of a box.
+// Calls visit(row in the box, global address of its first element, first and last in-bounds element) for each row of a
+// box.
 template <typename F> static void each_row(const EncodedMap& map, const i32* at, F visit) {
   u32 rows = 1;
   for (u32 i = 1; i < map.rank; ++i) rows *= map.box[i];
@@ -309,7 +325,8 @@ template <typename F> static void each_row(const EncodedMap& map, const i32* at,
       address += x * static_cast<i64>(map.stride[i - 1]);
     }
     const i64 first = std::max<i64>(0, -i64{at[0]}), end = std::min<i64>(map.box[0], i64{map.last[0]} + 1 - at[0]);
-    visit(row, reinterpret_cast<u8*>(address), static_cast<u32>(first), inside && end > first ? static_cast<u32>(end) : static_cast<u32>(first));
+    visit(row, reinterpret_cast<u8*>(address), static_cast<u32>(first),
+          inside && end > first ? static_cast<u32>(end) : static_cast<u32>(first));
   }
 }
 
@@ -325,7 +342,8 @@ static void check_tensor_copy(const EncodedMap& map, u32 shared, Where where) {
     fail("tensor map", where, "a swizzled box whose rows are shorter than the swizzle is not modelled");
 }
 
-void tensor_load(u32 to, const TensorMap* tensor_map, u32 mbarrier, const i32* at, u32 rank, u32 multicast, Where where) {
+void tensor_load(u32 to, const TensorMap* tensor_map, u32 mbarrier, const i32* at, u32 rank, u32 multicast,
+                 Where where) {
   const EncodedMap map = decode(tensor_map, rank, where);
   check_tensor_copy(map, to, where);
   const u32 bytes = box_bytes(map), row_bytes = map.box[0] * map.element_bytes;
@@ -343,7 +361,8 @@ void tensor_load(u32 to, const TensorMap* tensor_map, u32 mbarrier, const i32* a
       copy->data.resize(begin + row_bytes);
       if (map.fill_nan)
         for (u32 x = 0; x < map.box[0]; ++x)
-          if (x < first || x >= end) memset(copy->data.data() + begin + x * e, 0xff, e), copy->data[begin + x * e + e - 1] = 0x7f;
+          if (x < first || x >= end)
+            memset(copy->data.data() + begin + x * e, 0xff, e), copy->data[begin + x * e + e - 1] = 0x7f;
       for (u32 x = 0; x < row_bytes; x += 16) {
         const u32 place = swizzled(offset + row * row_bytes + x, map.swizzle) - offset;
         copy->pieces.push_back({span.bytes + place, span.cells + place, nullptr, 16});
@@ -364,7 +383,8 @@ void tensor_store(const TensorMap* tensor_map, u32 from, const i32* at, u32 rank
                       : map.dtype == NXS_BF16 ? Reduction::kAddBf16
                       : map.dtype == NXS_F16  ? Reduction::kAddF16
                                               : Reduction::kAddU32;
-  if (add && copy->reduction == Reduction::kAddU32 && map.element_bytes != 4) fail("tensor map", where, "an addition of this type is not modelled");
+  if (add && copy->reduction == Reduction::kAddU32 && map.element_bytes != 4)
+    fail("tensor map", where, "an addition of this type is not modelled");
   const SharedSpan span = shared_span(from, box_bytes(map), false, where);
   each_row(map, at, [&](u32 row, u8* global, u32 first, u32 end) {
     for (u32 x = 0; x < row_bytes; x += 16) {

@@ -1,9 +1,9 @@
-#include "fiber.h"
-
 #include <sys/mman.h>
 
 #include <cstdlib>
 #include <utility>
+
+#include "fiber.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -55,8 +55,8 @@ void Fiber::prepare(void (*body)(void*), void* argument) {
   body_ = body;
   argument_ = argument;
 #if defined(__x86_64__)
-  // Six registers, then the address of start(); above it a zero return address ends backtraces. start() begins as after a
-  // call: its stack pointer is 8 below a multiple of 16.
+  // Six registers, then the address of start(); above it a zero return address ends backtraces. start() begins as after
+  // a call: its stack pointer is 8 below a multiple of 16.
   void** top = reinterpret_cast<void**>(memory_ + kGuard + kStack) - 3;
   top[0] = nullptr;
   top[-1] = reinterpret_cast<void*>(&Fiber::start);

@@ -1,11 +1,11 @@
 // Launches, the scheduler, reports, and the C interface.
-#include "machine.h"
-
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <exception>
+#include <mutex>
+
+#include "machine.h"
 
 namespace nxs::emulator {
 
@@ -17,7 +17,8 @@ namespace {
 
 thread_local std::string report;
 thread_local std::vector<std::unique_ptr<Thread>> thread_pool;
-thread_local std::unordered_map<const void*, unsigned> opted_in;
+std::mutex opted_in_mutex;
+std::unordered_map<const void*, unsigned> opted_in;  // by kernel, of the whole process as on a GPU
 
 nxs_emulator_options default_options() {
   nxs_emulator_options options = {};
@@ -36,7 +37,8 @@ struct Stop {};
 std::string kernel_name(const char* text) {
   int depth = 0;
   const char* end = text;
-  for (; *end && !(*end == ',' && depth == 0); ++end) depth += (*end == '<' || *end == '(') - (*end == '>' || *end == ')');
+  for (; *end && !(*end == ',' && depth == 0); ++end)
+    depth += (*end == '<' || *end == '(') - (*end == '>' || *end == ')');
   return std::string(text, end);
 }
 
@@ -62,7 +64,8 @@ void record_text(const char* kind, const Thread* thread, Where where, const std:
     snprintf(text, sizeof(text), ", block (%u,%u,%u), thread %u", b.x, b.y, b.z, thread->place.thread);
     report += text;
   }
-  report += ", " + file_name(where.file_name()) + ":" + std::to_string(where.line()) + " in " + function_name(where.function_name()) + "]";
+  report += ", " + file_name(where.file_name()) + ":" + std::to_string(where.line()) + " in " +
+            function_name(where.function_name()) + "]";
   if (!machine->options.quiet) fprintf(stderr, "nextscale emulator: %s\n", report.c_str());
 }
 
@@ -89,9 +92,7 @@ void record(const char* kind, const Thread* thread, Where where, const char* for
   va_end(arguments);
 }
 
-void fail_in_flight(Where where) {
-  fail("registers", where, "use of a wgmma accumulator before the wait for it");
-}
+void fail_in_flight(Where where) { fail("registers", where, "use of a wgmma accumulator before the wait for it"); }
 
 // ---- threads
 
@@ -102,7 +103,8 @@ Epoch Thread::epoch() const { return {machine->cluster, agent, step()}; }
 std::shared_ptr<const Clocks::Others> snapshot(const Thread& thread) {
   Clocks now = thread.clocks;
   now.others = nullptr;
-  auto others = thread.clocks.others ? std::make_shared<Clocks::Others>(*thread.clocks.others) : std::make_shared<Clocks::Others>();
+  auto others = thread.clocks.others ? std::make_shared<Clocks::Others>(*thread.clocks.others)
+                                     : std::make_shared<Clocks::Others>();
   (*others)[machine->cluster] = std::make_shared<const Clocks>(std::move(now));
   return others;
 }
@@ -146,12 +148,14 @@ u32 Machine::random(u32 below) {
 }
 
 bool Machine::landing_now() {
-  return options.landing == NXS_EMULATOR_LANDING_EARLY || (options.landing == NXS_EMULATOR_LANDING_RANDOM && random(3) == 0);
+  return options.landing == NXS_EMULATOR_LANDING_EARLY ||
+         (options.landing == NXS_EMULATOR_LANDING_RANDOM && random(3) == 0);
 }
 
 // ---- a launch
 
-Machine::Machine(const Launch& launch_, const nxs_emulator_options& options_, std::vector<std::unique_ptr<Thread>>& threads_)
+Machine::Machine(const Launch& launch_, const nxs_emulator_options& options_,
+                 std::vector<std::unique_ptr<Thread>>& threads_)
     : launch(launch_), options(options_), random_state(options_.seed * 0x9e3779b97f4a7c15ull + 1), threads(threads_) {}
 
 void Machine::body(void* argument) {
@@ -255,7 +259,8 @@ void Machine::end_thread(Thread& thread) {
   const u32 lane_bit = 1u << (thread.place.thread % kWarp);
   for (const auto& meeting : block.warps[thread.place.thread / kWarp].meetings)
     if (meeting->mask & lane_bit)
-      fail("divergence", meeting->where, "thread %u ends while lanes of its warp wait for it here", thread.place.thread);
+      fail("divergence", meeting->where, "thread %u ends while lanes of its warp wait for it here",
+           thread.place.thread);
   if (thread.wgmma_done < thread.wgmma_issued)
     fail("registers", block.warpgroups[thread.place.thread / kWarpgroup].ops[thread.wgmma_done]->where,
          "the thread ends without a wait for this wgmma");
@@ -270,7 +275,7 @@ void Machine::end_thread(Thread& thread) {
     bool known = false;
     for (u32 t = 0; t < launch.block; ++t) known |= threads[block.rank * launch.block + t]->clocks.seen[agent] >= step;
     if (!known)
-      fail("race", Where::current(), "the block ends while %s may still access its shared memory",
+      fail("race", thread.where, "the block ends while %s may still access its shared memory",
            describe({cluster, agent, step}).c_str());
   }
 }
@@ -294,8 +299,8 @@ void Machine::report_deadlock() {
       ++done;
       continue;
     }
-    ++waits[std::string("at ") + file_name(thread.where.file_name()) + ":" + std::to_string(thread.where.line()) + " for " +
-            thread.waits_for];
+    ++waits[std::string("at ") + file_name(thread.where.file_name()) + ":" + std::to_string(thread.where.line()) +
+            " for " + thread.waits_for];
     if (!first || rank(thread) > rank(*first)) first = &thread;
   }
   std::string text;
@@ -326,8 +331,12 @@ void Machine::run() {
 nxs_status run(const Launch& launch) {
   constexpr nxs_status kInvalidValue = 1;
   const dim3 grid = launch.grid;
-  const auto opted = opted_in.find(launch.kernel);
-  const unsigned shared_limit = std::max(kSharedWithoutOptIn, opted == opted_in.end() ? 0 : opted->second);
+  unsigned shared_limit = kSharedWithoutOptIn;
+  {
+    const std::lock_guard lock(opted_in_mutex);
+    if (const auto opted = opted_in.find(launch.kernel); opted != opted_in.end())
+      shared_limit = std::max(shared_limit, opted->second);
+  }
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !launch.block || launch.block > 1024 ||
       launch.dynamic_smem > shared_limit || !launch.cluster || launch.cluster > 16 || grid.x % launch.cluster)
     return kInvalidValue;
@@ -343,13 +352,16 @@ nxs_status run(const Launch& launch) {
 
 nxs_status allow_dynamic_smem(const void* kernel, unsigned bytes) {
   if (bytes > kSharedLimit) return 1;
+  const std::lock_guard lock(opted_in_mutex);
   opted_in[kernel] = bytes;
   return NXS_OK;
 }
 
 // ---- counters
 
-u32 sectors(u64 address, u64 bytes) { return bytes ? static_cast<u32>((address + bytes - 1) / 32 - address / 32 + 1) : 0; }
+u32 sectors(u64 address, u64 bytes) {
+  return bytes ? static_cast<u32>((address + bytes - 1) / 32 - address / 32 + 1) : 0;
+}
 
 void WarpLog::add(u32 lane, Kind kind, u64 address, u32 bytes, Where where) {
   const u64 site = (reinterpret_cast<u64>(where.file_name()) * 31 + where.line()) * 1024 + where.column() * 4 + kind;
@@ -377,7 +389,8 @@ void count_group(const WarpLog::Group& group) {
   if (group.kind != WarpLog::kSharedAccess) {
     for (u32 lane = 0; lane < kWarp; ++lane)
       if (group.lanes >> lane & 1)
-        for (u64 s = group.address[lane] / 32; s <= (group.address[lane] + group.bytes - 1) / 32; ++s) units.push_back(s);
+        for (u64 s = group.address[lane] / 32; s <= (group.address[lane] + group.bytes - 1) / 32; ++s)
+          units.push_back(s);
     std::sort(units.begin(), units.end());
     const u64 bytes = static_cast<u64>(std::unique(units.begin(), units.end()) - units.begin()) * 32;
     (group.kind == WarpLog::kGlobalLoad ? counts.global_load_bytes : counts.global_store_bytes) += bytes;

@@ -1,11 +1,11 @@
 // The state of one launch: a cluster of blocks at a time, one fiber a thread.
 //
 // Order in time is a happens-before relation kept in vector clocks. An agent is whatever acts on its own: a thread, the
-// wgmma unit as one warp sees it, or the copies of one mbarrier. Each agent counts its own steps; a Clocks holds, for every
-// agent of the cluster, up to which step its holder has seen it. Barriers and mbarriers carry Clocks from those who arrive
-// to those who wait, release and acquire operations carry them through memory (also between clusters), and every byte
-// remembers who touched it last. Two accesses of which neither has seen the other are a race, whatever the order they
-// happened to run in.
+// wgmma unit as one warp sees it, or the copies of one mbarrier. Each agent counts its own steps; a Clocks holds, for
+// every agent of the cluster, up to which step its holder has seen it. Barriers and mbarriers carry Clocks from those
+// who arrive to those who wait, release and acquire operations carry them through memory (also between clusters), and
+// every byte remembers who touched it last. Two accesses of which neither has seen the other are a race, whatever the
+// order they happened to run in.
 #pragma once
 #include <deque>
 #include <map>
@@ -25,8 +25,8 @@ constexpr u32 kSharedLimit = 232448, kSharedWithoutOptIn = 48 << 10;
 constexpr u32 kRankShift = 24;  // an address of the cluster window is (rank + 1) << kRankShift | address
 
 struct Clocks {
-  std::vector<u32> seen;    // steps of each agent that happened before
-  std::vector<u32> proxied; // steps of each agent that a proxy fence of that agent follows, before
+  std::vector<u32> seen;     // steps of each agent that happened before
+  std::vector<u32> proxied;  // steps of each agent that a proxy fence of that agent follows, before
   // What is known of other clusters of the launch.
   using Others = std::map<u32, std::shared_ptr<const Clocks>>;
   std::shared_ptr<const Others> others;
@@ -34,7 +34,8 @@ struct Clocks {
   void resize(size_t agents);
   void join(const Clocks& clocks);
   void meet(const Clocks& clocks);  // keeps what both know
-  static std::shared_ptr<const Others> join(const std::shared_ptr<const Others>& a, const std::shared_ptr<const Others>& b);
+  static std::shared_ptr<const Others> join(const std::shared_ptr<const Others>& a,
+                                            const std::shared_ptr<const Others>& b);
 };
 
 struct Epoch {
@@ -53,7 +54,7 @@ enum CellFlags : u8 {
   kInitialised = 1,
   kWrittenAtomically = 2,
   kReadAsConstant = 4,
-  kWrittenAsync = 8,   // by the async proxy: no proxy fence needed to read it there
+  kWrittenAsync = 8,  // by the async proxy: no proxy fence needed to read it there
   kMbarrier = 16,
   kKnownSwizzle = 32,
 };
@@ -119,10 +120,10 @@ struct Block;
 struct Mbarrier;
 struct Copy {
   std::vector<Piece> pieces;
-  std::vector<u8> data;       // of a load: its source when it was issued, with the fill of what is out of bounds
+  std::vector<u8> data;  // of a load: its source when it was issued, with the fill of what is out of bounds
   std::vector<std::pair<Cell*, u32>> sources;  // in shared memory, of a copy to a peer
-  bool moved = false;         // the bytes are where they go; whether anyone may look is another matter
-  bool read_done = false;     // of a store: its source may be reused
+  bool moved = false;                          // the bytes are where they go; whether anyone may look is another matter
+  bool read_done = false;                      // of a store: its source may be reused
   Mbarrier* mbarrier = nullptr;
   u32 transaction_bytes = 0;
   Reduction reduction = Reduction::kNone;
@@ -169,7 +170,7 @@ struct WgmmaOp {
   Wgmma op;
   Where where;
   u32 issued = 0;
-  Clocks clocks;  // what all threads knew when they issued it
+  Clocks clocks;                            // what all threads knew when they issued it
   std::vector<std::pair<u8*, Cell*>> a, b;  // 16-byte chunks
   struct Lane {
     float* d = nullptr;

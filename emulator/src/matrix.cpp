@@ -8,7 +8,9 @@
 
 namespace nxs::emulator {
 
-static double number(MmaType type, u16 bits) { return type == MmaType::kF16 ? f16_bits_to_f32(bits) : bf16_bits_to_f32(bits); }
+static double number(MmaType type, u16 bits) {
+  return type == MmaType::kF16 ? f16_bits_to_f32(bits) : bf16_bits_to_f32(bits);
+}
 // The k-th 16-bit value of registers that hold two each.
 static double half_of(MmaType type, u32 word, u32 k) { return number(type, static_cast<u16>(word >> 16 * k)); }
 // tf32 keeps 10 bits of mantissa; the hardware does not look at the others.
@@ -31,33 +33,40 @@ static u16* matrix_element(Slots& slots, u32 matrix, u32 row, u32 column) {
 void load_matrix(u32* registers, u32 count, u32 address, bool transposed, Where where) {
   MatrixSlot slot = {registers, nullptr, count, transposed, nullptr};
   if (lane() < 8 * count) slot.row = shared_access(address, 16, Access::kRead, where);
-  warp_collective(Collective::kLoadMatrix, ~0u, &slot, [](Slots& slots, u32) {
-    for (u32 l = 0; l < kWarp; ++l) {
-      const MatrixSlot& mine = *static_cast<MatrixSlot*>(slots[l]);
-      for (u32 i = 0; i < mine.count; ++i) {
-        const u32 r = l / 4, c = l % 4 * 2;
-        const u16 low = mine.transposed ? *matrix_element(slots, i, c, r) : *matrix_element(slots, i, r, c);
-        const u16 high = mine.transposed ? *matrix_element(slots, i, c + 1, r) : *matrix_element(slots, i, r, c + 1);
-        mine.load[i] = low | static_cast<u32>(high) << 16;
-      }
-    }
-  }, where);
+  warp_collective(
+      Collective::kLoadMatrix, ~0u, &slot,
+      [](Slots& slots, u32) {
+        for (u32 l = 0; l < kWarp; ++l) {
+          const MatrixSlot& mine = *static_cast<MatrixSlot*>(slots[l]);
+          for (u32 i = 0; i < mine.count; ++i) {
+            const u32 r = l / 4, c = l % 4 * 2;
+            const u16 low = mine.transposed ? *matrix_element(slots, i, c, r) : *matrix_element(slots, i, r, c);
+            const u16 high =
+                mine.transposed ? *matrix_element(slots, i, c + 1, r) : *matrix_element(slots, i, r, c + 1);
+            mine.load[i] = low | static_cast<u32>(high) << 16;
+          }
+        }
+      },
+      where);
 }
 
 void store_matrix(const u32* registers, u32 count, u32 address, bool transposed, Where where) {
   MatrixSlot slot = {nullptr, registers, count, transposed, nullptr};
   if (lane() < 8 * count) slot.row = shared_access(address, 16, Access::kWrite, where);
-  warp_collective(Collective::kStoreMatrix, ~0u, &slot, [](Slots& slots, u32) {
-    for (u32 l = 0; l < kWarp; ++l) {
-      const MatrixSlot& mine = *static_cast<MatrixSlot*>(slots[l]);
-      for (u32 i = 0; i < mine.count; ++i) {
-        const u32 r = l / 4, c = l % 4 * 2;
-        for (u32 k = 0; k < 2; ++k)
-          *(mine.transposed ? matrix_element(slots, i, c + k, r) : matrix_element(slots, i, r, c + k)) =
-              static_cast<u16>(mine.store[i] >> 16 * k);
-      }
-    }
-  }, where);
+  warp_collective(
+      Collective::kStoreMatrix, ~0u, &slot,
+      [](Slots& slots, u32) {
+        for (u32 l = 0; l < kWarp; ++l) {
+          const MatrixSlot& mine = *static_cast<MatrixSlot*>(slots[l]);
+          for (u32 i = 0; i < mine.count; ++i) {
+            const u32 r = l / 4, c = l % 4 * 2;
+            for (u32 k = 0; k < 2; ++k)
+              *(mine.transposed ? matrix_element(slots, i, c + k, r) : matrix_element(slots, i, r, c + k)) =
+                  static_cast<u16>(mine.store[i] >> 16 * k);
+          }
+        }
+      },
+      where);
 }
 
 // ---- mma.sync m16n8k16 and, for tf32, m16n8k8
@@ -70,34 +79,39 @@ struct MmaSlot {
 
 void mma(MmaType type, float* c, const u32* a, const u32* b, Where where) {
   MmaSlot slot = {type, c, a, b};
-  warp_collective(Collective::kMma, ~0u, &slot, [](Slots& slots, u32) {
-    const MmaType type = static_cast<MmaSlot*>(slots[0])->type;
-    const u32 depth = type == MmaType::kTf32 ? 8 : 16;
-    double a[16][16], b[16][8];
-    for (u32 l = 0; l < kWarp; ++l) {
-      const MmaSlot& mine = *static_cast<MmaSlot*>(slots[l]);
-      const u32 g = l / 4, t = l % 4;
-      if (type == MmaType::kTf32) {
-        for (u32 i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = tf32(mine.a[i]);
-        for (u32 i = 0; i < 2; ++i) b[t + i * 4][g] = tf32(mine.b[i]);
-      } else {
-        for (u32 i = 0; i < 4; ++i)
-          for (u32 k = 0; k < 2; ++k) a[g + i % 2 * 8][2 * t + i / 2 * 8 + k] = half_of(type, mine.a[i], k);
-        for (u32 i = 0; i < 2; ++i)
-          for (u32 k = 0; k < 2; ++k) b[2 * t + i * 8 + k][g] = half_of(type, mine.b[i], k);
-      }
-    }
-    for (u32 l = 0; l < kWarp; ++l) {
-      float* c = static_cast<MmaSlot*>(slots[l])->c;
-      for (u32 i = 0; i < 4; ++i) {
-        double sum = c[i];
-        for (u32 k = 0; k < depth; ++k) sum += a[l / 4 + i / 2 * 8][k] * b[k][l % 4 * 2 + i % 2];
-        c[i] = static_cast<float>(sum);
-      }
-    }
-    u64& flops = type == MmaType::kTf32 ? counts.mma_tf32_flops : type == MmaType::kF16 ? counts.mma_f16_flops : counts.mma_bf16_flops;
-    flops += 2 * 16 * 8 * depth;
-  }, where);
+  warp_collective(
+      Collective::kMma, ~0u, &slot,
+      [](Slots& slots, u32) {
+        const MmaType type = static_cast<MmaSlot*>(slots[0])->type;
+        const u32 depth = type == MmaType::kTf32 ? 8 : 16;
+        double a[16][16], b[16][8];
+        for (u32 l = 0; l < kWarp; ++l) {
+          const MmaSlot& mine = *static_cast<MmaSlot*>(slots[l]);
+          const u32 g = l / 4, t = l % 4;
+          if (type == MmaType::kTf32) {
+            for (u32 i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = tf32(mine.a[i]);
+            for (u32 i = 0; i < 2; ++i) b[t + i * 4][g] = tf32(mine.b[i]);
+          } else {
+            for (u32 i = 0; i < 4; ++i)
+              for (u32 k = 0; k < 2; ++k) a[g + i % 2 * 8][2 * t + i / 2 * 8 + k] = half_of(type, mine.a[i], k);
+            for (u32 i = 0; i < 2; ++i)
+              for (u32 k = 0; k < 2; ++k) b[2 * t + i * 8 + k][g] = half_of(type, mine.b[i], k);
+          }
+        }
+        for (u32 l = 0; l < kWarp; ++l) {
+          float* c = static_cast<MmaSlot*>(slots[l])->c;
+          for (u32 i = 0; i < 4; ++i) {
+            double sum = c[i];
+            for (u32 k = 0; k < depth; ++k) sum += a[l / 4 + i / 2 * 8][k] * b[k][l % 4 * 2 + i % 2];
+            c[i] = static_cast<float>(sum);
+          }
+        }
+        u64& flops = type == MmaType::kTf32  ? counts.mma_tf32_flops
+                     : type == MmaType::kF16 ? counts.mma_f16_flops
+                                             : counts.mma_bf16_flops;
+        flops += 2 * 16 * 8 * depth;
+      },
+      where);
 }
 
 // ---- wgmma
@@ -108,16 +122,19 @@ struct Descriptor {
 };
 
 static Descriptor decode(u64 bits, Where where) {
-  if (bits & ~0xc0003fff3fff3fffull) fail("descriptor", where, "a matrix descriptor with bits outside its fields (base offsets are not modelled)");
+  if (bits & ~0xc0003fff3fff3fffull)
+    fail("descriptor", where, "a matrix descriptor with bits outside its fields (base offsets are not modelled)");
   const Descriptor d = {static_cast<u32>(bits & 0x3fff) << 4, static_cast<u32>(bits >> 16 & 0x3fff) << 4,
                         static_cast<u32>(bits >> 32 & 0x3fff) << 4, static_cast<Swizzle>(bits >> 62)};
   const u32 width = swizzle_bytes(d.swizzle);
   if (d.swizzle != Swizzle::kNone && d.start % (8 * width) >= width)
-    fail("descriptor", where, "a tile at 0x%x: rows of %u bytes in groups of 8 must start at a multiple of %u", d.start, width, 8 * width);
+    fail("descriptor", where, "a tile at 0x%x: rows of %u bytes in groups of 8 must start at a multiple of %u", d.start,
+         width, 8 * width);
   return d;
 }
 
-// The 16-byte chunks of an operand: of each row its two halves of k (K-major), or of each k the groups of 8 rows (MN-major).
+// The 16-byte chunks of an operand: of each row its two halves of k (K-major), or of each k the groups of 8 rows
+// (MN-major).
 static std::vector<std::pair<u8*, Cell*>> operand(u64 bits, u32 rows, bool mn_major, const WgmmaOp& op) {
   const Descriptor d = decode(bits, op.where);
   const u32 width = swizzle_bytes(d.swizzle);
@@ -142,17 +159,19 @@ static std::vector<std::pair<u8*, Cell*>> operand(u64 bits, u32 rows, bool mn_ma
   auto sorted = chunks;
   std::sort(sorted.begin(), sorted.end());
   if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
-    fail("descriptor", op.where, "the strides %u and %u of a matrix descriptor make its rows overlap", d.leading, d.stride);
+    fail("descriptor", op.where, "the strides %u and %u of a matrix descriptor make its rows overlap", d.leading,
+         d.stride);
   for (const auto& [bytes, cells] : chunks) {
     machine->shared_shadow.begin_read(cells, 16, op.clocks, op.where);
     if (cells->flags & kKnownSwizzle && cells->swizzle != d.swizzle)
-      fail("descriptor", op.where, "a descriptor with rows of %u bytes for a tile that was loaded with rows of %u", width,
-           swizzle_bytes(cells->swizzle));
+      fail("descriptor", op.where, "a descriptor with rows of %u bytes for a tile that was loaded with rows of %u",
+           width, swizzle_bytes(cells->swizzle));
   }
   return chunks;
 }
 
-static void read_operand(const std::vector<std::pair<u8*, Cell*>>& chunks, MmaType type, u32 rows, bool mn_major, double* k_by_row) {
+static void read_operand(const std::vector<std::pair<u8*, Cell*>>& chunks, MmaType type, u32 rows, bool mn_major,
+                         double* k_by_row) {
   for (u32 i = 0; i < chunks.size(); ++i)
     for (u32 j = 0; j < 8; ++j) {
       u16 bits;
@@ -162,7 +181,8 @@ static void read_operand(const std::vector<std::pair<u8*, Cell*>>& chunks, MmaTy
     }
 }
 
-__attribute__((no_sanitize("address", "undefined"))) static void multiply(u32 n, const double* a, const double* b, double* d) {
+__attribute__((no_sanitize("address", "undefined"))) static void multiply(u32 n, const double* a, const double* b,
+                                                                          double* d) {
   for (u32 m = 0; m < 64; ++m)
     for (u32 k = 0; k < 16; ++k) {
       const double x = a[k * 64 + m];
@@ -196,10 +216,12 @@ static void compute(WgmmaOp& op, u32 index) {
     }
   }
   for (u32 warp = 0; warp < 4; ++warp) {
-    const Epoch epoch = {machine->cluster, block.first_agent + self->place.block_threads + first_thread / kWarp + warp, index + 1};
+    const Epoch epoch = {machine->cluster, block.first_agent + self->place.block_threads + first_thread / kWarp + warp,
+                         index + 1};
     for (const auto* chunks : {&op.a, &op.b})
       for (const auto& [bytes, cells] : *chunks) {
-        if (warp) for (u32 i = 0; i < 16; ++i) ++cells[i].pending_reads;  // end_read takes one away for each warp
+        if (warp)
+          for (u32 i = 0; i < 16; ++i) ++cells[i].pending_reads;  // end_read takes one away for each warp
         machine->shared_shadow.end_read(cells, 16, epoch);
       }
   }
@@ -213,7 +235,8 @@ static void compute_through(Warpgroup& group, u32 index) {
 
 static Warpgroup& warpgroup(Where where) {
   const u32 index = self->place.thread / kWarpgroup;
-  if ((index + 1) * kWarpgroup > self->place.block_threads) fail("divergence", where, "wgmma in a warpgroup of fewer than 4 warps");
+  if ((index + 1) * kWarpgroup > self->place.block_threads)
+    fail("divergence", where, "wgmma in a warpgroup of fewer than 4 warps");
   return self->block->warpgroups[index];
 }
 
@@ -224,7 +247,8 @@ void wgmma_fence(Where where) {
 
 void wgmma(const Wgmma& op, Where where) {
   Warpgroup& group = warpgroup(where);
-  if (!self->wgmma_fenced) fail("registers", where, "a wgmma with no wgmma_fence since its registers were last free to use");
+  if (!self->wgmma_fenced)
+    fail("registers", where, "a wgmma with no wgmma_fence since its registers were last free to use");
   const u32 index = self->wgmma_issued;
   if (index == group.ops.size()) {
     group.ops.push_back(std::make_unique<WgmmaOp>());
@@ -236,7 +260,8 @@ void wgmma(const Wgmma& op, Where where) {
   WgmmaOp& shared = *group.ops[index];
   if (shared.where.line() != where.line() || shared.op.n != op.n || shared.op.type != op.type || shared.op.a != op.a ||
       shared.op.b != op.b || shared.op.accumulate != op.accumulate || !shared.op.a_registers != !op.a_registers)
-    fail("divergence", where, "threads of one warpgroup issue wgmmas that differ (line %u, or a descriptor)", shared.where.line());
+    fail("divergence", where, "threads of one warpgroup issue wgmmas that differ (line %u, or a descriptor)",
+         shared.where.line());
   shared.clocks.meet(self->clocks);
   WgmmaOp::Lane& lane = shared.lanes[self->place.thread % kWarpgroup];
   lane.d = op.d;

@@ -53,16 +53,18 @@ SharedSpan shared_span(u32 address, u32 bytes, bool cluster, Where where) {
   const u32 rank = address >> kRankShift, offset = (address & ((1u << kRankShift) - 1)) - kDynamicShared;
   if (rank) {
     if (!cluster) fail("out of bounds", where, "an address of the cluster window where one of this block's is due");
-    if (rank > machine->blocks.size()) fail("out of bounds", where, "shared address 0x%x names no block of the cluster", address);
+    if (rank > machine->blocks.size())
+      fail("out of bounds", where, "shared address 0x%x names no block of the cluster", address);
     block = &machine->blocks[rank - 1];
   }
   if (static_cast<u64>(offset) + bytes > block->shared.size())
-    fail("out of bounds", where, "%u bytes at shared address 0x%x; the block has 0x%x to 0x%zx", bytes, address, kDynamicShared,
-         kDynamicShared + block->shared.size());
+    fail("out of bounds", where, "%u bytes at shared address 0x%x; the block has 0x%x to 0x%zx", bytes, address,
+         kDynamicShared, kDynamicShared + block->shared.size());
   if (block != self->block) {
     if (!block->alive) fail("race", where, "access to shared memory of a block that has ended");
     if (!self->clocks.seen[block->first_agent])
-      fail("race", where, "access to shared memory of a block that is not known to have begun: a cluster barrier must come first");
+      fail("race", where,
+           "access to shared memory of a block that is not known to have begun: a cluster barrier must come first");
     block->remote[self->agent] = self->step();
   }
   return {block, block->shared.data() + offset, block->cells.data() + offset};
@@ -81,7 +83,8 @@ u8* shared_access(u32 address, u32 bytes, Access access, Where where, bool clust
 }
 
 u32 map_to_rank(u32 address, u32 rank, Where where) {
-  if (rank >= machine->blocks.size()) fail("out of bounds", where, "rank %u of a cluster of %zu", rank, machine->blocks.size());
+  if (rank >= machine->blocks.size())
+    fail("out of bounds", where, "rank %u of a cluster of %zu", rank, machine->blocks.size());
   return (address & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
 }
 

@@ -62,9 +62,9 @@ static bool fenced(const Epoch& epoch, const Clocks& clocks) {
 std::string describe(const Epoch& epoch) {
   const u32 agents = machine->agents_per_block, in_block = epoch.agent % agents, rank = epoch.agent / agents;
   const u32 threads = machine->launch.block, warps = (threads + kWarp - 1) / kWarp;
-  std::string who = in_block < threads             ? "thread " + std::to_string(in_block)
+  std::string who = in_block < threads           ? "thread " + std::to_string(in_block)
                     : in_block < threads + warps ? "a wgmma of warp " + std::to_string(in_block - threads)
-                                                   : "a copy that an mbarrier counts";
+                                                 : "a copy that an mbarrier counts";
   if (epoch.cluster != machine->cluster) return who + " of another block";
   if (machine->launch.cluster > 1) who += " of rank " + std::to_string(rank);
   return who;
@@ -104,8 +104,10 @@ u32 Shadow::add_reader(u32 list, const Epoch& epoch, const Clocks* clocks) {
 
 void Shadow::check_writer(const Cell& cell, const Clocks& clocks, const char* what, Where where) const {
   if (happened(cell.writer, clocks)) return;
-  if (is_copy(cell.writer)) fail("unwaited copy", where, "%s of bytes that an asynchronous copy writes, without a wait for it", what);
-  fail("race", where, "%s of bytes that %s wrote, with nothing that orders the two", what, describe(cell.writer).c_str());
+  if (is_copy(cell.writer))
+    fail("unwaited copy", where, "%s of bytes that an asynchronous copy writes, without a wait for it", what);
+  fail("race", where, "%s of bytes that %s wrote, with nothing that orders the two", what,
+       describe(cell.writer).c_str());
 }
 
 void Shadow::check_readers(const Cell& cell, const Clocks& clocks, Where where) const {
@@ -124,11 +126,13 @@ void Shadow::read(Cell* cells, u32 count, const Thread& thread, Access access, W
   Epoch checked;
   for (Cell* cell = cells; cell != cells + count; ++cell) {
     if (cell->pending_writes) fail("unwaited copy", where, "read of bytes that an asynchronous copy still writes");
-    if (shared_ && !(cell->flags & kInitialised)) fail("uninitialised", where, "read of shared memory that nobody wrote");
+    if (shared_ && !(cell->flags & kInitialised))
+      fail("uninitialised", where, "read of shared memory that nobody wrote");
     if (cell->flags & kMbarrier) fail("race", where, "read of an mbarrier as data");
     if (access == Access::kReadConstant) {
       if (cell->writer.agent != ~0u)
-        fail("race", where, "read as constant (ld.global.nc) of bytes that %s wrote in this launch", describe(cell->writer).c_str());
+        fail("race", where, "read as constant (ld.global.nc) of bytes that %s wrote in this launch",
+             describe(cell->writer).c_str());
       cell->flags |= kReadAsConstant;
       continue;
     }
@@ -188,7 +192,8 @@ void Shadow::begin_write(Cell* cells, u32 count, const Clocks& clocks, Where whe
     if (cell->pending_reads) fail("async read", where, "copy to bytes that an asynchronous operation may still read");
     if (cell->flags & kMbarrier) fail("race", where, "copy onto an mbarrier");
     if (cell == cells || !(cell->writer == cell[-1].writer)) check_writer(*cell, clocks, "asynchronous write", where);
-    if (cell == cells || cell->readers != cell[-1].readers || cell->flags & kReadAsConstant) check_readers(*cell, clocks, where);
+    if (cell == cells || cell->readers != cell[-1].readers || cell->flags & kReadAsConstant)
+      check_readers(*cell, clocks, where);
   }
   for (Cell* cell = cells; cell != cells + count; ++cell) ++cell->pending_writes;
 }

@@ -79,8 +79,8 @@ void change_registers(u32 registers, bool raise, Where where) {
   if (group.asked && (group.asking != registers || group.raising != raise))
     fail("divergence", where, "threads of one warpgroup ask for %u and for %u registers", group.asking, registers);
   if (raise ? registers < group.registers : registers > group.registers)
-    fail("registers", where, "a limit of %u registers is not %s than the present %u", registers, raise ? "more" : "less",
-         group.registers);
+    fail("registers", where, "a limit of %u registers is not %s than the present %u", registers,
+         raise ? "more" : "less", group.registers);
   group.asking = registers;
   group.raising = raise;
   const u32 members = std::min(kWarpgroup, self->place.block_threads - self->place.thread / kWarpgroup * kWarpgroup);
@@ -114,7 +114,8 @@ void warp_collective(Collective kind, u32 mask, void* slot, void (*finish)(Slots
     if (other->kind == kind && other->mask == mask && same_place)
       meeting = other.get();
     else if (other->arrived & mask)  // lanes that wait for this one there, and that this one would wait for here
-      fail("divergence", where, "lane %u is here with mask 0x%08x while others of its warp are at line %u with mask 0x%08x", lane, mask,
+      fail("divergence", where,
+           "lane %u is here with mask 0x%08x while others of its warp are at line %u with mask 0x%08x", lane, mask,
            other->where.line(), other->mask);
   }
   if (!meeting) {
@@ -140,7 +141,8 @@ void warp_collective(Collective kind, u32 mask, void* slot, void (*finish)(Slots
     block_on(meeting->waiting, "the lanes of its warp", where);
     return;
   }
-  const auto position = std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const auto& m) { return m.get() == meeting; });
+  const auto position =
+      std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const auto& m) { return m.get() == meeting; });
   const std::unique_ptr<WarpMeeting> complete = std::move(*position);
   warp.meetings.erase(position);
   if (finish) finish(complete->slots, mask);
@@ -157,7 +159,8 @@ static Mbarrier& find_mbarrier(u32 address, bool cluster, Where where) {
   if (address % 8) fail("misaligned", where, "an mbarrier at shared address 0x%x", address);
   const SharedSpan span = shared_span(address, 8, cluster, where);
   const auto found = span.block->mbarriers.find(static_cast<u32>(span.bytes - span.block->shared.data()));
-  if (found == span.block->mbarriers.end()) fail("uninitialised", where, "no mbarrier was initialised at shared address 0x%x", address);
+  if (found == span.block->mbarriers.end())
+    fail("uninitialised", where, "no mbarrier was initialised at shared address 0x%x", address);
   if (!happened(found->second->initialiser, self->clocks))
     fail("race", where, "use of an mbarrier that %s initialised, with nothing that orders the two",
          describe(found->second->initialiser).c_str());
@@ -167,7 +170,8 @@ static Mbarrier& find_mbarrier(u32 address, bool cluster, Where where) {
 Mbarrier& mbarrier_for_copy(u32 address, bool cluster, Where where) {
   Mbarrier& mbarrier = find_mbarrier(address, cluster, where);
   if (!mbarrier.fenced)
-    fail("proxy fence", where, "a copy signals an mbarrier whose initialisation no fence.mbarrier_init or fence.proxy.async follows");
+    fail("proxy fence", where,
+         "a copy signals an mbarrier whose initialisation no fence.mbarrier_init or fence.proxy.async follows");
   return mbarrier;
 }
 
@@ -194,7 +198,8 @@ void mbarrier_invalidate(u32 address, Where where) {
   const Mbarrier& mbarrier = find_mbarrier(address, false, where);
   if (!mbarrier.waiting.empty()) fail("arrival", where, "invalidation of an mbarrier that threads wait for");
   for (const auto& copy : machine->flying)
-    if (copy->mbarrier == &mbarrier) fail("unwaited copy", where, "invalidation of an mbarrier that a copy will signal");
+    if (copy->mbarrier == &mbarrier)
+      fail("unwaited copy", where, "invalidation of an mbarrier that a copy will signal");
   const SharedSpan span = shared_span(address, 8, false, where);
   for (u32 i = 0; i < 8; ++i) span.cells[i].flags = 0;
   span.block->mbarriers.erase(static_cast<u32>(span.bytes - span.block->shared.data()));
@@ -214,7 +219,8 @@ void complete_mbarrier(Mbarrier& mbarrier) {
 void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where) {
   Mbarrier& mbarrier = find_mbarrier(address, cluster, where);
   mbarrier.bytes += expected_bytes;
-  if (expected_bytes >= 1u << 20 || mbarrier.bytes >= 1 << 20) fail("arrival", where, "an mbarrier that expects 2^20 bytes or more");
+  if (expected_bytes >= 1u << 20 || mbarrier.bytes >= 1 << 20)
+    fail("arrival", where, "an mbarrier that expects 2^20 bytes or more");
   if (!arrives) return;
   for (const Thread* other : mbarrier.arrived)
     if (other == self) fail("arrival", where, "a second arrival of this thread in one phase of an mbarrier");
@@ -231,7 +237,8 @@ bool mbarrier_wait(u32 address, u32 parity, bool block, bool cluster, Where wher
   if (parity > 1) fail("arrival", where, "a phase parity of %u", parity);
   Mbarrier& mbarrier = find_mbarrier(address, false, where);
   if (mbarrier.remote && !cluster)
-    fail("race", where, "a wait with the block's scope for an mbarrier at which other blocks arrive; the cluster's is due");
+    fail("race", where,
+         "a wait with the block's scope for an mbarrier at which other blocks arrive; the cluster's is due");
   while ((mbarrier.phase & 1) == parity) {
     if (!block) {
       spin(where);

@@ -1,5 +1,7 @@
-// Planted bugs. Each kernel is right without its bug and wrong with it; the emulator must be silent about the one, and must
-// report the other with the kind and at the line that are due, in every order of threads and landing of copies.
+// Planted bugs. Each kernel is right without its bug and wrong with it; the emulator must be silent about the one, and
+// must report the other with the kind and at the line that are due, in every order of threads and landing of copies.
+#include <memory>
+
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/atomic.cuh"
 #include "common/ptx/barrier.cuh"
@@ -13,8 +15,6 @@
 #include "common/ptx/tensor_map.cuh"
 #include "common/ptx/warp.cuh"
 #include "common/ptx/wgmma.cuh"
-#include <memory>
-
 #include "device.h"
 
 namespace nxs {
@@ -31,9 +31,9 @@ NXS_DEVICE void zero(u32 from, u32 bytes) {
 }
 
 struct Arguments {
-  u32* words;   // 4096 of them, 0, 1, 2...
-  u32* out;     // 4096, zero
-  u32 count;    // 1000
+  u32* words;  // 4096 of them, 0, 1, 2...
+  u32* out;    // 4096, zero
+  u32 count;   // 1000
 };
 
 // ---- missing waits
@@ -125,7 +125,8 @@ template <WgmmaBug kWhich, bool kBug> __global__ void wgmma_bug(Arguments p) {
   float d[4];
   u32 stride = 1024;
   if (kBug && kWhich == WgmmaBug::kStride) stride = 512;
-  const u64 a = matrix_descriptor(s, 16, stride, Swizzle::k128), b = matrix_descriptor(s + 8192, 16, 1024, Swizzle::k128);
+  const u64 a = matrix_descriptor(s, 16, stride, Swizzle::k128),
+            b = matrix_descriptor(s + 8192, 16, 1024, Swizzle::k128);
   if (!(kBug && kWhich == WgmmaBug::kFence)) wgmma_fence();
   if (kWhich == WgmmaBug::kWait)
     wgmma_bf16<8>(d, a, b, false);
@@ -144,7 +145,8 @@ template <bool kBug> __global__ void wgmma_leading(Arguments p) {  // MN-major o
   fence_async_shared();
   block_sync();
   float d[64];
-  const u64 a = matrix_descriptor(s + 4096, 2048, 1024, Swizzle::k128), b = matrix_descriptor(s, kBug ? 8192 : 2048, 1024, Swizzle::k128);
+  const u64 a = matrix_descriptor(s + 4096, 2048, 1024, Swizzle::k128),
+            b = matrix_descriptor(s, kBug ? 8192 : 2048, 1024, Swizzle::k128);
   wgmma_fence();
   HERE, wgmma_bf16<128, Major::kMN, Major::kMN>(d, a, b, false);
   wgmma_commit();
@@ -160,7 +162,8 @@ template <bool kBug> __global__ void wgmma_early_release(Arguments p) {  // arri
     barrier_sync(1, 128);
     float d[4];
     wgmma_fence();
-    OR_HERE, wgmma_bf16<8>(d, matrix_descriptor(s, 16, 1024, Swizzle::k128), matrix_descriptor(s + 8192, 16, 1024, Swizzle::k128), false);
+    OR_HERE, wgmma_bf16<8>(d, matrix_descriptor(s, 16, 1024, Swizzle::k128),
+                           matrix_descriptor(s + 8192, 16, 1024, Swizzle::k128), false);
     wgmma_commit();
     if (kBug && t % 32 == 0) mbarrier_arrive(empty);
     wgmma_wait<0>();
@@ -453,15 +456,20 @@ template <typename F> static void plant(const char* name, const std::string& kin
     for (const int landing : {NXS_EMULATOR_LANDING_LATE, NXS_EMULATOR_LANDING_RANDOM, NXS_EMULATOR_LANDING_EARLY}) {
       const nxs_emulator_options options = {seed, landing, 1};
       nxs_emulator_configure(&options);
-      const std::string label = std::string(name) + " (seed " + std::to_string(seed) + ", landing " + std::to_string(landing) + ")";
+      const std::string label =
+          std::string(name) + " (seed " + std::to_string(seed) + ", landing " + std::to_string(landing) + ")";
       nxs_emulator_reset();
       check(run(false) == NXS_OK, label + " without its bug: " + nxs_emulator_report());
       nxs::report_line = nxs::other_line = 0;
       const nxs_status status = run(true);
       const std::string report = nxs_emulator_report(), kernel = std::string("kernel nxs::") + name + "<";
-      const auto names = [&](int line) { return report.find("bugs.cpp:" + std::to_string(line) + " in ") != std::string::npos; };
-      const bool kind = (", " + kinds + ", ").find(", " + report.substr(0, report.find(": ")) + ", ") != std::string::npos;
-      check(status == NXS_EMULATOR_FAILURE && kind && (names(nxs::report_line) || names(nxs::other_line)) && report.find(kernel) != std::string::npos,
+      const auto names = [&](int line) {
+        return report.find("bugs.cpp:" + std::to_string(line) + " in ") != std::string::npos;
+      };
+      const bool kind =
+          (", " + kinds + ", ").find(", " + report.substr(0, report.find(": ")) + ", ") != std::string::npos;
+      check(status == NXS_EMULATOR_FAILURE && kind && (names(nxs::report_line) || names(nxs::other_line)) &&
+                report.find(kernel) != std::string::npos,
             label + " is due at line " + std::to_string(nxs::report_line) + " as " + kinds + ", but: " + report);
     }
   nxs_emulator_configure(nullptr);
@@ -488,20 +496,22 @@ int main() {
   tensor.box[0] = 64;
   check(nxs::encode_tensor_map(&map, tensor) == NXS_OK, "a tensor map is encoded");
 
-#define PLANT_WITH(name, kind, grid, block, cluster, ...)                                                                  \
-  plant(#name, kind, [&](bool bug) {                                                                                       \
-    const Buffer<uint32_t> out(std::vector<uint32_t>(4096));                                                               \
-    const nxs::Arguments p = {words.get(), out.get(), 1000};                                                               \
-    const auto shape = shape_of(grid, block, cluster);                                                                     \
-    return bug ? nxs::launch(nxs::name<__VA_ARGS__ true>, shape, nullptr, p) : nxs::launch(nxs::name<__VA_ARGS__ false>, shape, nullptr, p); \
+#define PLANT_WITH(name, kind, grid, block, cluster, ...)                      \
+  plant(#name, kind, [&](bool bug) {                                           \
+    const Buffer<uint32_t> out(std::vector<uint32_t>(4096));                   \
+    const nxs::Arguments p = {words.get(), out.get(), 1000};                   \
+    const auto shape = shape_of(grid, block, cluster);                         \
+    return bug ? nxs::launch(nxs::name<__VA_ARGS__ true>, shape, nullptr, p)   \
+               : nxs::launch(nxs::name<__VA_ARGS__ false>, shape, nullptr, p); \
   })
 #define PLANT(name, kind) PLANT_WITH(name, kind, 1, 128, 1)
-#define PLANT_MAP(name, kind)                                                                                              \
-  plant(#name, kind, [&](bool bug) {                                                                                       \
-    const Buffer<uint32_t> out(std::vector<uint32_t>(4096));                                                               \
-    const nxs::Arguments p = {words.get(), out.get(), 1000};                                                               \
-    const auto shape = shape_of(1, 128, 1);                                                                                \
-    return bug ? nxs::launch(nxs::name<true>, shape, nullptr, map, p) : nxs::launch(nxs::name<false>, shape, nullptr, map, p); \
+#define PLANT_MAP(name, kind)                                           \
+  plant(#name, kind, [&](bool bug) {                                    \
+    const Buffer<uint32_t> out(std::vector<uint32_t>(4096));            \
+    const nxs::Arguments p = {words.get(), out.get(), 1000};            \
+    const auto shape = shape_of(1, 128, 1);                             \
+    return bug ? nxs::launch(nxs::name<true>, shape, nullptr, map, p)   \
+               : nxs::launch(nxs::name<false>, shape, nullptr, map, p); \
   })
   PLANT(cp_async_wait, "unwaited copy");
   PLANT(cp_async_group, "unwaited copy");
@@ -538,7 +548,8 @@ int main() {
     const std::unique_ptr<uint32_t[]> exact(new uint32_t[1000]);
     const nxs::Arguments p = {words.get(), exact.get(), 1000};
     const auto shape = shape_of(8, 128, 1);
-    return bug ? nxs::launch(nxs::global_bound<true>, shape, nullptr, p) : nxs::launch(nxs::global_bound<false>, shape, nullptr, p);
+    return bug ? nxs::launch(nxs::global_bound<true>, shape, nullptr, p)
+               : nxs::launch(nxs::global_bound<false>, shape, nullptr, p);
   });
 #endif
   PLANT(shared_bound, "out of bounds");

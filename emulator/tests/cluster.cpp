@@ -1,4 +1,5 @@
-// Clusters: a reduction through each other's shared memory, copies between blocks, multicast, arrivals at a peer's mbarrier.
+// Clusters: a reduction through each other's shared memory, copies between blocks, multicast, arrivals at a peer's
+// mbarrier.
 #include "common/ptx/bulk.cuh"
 #include "common/ptx/cluster.cuh"
 #include "common/ptx/fence.cuh"
@@ -13,7 +14,8 @@ namespace nxs {
 
 // Every block sums its part of a row of x; every block of the cluster gets the same total, to the bit.
 __global__ void __launch_bounds__(256) cluster_sum_kernel(const float* x, float* out, u32 count) {
-  const u32 slots = dynamic_shared(), warps = slots + 16 * 4, t = thread_index(), rank = cluster_rank(), size = cluster_size();
+  const u32 slots = dynamic_shared(), warps = slots + 16 * 4, t = thread_index(), rank = cluster_rank(),
+            size = cluster_size();
   float sum = 0;
   for (u32 i = rank * 256 + t; i < count; i += size * 256) sum += load_global_nc(x + block_index_y() * count + i);
 #pragma unroll
@@ -36,12 +38,14 @@ __global__ void __launch_bounds__(256) cluster_sum_kernel(const float* x, float*
   }
 }
 
-// Each block loads a piece of 1 KiB, passes it on to the next rank, and writes what it got from the one before. The receiver
-// says that it is ready by an arrival at the sender's mbarrier.
+// Each block loads a piece of 1 KiB, passes it on to the next rank, and writes what it got from the one before. The
+// receiver says that it is ready by an arrival at the sender's mbarrier.
 __global__ void __launch_bounds__(64) ring_kernel(const u32* in, u32* out) {
   constexpr u32 kBytes = 1024;
-  const u32 mine = dynamic_shared(), got = mine + kBytes, loaded = got + kBytes, received = loaded + 8, ready = received + 8;
-  const u32 t = thread_index(), rank = cluster_rank(), size = cluster_size(), next = (rank + 1) % size, before = (rank + size - 1) % size;
+  const u32 mine = dynamic_shared(), got = mine + kBytes, loaded = got + kBytes, received = loaded + 8,
+            ready = received + 8;
+  const u32 t = thread_index(), rank = cluster_rank(), size = cluster_size(), next = (rank + 1) % size,
+            before = (rank + size - 1) % size;
   if (t == 0) {
     mbarrier_init(loaded, 1);
     mbarrier_init(received, 1);
@@ -60,7 +64,8 @@ __global__ void __launch_bounds__(64) ring_kernel(const u32* in, u32* out) {
     bulk_copy_cluster(map_to_rank(got, next), mine, kBytes, map_to_rank(received, next));
   }
   mbarrier_wait(received, 0);
-  for (u32 i = t; i < kBytes / 4; i += 64) store_global(out + block_index_x() * (kBytes / 4) + i, load_shared<u32>(got + i * 4) + rank);
+  for (u32 i = t; i < kBytes / 4; i += 64)
+    store_global(out + block_index_x() * (kBytes / 4) + i, load_shared<u32>(got + i * 4) + rank);
   cluster_arrive();  // the copy out of this block's memory has ended where it went
   cluster_wait();
 }
@@ -75,7 +80,9 @@ __global__ void __launch_bounds__(128) multicast_kernel(const __grid_constant__ 
   }
   cluster_arrive();
   cluster_wait();
-  if (t == 0) tensor_load_multicast(tile + rank * 16 * 128, &map, full, {0, static_cast<i32>(rank * 16), static_cast<i32>(block_index_y())}, 0xf);
+  if (t == 0)
+    tensor_load_multicast(tile + rank * 16 * 128, &map, full,
+                          {0, static_cast<i32>(rank * 16), static_cast<i32>(block_index_y())}, 0xf);
   mbarrier_wait(full, 0);
   for (u32 i = t; i < 64 * 32; i += 128) {
     const u32 word = load_shared<u32>(swizzled(tile + i * 4, Swizzle::k128));
@@ -103,7 +110,8 @@ static void test_sum() {
       shape.cluster = size;
       shape.dynamic_smem = 128;
       const std::string label = "cluster sum of " + std::to_string(size) + (integers ? " integers" : " random");
-      check(finish_launch(nxs::launch(nxs::cluster_sum_kernel, shape, nullptr, dx.get(), out.get(), count)) == NXS_OK, label + " runs");
+      check(finish_launch(nxs::launch(nxs::cluster_sum_kernel, shape, nullptr, dx.get(), out.get(), count)) == NXS_OK,
+            label + " runs");
       const auto got = out.read();
       bool same = true, near = true;
       for (uint32_t row = 0; row < rows; ++row) {
@@ -132,7 +140,8 @@ static void test_ring() {
   const auto got = out.read();
   bool equal = true;
   for (uint32_t b = 0; b < blocks; ++b)
-    for (uint32_t i = 0; i < words; ++i) equal &= got[b * words + i] == in[(b / 4 * 4 + (b + 3) % 4) * words + i] + b % 4;
+    for (uint32_t i = 0; i < words; ++i)
+      equal &= got[b * words + i] == in[(b / 4 * 4 + (b + 3) % 4) * words + i] + b % 4;
   check(equal, "ring passes each piece on");
   print_checksum("ring", got);
 }

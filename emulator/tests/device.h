@@ -38,7 +38,8 @@ inline void* allocate(size_t bytes) {
 }
 inline void release(void* p) { cudaFree(p); }
 inline void copy(void* to, const void* from, size_t bytes) {
-  if (const auto error = cudaMemcpy(to, from, bytes, cudaMemcpyDefault)) printf("cudaMemcpy: %s\n", cudaGetErrorString(error)), exit(2);
+  if (const auto error = cudaMemcpy(to, from, bytes, cudaMemcpyDefault))
+    printf("cudaMemcpy: %s\n", cudaGetErrorString(error)), exit(2);
 }
 inline nxs_status finish_launch(nxs_status status) {
   const auto error = cudaDeviceSynchronize();
@@ -60,7 +61,8 @@ template <typename T> class Buffer {
     const std::vector<uint8_t> poison(count * sizeof(T), 0xfe);
     copy(p_, poison.data(), poison.size());
   }
-  explicit Buffer(const std::vector<T>& values) : count_(values.size()), p_(static_cast<T*>(allocate(count_ * sizeof(T)))) {
+  explicit Buffer(const std::vector<T>& values)
+      : count_(values.size()), p_(static_cast<T*>(allocate(count_ * sizeof(T)))) {
     copy(p_, values.data(), count_ * sizeof(T));
   }
   ~Buffer() { release(p_); }

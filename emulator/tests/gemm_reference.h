@@ -31,10 +31,11 @@ inline std::vector<uint16_t> make_matrix(size_t count, bool integers, bool f16, 
   return values;
 }
 
-// Every element of `got` ([m][n], rows of `pitch`): exact for integers; else within 2^-20 of the sum of magnitudes, as the
-// order and width of a tensor core's additions are not specified.
-inline void check_product(const std::string& name, const Gemm& g, const std::vector<uint16_t>& a, const std::vector<uint16_t>& b,
-                          bool integers, bool f16, const std::vector<float>& got, size_t pitch) {
+// Every element of `got` ([m][n], rows of `pitch`): exact for integers; else within 2^-20 of the sum of magnitudes, as
+// the order and width of a tensor core's additions are not specified.
+inline void check_product(const std::string& name, const Gemm& g, const std::vector<uint16_t>& a,
+                          const std::vector<uint16_t>& b, bool integers, bool f16, const std::vector<float>& got,
+                          size_t pitch) {
   double worst = 0;
   for (int i = 0; i < g.m; ++i)
     for (int j = 0; j < g.n; ++j) {
@@ -47,7 +48,9 @@ inline void check_product(const std::string& name, const Gemm& g, const std::vec
         magnitude += std::fabs(product);
       }
       const double error = std::fabs(got[i * pitch + j] - sum);
-      worst = std::fmax(worst, std::isnan(error) ? HUGE_VAL : integers ? (error == 0 ? 0 : HUGE_VAL) : error / (magnitude + 1e-30));
+      worst = std::fmax(worst, std::isnan(error) ? HUGE_VAL
+                               : integers        ? (error == 0 ? 0 : HUGE_VAL)
+                                                 : error / (magnitude + 1e-30));
     }
   check(worst <= 0x1p-20, name + ": error " + std::to_string(worst * 0x1p20) + " of 2^-20");
   if (integers) print_checksum(name.c_str(), got);

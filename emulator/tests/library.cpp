@@ -8,7 +8,8 @@ static void philox_reference(uint64_t seed, uint64_t position, uint32_t domain, 
   uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), domain, draw};
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {uint32_t(p1 >> 32) ^ c[1] ^ key[0], uint32_t(p1), uint32_t(p0 >> 32) ^ c[3] ^ key[1], uint32_t(p0)};
+    const uint32_t next[4] = {uint32_t(p1 >> 32) ^ c[1] ^ key[0], uint32_t(p1), uint32_t(p0 >> 32) ^ c[3] ^ key[1],
+                              uint32_t(p0)};
     memcpy(c, next, sizeof(c));
     key[0] += 0x9E3779B9u;
     key[1] += 0xBB67AE85u;
@@ -113,7 +114,8 @@ static void test_emulator() {
   p.out = small;
   check(nxs_philox_fill(&p, nullptr) == NXS_EMULATOR_FAILURE, "a store out of bounds stops the launch");
   const std::string report = nxs_emulator_report();
-  check(report.find("out of bounds: ") == 0 && report.find("kernel philox_fill_kernel<false>, block (0,0,0), thread 249") != std::string::npos &&
+  check(report.find("out of bounds: ") == 0 &&
+            report.find("kernel philox_fill_kernel<false>, block (0,0,0), thread 249") != std::string::npos &&
             report.find("philox_fill.cu:") != std::string::npos,
         "report of a store out of bounds: " + report);
   free(small);

@@ -14,8 +14,8 @@ constexpr u32 kTile = 64, kDepth = 32, kStage = kTile * kDepth * 2;
 NXS_DEVICE u32 chunk64(u32 row, u32 chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
 NXS_DEVICE u32 chunk128(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-template <bool kF16, bool kTransposedB>
-__global__ void __launch_bounds__(128) mma_tile_kernel(const u16* a, const u16* b, float* c, i32 m, i32 n, i32 k) {
+template <bool kF16, bool kTransposedB> __global__ void __launch_bounds__(128)
+    mma_tile_kernel(const u16* a, const u16* b, float* c, i32 m, i32 n, i32 k) {
   const u32 shared_a = dynamic_shared(), shared_b = shared_a + 2 * kStage;
   const u32 t = thread_index(), lane = t % 32, warp = t / 32;
   const i32 m0 = static_cast<i32>(block_index_y() * kTile), n0 = static_cast<i32>(block_index_x() * kTile);
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(128) mma_tile_kernel(const u16* a, const u16* 
         const u32 row = i / 8, chunk = i % 8;
         const i32 x = n0 + static_cast<i32>(chunk * 8), y = k0 + static_cast<i32>(row);
         const bool in = y < k && x < n;
-        copy_async<16>(shared_b + stage + chunk128(row, chunk), b + (in ? static_cast<i64>(y) * n + x : 0), in ? 16 : 0);
+        copy_async<16>(shared_b + stage + chunk128(row, chunk), b + (in ? static_cast<i64>(y) * n + x : 0),
+                       in ? 16 : 0);
       } else {
         const u32 row = i / 4, chunk = i % 4;
         const i32 x = k0 + static_cast<i32>(chunk * 8), y = n0 + static_cast<i32>(row);
@@ -76,7 +77,8 @@ __global__ void __launch_bounds__(128) mma_tile_kernel(const u16* a, const u16* 
   for (i32 j = 0; j < 8; ++j)
 #pragma unroll
     for (i32 i = 0; i < 4; ++i) {
-      const i32 row = m0 + static_cast<i32>(warp * 16 + lane / 4) + i / 2 * 8, column = n0 + j * 8 + static_cast<i32>(lane % 4 * 2) + i % 2;
+      const i32 row = m0 + static_cast<i32>(warp * 16 + lane / 4) + i / 2 * 8,
+                column = n0 + j * 8 + static_cast<i32>(lane % 4 * 2) + i % 2;
       if (row < m && column < n) store_global(c + static_cast<i64>(row) * n + column, sum[j][i]);
     }
 }
@@ -96,8 +98,10 @@ __global__ void __launch_bounds__(32) tf32_kernel(const u32* a, const u32* b, fl
 
 template <bool kF16, bool kTransposedB> static void run_tile(const char* name) {
   for (const bool integers : {true, false})
-    for (const test::Gemm g : {test::Gemm{64, 64, 32, false, kTransposedB}, test::Gemm{100, 80, 144, false, kTransposedB}}) {
-      const auto a = test::make_matrix(size_t(g.m) * g.k, integers, kF16, 1), b = test::make_matrix(size_t(g.n) * g.k, integers, kF16, 2);
+    for (const test::Gemm g :
+         {test::Gemm{64, 64, 32, false, kTransposedB}, test::Gemm{100, 80, 144, false, kTransposedB}}) {
+      const auto a = test::make_matrix(size_t(g.m) * g.k, integers, kF16, 1),
+                 b = test::make_matrix(size_t(g.n) * g.k, integers, kF16, 2);
       test::Buffer<uint16_t> da(a), db(b);
       test::Buffer<float> c(size_t(g.m) * g.n);
       nxs::LaunchShape shape;
@@ -108,15 +112,16 @@ template <bool kF16, bool kTransposedB> static void run_tile(const char* name) {
 #if !defined(__CUDACC__)
       nxs_emulator_reset();
 #endif
-      test::check(test::finish_launch(nxs::launch(nxs::mma_tile_kernel<kF16, kTransposedB>, shape, nullptr, da.get(), db.get(),
-                                                  c.get(), g.m, g.n, g.k)) == NXS_OK,
+      test::check(test::finish_launch(nxs::launch(nxs::mma_tile_kernel<kF16, kTransposedB>, shape, nullptr, da.get(),
+                                                  db.get(), c.get(), g.m, g.n, g.k)) == NXS_OK,
                   label + " runs");
       test::check_product(label, g, a, b, integers, kF16, c.read(), g.n);
 #if !defined(__CUDACC__)
       nxs_emulator_counts counts;
       nxs_emulator_counters(&counts);
       const uint64_t steps = (g.k + 31) / 32, blocks = uint64_t(shape.grid.x) * shape.grid.y;
-      test::check((kF16 ? counts.mma_f16_flops : counts.mma_bf16_flops) == blocks * steps * 2 * 64 * 64 * 32, label + " counts its FLOPs");
+      test::check((kF16 ? counts.mma_f16_flops : counts.mma_bf16_flops) == blocks * steps * 2 * 64 * 64 * 32,
+                  label + " counts its FLOPs");
       test::check(counts.shared_conflicts == 0, label + " has no bank conflicts");
       // The plan: each operand once for each tile of the other. Every row here is a whole number of sectors.
       const uint64_t plan = 2ull * g.k * (uint64_t(g.m) * shape.grid.x + uint64_t(g.n) * shape.grid.y);
@@ -135,9 +140,10 @@ static void run_tf32() {
   test::Buffer<float> da(a), db(b), c(16 * 8);
   nxs::LaunchShape shape;
   shape.block = 32;
-  test::check(test::finish_launch(nxs::launch(nxs::tf32_kernel, shape, nullptr, reinterpret_cast<const uint32_t*>(da.get()),
-                                              reinterpret_cast<const uint32_t*>(db.get()), c.get())) == NXS_OK,
-              "tf32 runs");
+  test::check(
+      test::finish_launch(nxs::launch(nxs::tf32_kernel, shape, nullptr, reinterpret_cast<const uint32_t*>(da.get()),
+                                      reinterpret_cast<const uint32_t*>(db.get()), c.get())) == NXS_OK,
+      "tf32 runs");
   a[5] = 1;
   bool equal = true;
   const auto got = c.read();

@@ -22,24 +22,11 @@ __global__ void __launch_bounds__(64) warp_kernel(const u32* in, u32* out) {
     half = shuffle(v, 3, 0xffffu);
   else
     half = shuffle(v, 20, 0xffff0000u);
-  u32 r[kWarpResults] = {shuffle(v, t + 5),
-                         shuffle_xor(v, 9u),
-                         shuffle_up(v, 3u),
-                         shuffle_down(v, 7u),
-                         half,
-                         warp_ballot(v & 1),
-                         warp_any(v == 77),
-                         warp_all(v != 77),
-                         warp_match_any(v % 5),
-                         warp_reduce_add(v),
-                         warp_reduce_min(v),
-                         warp_reduce_max(v),
-                         warp_reduce_and(v | 0xff),
-                         warp_reduce_or(v & 0xff),
-                         lane_index(),
-                         lanes_below(),
-                         population_count(v),
-                         leading_zeros(v)};
+  u32 r[kWarpResults] = {
+      shuffle(v, t + 5),  shuffle_xor(v, 9u),  shuffle_up(v, 3u),         shuffle_down(v, 7u),      half,
+      warp_ballot(v & 1), warp_any(v == 77),   warp_all(v != 77),         warp_match_any(v % 5),    warp_reduce_add(v),
+      warp_reduce_min(v), warp_reduce_max(v),  warp_reduce_and(v | 0xff), warp_reduce_or(v & 0xff), lane_index(),
+      lanes_below(),      population_count(v), leading_zeros(v)};
 #pragma unroll
   for (u32 i = 0; i < kWarpResults; ++i) store_global(out + i * 64 + t, r[i]);
 }
@@ -101,7 +88,8 @@ __global__ void __launch_bounds__(128) fence_kernel(u32* parts, u32* count, u32*
 }
 
 // A ring of bulk loads; sums of each row of bytes, doubled in place and stored in bulk.
-template <u32 kStages, u32 kChunk> __global__ void __launch_bounds__(128) bulk_kernel(const u32* in, u32* out, u32* sums, u32 chunks) {
+template <u32 kStages, u32 kChunk> __global__ void __launch_bounds__(128)
+    bulk_kernel(const u32* in, u32* out, u32* sums, u32 chunks) {
   const u32 ring = dynamic_shared(), result = ring + kStages * kChunk, full = result + kChunk, t = thread_index();
   const u32* mine = in + block_index_x() * chunks * (kChunk / 4);
   const auto issue = [&](u32 c) {
@@ -177,12 +165,14 @@ static void test_warps() {
   for (auto& x : in) x = random.next();
   in[40] = 77;
   Buffer<uint32_t> din(in), out(nxs::kWarpResults * 64);
-  check(finish_launch(nxs::launch(nxs::warp_kernel, shape_of(1, 64), nullptr, din.get(), out.get())) == NXS_OK, "warp runs");
+  check(finish_launch(nxs::launch(nxs::warp_kernel, shape_of(1, 64), nullptr, din.get(), out.get())) == NXS_OK,
+        "warp runs");
   const auto got = out.read();
   std::vector<uint32_t> want(got.size());
   for (uint32_t t = 0; t < 64; ++t) {
     const uint32_t lane = t % 32, *v = in.data() + t / 32 * 32;
-    uint32_t r[18] = {v[(t + 5) % 32], v[lane ^ 9], lane < 3 ? v[lane] : v[lane - 3], lane + 7 > 31 ? v[lane] : v[lane + 7], v[lane < 16 ? 3 : 20]};
+    uint32_t r[18] = {v[(t + 5) % 32], v[lane ^ 9], lane < 3 ? v[lane] : v[lane - 3],
+                      lane + 7 > 31 ? v[lane] : v[lane + 7], v[lane < 16 ? 3 : 20]};
     r[10] = ~0u, r[12] = ~0u, r[7] = 1;
     for (uint32_t i = 0; i < 32; ++i) {
       r[5] |= (v[i] & 1) << i;
@@ -202,13 +192,15 @@ static void test_warps() {
     for (uint32_t i = 0; i < 18; ++i) want[i * 64 + t] = r[i];
   }
   for (uint32_t i = 0; i < 18; ++i)
-    check(std::equal(got.begin() + i * 64, got.begin() + i * 64 + 64, want.begin() + i * 64), "warp result " + std::to_string(i));
+    check(std::equal(got.begin() + i * 64, got.begin() + i * 64 + 64, want.begin() + i * 64),
+          "warp result " + std::to_string(i));
   print_checksum("warp", got);
 }
 
 static void test_barriers() {
   Buffer<uint32_t> out(128);
-  check(finish_launch(nxs::launch(nxs::named_kernel, shape_of(1, 96, 128), nullptr, out.get())) == NXS_OK, "named barriers run");
+  check(finish_launch(nxs::launch(nxs::named_kernel, shape_of(1, 96, 128), nullptr, out.get())) == NXS_OK,
+        "named barriers run");
   const auto got = out.read();
   bool equal = true;
   for (uint32_t i = 0; i < 128; ++i) equal &= got[i] == i / 32 * 100 + 31 - i % 32;
@@ -221,8 +213,8 @@ static void test_ticket() {
   uint32_t want = 0;
   for (uint32_t i = 0; i < blocks * 64; ++i) want += i / 64 * 1000 + i % 64;
   for (uint32_t launch = 1; launch <= 2; ++launch) {
-    check(finish_launch(nxs::launch(nxs::ticket_kernel, shape_of(blocks, 64, 4), nullptr, parts.get(), words.get(), words.get() + 1,
-                                    words.get() + 2)) == NXS_OK,
+    check(finish_launch(nxs::launch(nxs::ticket_kernel, shape_of(blocks, 64, 4), nullptr, parts.get(), words.get(),
+                                    words.get() + 1, words.get() + 2)) == NXS_OK,
           "ticket runs");
     const auto got = words.read();
     check(got[0] == 0 && got[1] == want * launch && got[2] == (1u << blocks) - 1, "the last block sees what all wrote");
@@ -235,8 +227,8 @@ static void test_fences() {
   Random random(4);
   for (auto& x : in) x = random.next(), ++bins[x % 16];
   Buffer<uint32_t> din(in), parts(blocks), words(std::vector<uint32_t>{0, 0}), histogram(std::vector<uint32_t>(16));
-  check(finish_launch(nxs::launch(nxs::fence_kernel, shape_of(blocks, 128, 64), nullptr, parts.get(), words.get(), words.get() + 1, din.get(),
-                                  histogram.get())) == NXS_OK,
+  check(finish_launch(nxs::launch(nxs::fence_kernel, shape_of(blocks, 128, 64), nullptr, parts.get(), words.get(),
+                                  words.get() + 1, din.get(), histogram.get())) == NXS_OK,
         "fences run");
   check(words.read()[1] == blocks * (blocks + 1) / 2, "fences order");
   check(histogram.read() == bins, "shared atomics count");
@@ -247,25 +239,30 @@ static void test_bulk() {
   const uint32_t blocks = 3, chunks = 7, words = blocks * chunks * kChunk / 4;
   std::vector<uint32_t> in(words), doubled(words), sums(blocks);
   Random random(6);
-  for (uint32_t i = 0; i < words; ++i) in[i] = random.next(), doubled[i] = in[i] * 2, sums[i / (words / blocks)] += in[i];
+  for (uint32_t i = 0; i < words; ++i)
+    in[i] = random.next(), doubled[i] = in[i] * 2, sums[i / (words / blocks)] += in[i];
   Buffer<uint32_t> din(in), out(words), dsums(std::vector<uint32_t>(blocks, 0));
 #if !defined(__CUDACC__)
   nxs_emulator_reset();
 #endif
-  check(finish_launch(nxs::launch(nxs::bulk_kernel<kStages, kChunk>, shape_of(blocks, 128, (kStages + 1) * kChunk + 8 * kStages), nullptr,
-                                  din.get(), out.get(), dsums.get(), chunks)) == NXS_OK,
+  check(finish_launch(nxs::launch(nxs::bulk_kernel<kStages, kChunk>,
+                                  shape_of(blocks, 128, (kStages + 1) * kChunk + 8 * kStages), nullptr, din.get(),
+                                  out.get(), dsums.get(), chunks)) == NXS_OK,
         "bulk ring runs");
   check(out.read() == doubled && dsums.read() == sums, "bulk ring");
 #if !defined(__CUDACC__)
   nxs_emulator_counts counts;
   nxs_emulator_counters(&counts);
-  check(counts.global_load_bytes == words * 4 && counts.mbarrier_phases == blocks * chunks, "bulk ring loads what its plan says");
+  check(counts.global_load_bytes == words * 4 && counts.mbarrier_phases == blocks * chunks,
+        "bulk ring loads what its plan says");
 #endif
 }
 
 static void test_conversions() {
-  std::vector<float> in = {0.0f, -0.0f, 1.0f, 65504.0f, 65519.99f, 65520.0f, 1e30f, -1e30f, 3.4e38f, 1e-40f, 5.9604645e-8f, 2.9e-8f, 6e-5f,
-                           INFINITY, -INFINITY, NAN, 1.00048828125f, 1.00146484375f, 1.00390625f, 1.01171875f, 9e-41f, 4.6e-41f};
+  std::vector<float> in = {0.0f,        -0.0f,       1.0f,      65504.0f, 65519.99f,      65520.0f,
+                           1e30f,       -1e30f,      3.4e38f,   1e-40f,   5.9604645e-8f,  2.9e-8f,
+                           6e-5f,       INFINITY,    -INFINITY, NAN,      1.00048828125f, 1.00146484375f,
+                           1.00390625f, 1.01171875f, 9e-41f,    4.6e-41f};
   Random random(8);
   while (in.size() < 4000) {
     const uint32_t bits = random.next();
@@ -276,8 +273,8 @@ static void test_conversions() {
   const uint32_t n = static_cast<uint32_t>(in.size());
   Buffer<float> din(in), back(2 * n);
   Buffer<uint16_t> f16s(n), bf16s(n);
-  check(finish_launch(nxs::launch(nxs::convert_kernel, shape_of((n + 127) / 128, 128), nullptr, din.get(), f16s.get(), bf16s.get(), back.get(), n)) ==
-            NXS_OK,
+  check(finish_launch(nxs::launch(nxs::convert_kernel, shape_of((n + 127) / 128, 128), nullptr, din.get(), f16s.get(),
+                                  bf16s.get(), back.get(), n)) == NXS_OK,
         "conversions run");
   const auto h = f16s.read(), b = bf16s.read();
   bool nearest = true;
@@ -295,8 +292,11 @@ static void test_conversions() {
       const uint32_t got = (f16 ? h[i] : b[i]) & 0x7fff, infinity = f16 ? 0x7c00 : 0x7f80;
       const int mantissa = f16 ? 10 : 7, exponent = f16 ? 5 : 8;
       nearest &= (f16 ? h[i] : b[i]) >> 15 == int(std::signbit(in[i])) && got <= infinity;
-      // Nearer than both neighbours, or as near as one of them and even. Infinity counts as the number after the largest.
-      const auto error = [&](uint32_t bits) { return std::fabs(value(bits, mantissa, exponent) - std::fabs(double(in[i]))); };
+      // Nearer than both neighbours, or as near as one of them and even. Infinity counts as the number after the
+      // largest.
+      const auto error = [&](uint32_t bits) {
+        return std::fabs(value(bits, mantissa, exponent) - std::fabs(double(in[i])));
+      };
       if (std::isinf(in[i])) {
         nearest &= got == infinity;
         continue;
@@ -316,13 +316,15 @@ static void test_special() {
   std::vector<float> in(n);
   for (uint32_t i = 0; i < n; ++i) in[i] = 0.01f + static_cast<float>(i) * 0.2f;
   Buffer<float> din(in), out(5 * n);
-  check(finish_launch(nxs::launch(nxs::special_kernel, shape_of(1, 128), nullptr, din.get(), out.get(), n)) == NXS_OK, "special functions run");
+  check(finish_launch(nxs::launch(nxs::special_kernel, shape_of(1, 128), nullptr, din.get(), out.get(), n)) == NXS_OK,
+        "special functions run");
   const auto got = out.read();
   double worst = 0;
   bool fused = true;
   for (uint32_t i = 0; i < n; ++i) {
     const double x = in[i], want[4] = {std::exp2(x), std::log2(x), 1 / std::sqrt(x), 1 / x};
-    for (int f = 0; f < 4; ++f) worst = std::fmax(worst, std::fabs(got[f * n + i] - want[f]) / std::fmax(std::fabs(want[f]), 0.5));
+    for (int f = 0; f < 4; ++f)
+      worst = std::fmax(worst, std::fabs(got[f * n + i] - want[f]) / std::fmax(std::fabs(want[f]), 0.5));
     fused &= got[4 * n + i] == std::fma(in[i], in[i], 0.5f);
   }
   check(worst < 0x1p-21, "special functions are within 2^-21");

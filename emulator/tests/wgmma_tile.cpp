@@ -1,11 +1,11 @@
 // TMA and wgmma: C[m][n] = sum over k of A B. A block of three warpgroups owns 128 x kN: one loads, two multiply. Every
 // layout of operands, swizzle, and A from registers; ragged sizes rely on the fill and on dropped stores.
+#include "common/ptx/barrier.cuh"
+#include "common/ptx/bulk.cuh"
 #include "common/ptx/fence.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/matrix.cuh"
 #include "common/ptx/mbarrier.cuh"
-#include "common/ptx/barrier.cuh"
-#include "common/ptx/bulk.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/tensor_map.cuh"
 #include "common/ptx/warp.cuh"
@@ -21,9 +21,10 @@ template <int kN> constexpr u32 kSharedBytes = kStages * kStageBytes<kN> + kRows
 
 // What both operands have in common: kExtent rows (of M or N) by 64 of k, in column blocks of `swizzle_bytes`.
 template <Major kMajor, u32 kExtent, Swizzle kSwizzle> struct Operand {
-  static constexpr u32 kWidth = swizzle_bytes(kSwizzle);                            // bytes of a row of a column block
+  static constexpr u32 kWidth = swizzle_bytes(kSwizzle);  // bytes of a row of a column block
   static constexpr u32 kBlockRows = kMajor == Major::kK ? kExtent : kDepth;
-  static constexpr u32 kBlocks = (kMajor == Major::kK ? kDepth : kExtent) * 2 / kWidth, kBlockBytes = kBlockRows * kWidth;
+  static constexpr u32 kBlocks = (kMajor == Major::kK ? kDepth : kExtent) * 2 / kWidth,
+                       kBlockBytes = kBlockRows * kWidth;
 
   NXS_DEVICE static void load(u32 to, const TensorMap* map, u32 full, i32 first, i32 k) {
     for (u32 i = 0; i < kBlocks; ++i) {
@@ -55,7 +56,8 @@ __global__ void __launch_bounds__(384, 1)
                       const __grid_constant__ TensorMap map_c, i32 k) {
   using A = Operand<kMajorA, kRows, kSwizzle>;
   using B = Operand<kMajorB, u32(kN), kSwizzle>;
-  const u32 tiles = dynamic_shared(), tile_c = tiles + kStages * kStageBytes<kN>, full = tile_c + kRows * kN * 4, empty = full + 8 * kStages;
+  const u32 tiles = dynamic_shared(), tile_c = tiles + kStages * kStageBytes<kN>, full = tile_c + kRows * kN * 4,
+            empty = full + 8 * kStages;
   const u32 t = thread_index(), group = t / 128;
   const i32 m0 = static_cast<i32>(block_index_y() * kRows), n0 = static_cast<i32>(block_index_x() * kN);
   const u32 steps = static_cast<u32>(k + static_cast<i32>(kDepth) - 1) / kDepth;
@@ -141,8 +143,8 @@ using nxs::Major;
 using nxs::SourceA;
 using nxs::Swizzle;
 
-static nxs::TensorMap make_map(const void* p, nxs_dtype type, uint64_t inner, uint64_t outer, uint64_t pitch_bytes, uint32_t box_inner,
-                               uint32_t box_outer, Swizzle swizzle) {
+static nxs::TensorMap make_map(const void* p, nxs_dtype type, uint64_t inner, uint64_t outer, uint64_t pitch_bytes,
+                               uint32_t box_inner, uint32_t box_outer, Swizzle swizzle) {
   nxs::TensorShape shape;
   shape.dtype = type;
   shape.address = p;
@@ -155,14 +157,16 @@ static nxs::TensorMap make_map(const void* p, nxs_dtype type, uint64_t inner, ui
   return map;
 }
 
-template <int kN, Major kMajorA, Major kMajorB, Swizzle kSwizzle, SourceA kSourceA = SourceA::kShared, bool kF16 = false>
+template <int kN, Major kMajorA, Major kMajorB, Swizzle kSwizzle, SourceA kSourceA = SourceA::kShared,
+          bool kF16 = false>
 static void run(const char* name) {
   constexpr uint32_t width = nxs::swizzle_bytes(kSwizzle) / 2;
   constexpr bool a_mn = kMajorA == Major::kMN, b_mn = kMajorB == Major::kMN;
   const nxs_dtype type = kF16 ? NXS_F16 : NXS_BF16;
   for (const bool integers : {true, false}) {
     const test::Gemm g = {200, kN + 8, 136, a_mn, b_mn};
-    const auto a = test::make_matrix(size_t(g.m) * g.k, integers, kF16, 1), b = test::make_matrix(size_t(g.n) * g.k, integers, kF16, 2);
+    const auto a = test::make_matrix(size_t(g.m) * g.k, integers, kF16, 1),
+               b = test::make_matrix(size_t(g.n) * g.k, integers, kF16, 2);
     test::Buffer<uint16_t> da(a), db(b);
     const size_t pitch = (g.n + 3) / 4 * 4;
     test::Buffer<float> c(g.m * pitch);
@@ -181,13 +185,18 @@ static void run(const char* name) {
 #if !defined(__CUDACC__)
     nxs_emulator_reset();
 #endif
-    test::check(test::finish_launch(nxs::launch(kernel, shape, nullptr, map_a, map_b, map_c, g.k)) == NXS_OK, label + " runs");
+    test::check(test::finish_launch(nxs::launch(kernel, shape, nullptr, map_a, map_b, map_c, g.k)) == NXS_OK,
+                label + " runs");
     test::check_product(label, g, a, b, integers, kF16, c.read(), pitch);
 #if !defined(__CUDACC__)
     nxs_emulator_counts counts;
     nxs_emulator_counters(&counts);
-    test::check((kF16 ? counts.wgmma_f16_flops : counts.wgmma_bf16_flops) == 4ull * 3 * 2 * nxs::kRows * kN * nxs::kDepth, label + " counts its FLOPs");
-    test::check(counts.global_store_bytes >= uint64_t(g.m) * g.n * 4 && counts.global_store_bytes <= uint64_t(g.m) * g.n * 5, label + " stores what its plan says");
+    test::check(
+        (kF16 ? counts.wgmma_f16_flops : counts.wgmma_bf16_flops) == 4ull * 3 * 2 * nxs::kRows * kN * nxs::kDepth,
+        label + " counts its FLOPs");
+    test::check(
+        counts.global_store_bytes >= uint64_t(g.m) * g.n * 4 && counts.global_store_bytes <= uint64_t(g.m) * g.n * 5,
+        label + " stores what its plan says");
 #endif
   }
 }

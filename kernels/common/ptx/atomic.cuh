@@ -10,15 +10,15 @@ template <typename T> constexpr bool is_atomic_word = sizeof(T) == 4 || sizeof(T
 
 // ld.acquire.gpu: what the thread whose store_release_global it reads did before is visible after. u32 or u64.
 // ld.relaxed.gpu: no order.
-#define NXS_LOAD_ORDERED(name, order)                                                                                       \
-  template <typename T> NXS_DEVICE T name(const T* p) {                                                                     \
-    static_assert(detail::is_atomic_word<T>);                                                                               \
-    T value;                                                                                                                \
-    if constexpr (sizeof(T) == 4)                                                                                           \
-      asm volatile("ld." order ".gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");                              \
-    else                                                                                                                    \
-      asm volatile("ld." order ".gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");                              \
-    return value;                                                                                                           \
+#define NXS_LOAD_ORDERED(name, order)                                                          \
+  template <typename T> NXS_DEVICE T name(const T* p) {                                        \
+    static_assert(detail::is_atomic_word<T>);                                                  \
+    T value;                                                                                   \
+    if constexpr (sizeof(T) == 4)                                                              \
+      asm volatile("ld." order ".gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory"); \
+    else                                                                                       \
+      asm volatile("ld." order ".gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory"); \
+    return value;                                                                              \
   }
 NXS_LOAD_ORDERED(load_acquire_global, "acquire")
 NXS_LOAD_ORDERED(load_relaxed_global, "relaxed")
@@ -34,15 +34,21 @@ template <typename T> NXS_DEVICE void store_release_global(T* p, T value) {
 }
 
 // atom.relaxed.gpu.add, .max of u32 or u64; the old value
-#define NXS_ATOMIC(name, operation)                                                                                             \
-  template <typename T> NXS_DEVICE T name(T* p, T value) {                                                                      \
-    static_assert(detail::is_atomic_word<T>);                                                                                   \
-    T old;                                                                                                                      \
-    if constexpr (sizeof(T) == 4)                                                                                               \
-      asm volatile("atom.relaxed.gpu.global." operation ".u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");      \
-    else                                                                                                                        \
-      asm volatile("atom.relaxed.gpu.global." operation ".u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(value) : "memory");      \
-    return old;                                                                                                                 \
+#define NXS_ATOMIC(name, operation)                                          \
+  template <typename T> NXS_DEVICE T name(T* p, T value) {                   \
+    static_assert(detail::is_atomic_word<T>);                                \
+    T old;                                                                   \
+    if constexpr (sizeof(T) == 4)                                            \
+      asm volatile("atom.relaxed.gpu.global." operation ".u32 %0, [%1], %2;" \
+                   : "=r"(old)                                               \
+                   : "l"(p), "r"(value)                                      \
+                   : "memory");                                              \
+    else                                                                     \
+      asm volatile("atom.relaxed.gpu.global." operation ".u64 %0, [%1], %2;" \
+                   : "=l"(old)                                               \
+                   : "l"(p), "l"(value)                                      \
+                   : "memory");                                              \
+    return old;                                                              \
   }
 NXS_ATOMIC(atomic_add_global, "add")
 NXS_ATOMIC(atomic_max_global, "max")
@@ -61,12 +67,14 @@ NXS_DEVICE u32 atomic_inc_acq_rel_global(u32* p, u32 last) {
 }
 
 // atom.relaxed.cta.shared; the old value
-#define NXS_ATOMIC_SHARED(name, operation)                                                                          \
-  NXS_DEVICE u32 name(u32 address, u32 value) {                                                                     \
-    u32 old;                                                                                                        \
-    asm volatile("atom.relaxed.cta.shared::cta." operation " %0, [%1], %2;" : "=r"(old) : "r"(address), "r"(value)  \
-                 : "memory");                                                                                       \
-    return old;                                                                                                     \
+#define NXS_ATOMIC_SHARED(name, operation)                                  \
+  NXS_DEVICE u32 name(u32 address, u32 value) {                             \
+    u32 old;                                                                \
+    asm volatile("atom.relaxed.cta.shared::cta." operation " %0, [%1], %2;" \
+                 : "=r"(old)                                                \
+                 : "r"(address), "r"(value)                                 \
+                 : "memory");                                               \
+    return old;                                                             \
   }
 NXS_ATOMIC_SHARED(atomic_add_shared, "add.u32")
 NXS_ATOMIC_SHARED(atomic_max_shared, "max.u32")

@@ -4,11 +4,11 @@
 
 namespace nxs {
 
-#define NXS_SPECIAL(name, instruction)                      \
-  NXS_DEVICE float name(float x) {                          \
-    float r;                                                \
-    asm(instruction ".f32 %0, %1;" : "=f"(r) : "f"(x));     \
-    return r;                                               \
+#define NXS_SPECIAL(name, instruction)                  \
+  NXS_DEVICE float name(float x) {                      \
+    float r;                                            \
+    asm(instruction ".f32 %0, %1;" : "=f"(r) : "f"(x)); \
+    return r;                                           \
   }
 // ex2.approx.ftz: 2^x; relative error about 2^-22
 NXS_SPECIAL(exp2_approx, "ex2.approx.ftz")

@@ -1,8 +1,9 @@
 // mbarriers: 8 bytes of shared memory, aligned to them, that count arrivals and bytes of copies; sm_90.
 //
-// A phase ends when all arrivals and all expected bytes are there. wait(parity) returns once the phase of that parity has
-// ended: for the n-th use (0, 1, ...) the consumer waits for n & 1, the producer for its slot to be free with (n & 1) ^ 1.
-// The initialising thread calls fence_mbarrier_init, then a barrier of the block (of the cluster, if others arrive).
+// A phase ends when all arrivals and all expected bytes are there. wait(parity) returns once the phase of that parity
+// has ended: for the n-th use (0, 1, ...) the consumer waits for n & 1, the producer for its slot to be free with (n &
+// 1) ^ 1. The initialising thread calls fence_mbarrier_init, then a barrier of the block (of the cluster, if others
+// arrive).
 #pragma once
 #include "common/ptx/sm90.cuh"
 
@@ -32,14 +33,13 @@ NXS_DEVICE void mbarrier_arrive_cluster(u32 mbarrier) {
   NXS_SM90("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory");
 }
 
-#define NXS_MBARRIER_WAIT(name, instruction)                                                                           \
-  NXS_DEVICE bool name(u32 mbarrier, u32 parity) {                                                                     \
-    u32 ended = 0;                                                                                                     \
-    NXS_SM90("{ .reg .pred p; mbarrier." instruction ".shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"           \
-             : "=r"(ended)                                                                                             \
-             : "r"(mbarrier), "r"(parity)                                                                              \
-             : "memory");                                                                                              \
-    return ended;                                                                                                      \
+#define NXS_MBARRIER_WAIT(name, instruction)                                                        \
+  NXS_DEVICE bool name(u32 mbarrier, u32 parity) {                                                  \
+    u32 ended = 0;                                                                                  \
+    NXS_SM90("{ .reg .pred p; mbarrier." instruction                                                \
+             ".shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(ended) : "r"(mbarrier), \
+             "r"(parity) : "memory");                                                               \
+    return ended;                                                                                   \
   }
 // mbarrier.test_wait: whether the phase has ended
 NXS_MBARRIER_WAIT(mbarrier_test_wait, "test_wait.parity")

@@ -26,29 +26,26 @@ namespace detail {
     else if constexpr (n == 8)                                                                             \
       ASM("ld." space ".u64 %0, [%1];" : "=l"(v.w) : "r"(address) : "memory");                             \
     else                                                                                                   \
-      ASM("ld." space ".v4.u32 {%0,%1,%2,%3}, [%4];"                                                       \
-          : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])                                         \
-          : "r"(address)                                                                                   \
-          : "memory");                                                                                     \
+      ASM("ld." space ".v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]),           \
+          "=r"(v.w[3]) : "r"(address) : "memory");                                                         \
     return from_word<T>(v);                                                                                \
   }
-#define NXS_STORE_WINDOW(name, ASM, space)                                                                 \
-  template <typename T> NXS_DEVICE void name(u32 address, const T& value) {                                \
-    constexpr int n = sizeof(T);                                                                           \
-    static_assert(n == 1 || n == 2 || n == 4 || n == 8 || n == 16, "an access is 1, 2, 4, 8 or 16 bytes"); \
-    [[maybe_unused]] const Word<n> v = to_word(value);                                                     \
-    if constexpr (n == 1)                                                                                  \
-      ASM("st." space ".u8 [%0], %1;" ::"r"(address), "r"(v.w) : "memory");                                \
-    else if constexpr (n == 2)                                                                             \
-      ASM("st." space ".u16 [%0], %1;" ::"r"(address), "h"(v.w) : "memory");                               \
-    else if constexpr (n == 4)                                                                             \
-      ASM("st." space ".u32 [%0], %1;" ::"r"(address), "r"(v.w) : "memory");                               \
-    else if constexpr (n == 8)                                                                             \
-      ASM("st." space ".u64 [%0], %1;" ::"r"(address), "l"(v.w) : "memory");                               \
-    else                                                                                                   \
-      ASM("st." space ".v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]),             \
-          "r"(v.w[2]), "r"(v.w[3])                                                                         \
-          : "memory");                                                                                     \
+#define NXS_STORE_WINDOW(name, ASM, space)                                                                  \
+  template <typename T> NXS_DEVICE void name(u32 address, const T& value) {                                 \
+    constexpr int n = sizeof(T);                                                                            \
+    static_assert(n == 1 || n == 2 || n == 4 || n == 8 || n == 16, "an access is 1, 2, 4, 8 or 16 bytes");  \
+    [[maybe_unused]] const Word<n> v = to_word(value);                                                      \
+    if constexpr (n == 1)                                                                                   \
+      ASM("st." space ".u8 [%0], %1;" ::"r"(address), "r"(v.w) : "memory");                                 \
+    else if constexpr (n == 2)                                                                              \
+      ASM("st." space ".u16 [%0], %1;" ::"r"(address), "h"(v.w) : "memory");                                \
+    else if constexpr (n == 4)                                                                              \
+      ASM("st." space ".u32 [%0], %1;" ::"r"(address), "r"(v.w) : "memory");                                \
+    else if constexpr (n == 8)                                                                              \
+      ASM("st." space ".u64 [%0], %1;" ::"r"(address), "l"(v.w) : "memory");                                \
+    else                                                                                                    \
+      ASM("st." space ".v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), \
+          "r"(v.w[3]) : "memory");                                                                          \
   }
 NXS_LOAD_WINDOW(load_shared_window, asm volatile, "shared")
 NXS_STORE_WINDOW(store_shared_window, asm volatile, "shared")
@@ -56,6 +53,8 @@ NXS_STORE_WINDOW(store_shared_window, asm volatile, "shared")
 
 // ld.shared, st.shared of 1, 2, 4, 8 or 16 bytes; the address is aligned to them.
 template <typename T> NXS_DEVICE T load_shared(u32 address) { return detail::load_shared_window<T>(address); }
-template <typename T> NXS_DEVICE void store_shared(u32 address, const T& value) { detail::store_shared_window(address, value); }
+template <typename T> NXS_DEVICE void store_shared(u32 address, const T& value) {
+  detail::store_shared_window(address, value);
+}
 
 }  // namespace nxs

@@ -1,10 +1,10 @@
 // wgmma: m64nNk16 of a warpgroup (four warps, the first a multiple of four), f32 sums, bf16 or f16 factors; sm_90a.
 //
-// D of thread t of the group, element i: row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
-// A from registers: as of mma.sync m16n8k16, rows 16 (t / 32) up. Operands in shared memory are described below.
-// wgmma_fence comes before the first wgmma and again after any wait; D, and A's registers, are not to be touched between a
-// wgmma and the wait for its group, nor operands in shared memory overwritten. Operands that ordinary stores wrote need
-// fence_async_shared by each writing thread, then a barrier.
+// D of thread t of the group, element i: row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i
+// % 2. A from registers: as of mma.sync m16n8k16, rows 16 (t / 32) up. Operands in shared memory are described below.
+// wgmma_fence comes before the first wgmma and again after any wait; D, and A's registers, are not to be touched
+// between a wgmma and the wait for its group, nor operands in shared memory overwritten. Operands that ordinary stores
+// wrote need fence_async_shared by each writing thread, then a barrier.
 #pragma once
 #include "common/ptx/sm90.cuh"
 #include "common/swizzle.cuh"
@@ -12,9 +12,11 @@
 namespace nxs {
 
 // wgmma.fence, .commit_group, .wait_group (until at most kPending of the latest groups are under way): all four warps.
-NXS_DEVICE void wgmma_fence() { NXS_SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
-NXS_DEVICE void wgmma_commit() { NXS_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending> NXS_DEVICE void wgmma_wait() { NXS_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+NXS_DEVICE void wgmma_fence() { NXS_SM90A("wgmma.fence.sync.aligned;" :: : "memory"); }
+NXS_DEVICE void wgmma_commit() { NXS_SM90A("wgmma.commit_group.sync.aligned;" :: : "memory"); }
+template <int kPending> NXS_DEVICE void wgmma_wait() {
+  NXS_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 
 // No instruction. After a wait: keeps the compiler from reading accumulators before it.
 template <int kCount> NXS_DEVICE void keep_registers(float (&registers)[kCount]) {
@@ -25,8 +27,8 @@ template <int kCount> NXS_DEVICE void keep_registers(float (&registers)[kCount])
 // An operand's layout. With rows of W = swizzle_bytes(swizzle), permuted by swizzled(), in groups of 8:
 //   K-major   row r of A, or column r of B, at r * W; stride_bytes: from 8 rows to the next. leading_bytes: unused, but
 //             without swizzle (W = 16) from 8 k to the next. The next 16 k: 32 bytes on, within a row of W.
-//   MN-major  a row holds W / 2 elements of one k; stride_bytes: from 8 k to the next, leading_bytes: from W / 2 elements
-//             of M or N to the next; without swizzle the other way round.
+//   MN-major  a row holds W / 2 elements of one k; stride_bytes: from 8 k to the next, leading_bytes: from W / 2 elements of
+//             M or N to the next; without swizzle the other way round.
 // A tile begins at a multiple of 8 W.
 NXS_DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_bytes, Swizzle swizzle) {
   return static_cast<u64>((address & 0x3ffff) >> 4) | static_cast<u64>(leading_bytes >> 4) << 16 |
@@ -107,29 +109,27 @@ enum class WgmmaType { kBf16, kF16 };
 template <int kN> struct WgmmaShape;
 
 // P0 up name the operands after D's.
-#define NXS_WGMMA_TYPE(N, TYPE, A, B, P, IMMEDIATES, ...)                                                             \
-  NXS_SM90A("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE  \
-            " {" NXS_T##N "}, " A ", " B ", p, 1, 1, " IMMEDIATES "; }"                                               \
-            : NXS_D##N                                                                                                \
-            : __VA_ARGS__                                                                                             \
-            : "memory")
-#define NXS_WGMMA_SHAPE(N, P0, P1, P2, P3, P4, P5, P6)                                                                        \
-  template <> struct WgmmaShape<N> {                                                                                          \
-    template <WgmmaType kType, int kA, int kB> NXS_DEVICE static void run(float (&d)[N / 2], u64 a, u64 b, u32 accumulate) {  \
-      if constexpr (kType == WgmmaType::kBf16)                                                                                \
-        NXS_WGMMA_TYPE(N, "bf16", P0, P1, P2, P3 ", " P4, "l"(a), "l"(b), "r"(accumulate), "n"(kA), "n"(kB));                 \
-      else                                                                                                                    \
-        NXS_WGMMA_TYPE(N, "f16", P0, P1, P2, P3 ", " P4, "l"(a), "l"(b), "r"(accumulate), "n"(kA), "n"(kB));                  \
-    }                                                                                                                         \
-    template <WgmmaType kType, int kB>                                                                                        \
-    NXS_DEVICE static void run(float (&d)[N / 2], const u32 (&a)[4], u64 b, u32 accumulate) {                                 \
-      if constexpr (kType == WgmmaType::kBf16)                                                                                \
-        NXS_WGMMA_TYPE(N, "bf16", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6, "r"(a[0]), "r"(a[1]), "r"(a[2]),            \
-                       "r"(a[3]), "l"(b), "r"(accumulate), "n"(kB));                                                          \
-      else                                                                                                                    \
-        NXS_WGMMA_TYPE(N, "f16", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6, "r"(a[0]), "r"(a[1]), "r"(a[2]),             \
-                       "r"(a[3]), "l"(b), "r"(accumulate), "n"(kB));                                                          \
-    }                                                                                                                         \
+#define NXS_WGMMA_TYPE(N, TYPE, A, B, P, IMMEDIATES, ...)                                                            \
+  NXS_SM90A("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+            " {" NXS_T##N "}, " A ", " B ", p, 1, 1, " IMMEDIATES "; }" : NXS_D##N:__VA_ARGS__ : "memory")
+#define NXS_WGMMA_SHAPE(N, P0, P1, P2, P3, P4, P5, P6)                                                             \
+  template <> struct WgmmaShape<N> {                                                                               \
+    template <WgmmaType kType, int kA, int kB>                                                                     \
+    NXS_DEVICE static void run(float (&d)[N / 2], u64 a, u64 b, u32 accumulate) {                                  \
+      if constexpr (kType == WgmmaType::kBf16)                                                                     \
+        NXS_WGMMA_TYPE(N, "bf16", P0, P1, P2, P3 ", " P4, "l"(a), "l"(b), "r"(accumulate), "n"(kA), "n"(kB));      \
+      else                                                                                                         \
+        NXS_WGMMA_TYPE(N, "f16", P0, P1, P2, P3 ", " P4, "l"(a), "l"(b), "r"(accumulate), "n"(kA), "n"(kB));       \
+    }                                                                                                              \
+    template <WgmmaType kType, int kB>                                                                             \
+    NXS_DEVICE static void run(float (&d)[N / 2], const u32 (&a)[4], u64 b, u32 accumulate) {                      \
+      if constexpr (kType == WgmmaType::kBf16)                                                                     \
+        NXS_WGMMA_TYPE(N, "bf16", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6, "r"(a[0]), "r"(a[1]), "r"(a[2]), \
+                       "r"(a[3]), "l"(b), "r"(accumulate), "n"(kB));                                               \
+      else                                                                                                         \
+        NXS_WGMMA_TYPE(N, "f16", "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6, "r"(a[0]), "r"(a[1]), "r"(a[2]),  \
+                       "r"(a[3]), "l"(b), "r"(accumulate), "n"(kB));                                               \
+    }                                                                                                              \
   };
 NXS_WGMMA_SHAPE(8, "%4", "%5", "%6", "%7", "%8", "%9", "%10")
 NXS_WGMMA_SHAPE(16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
@@ -168,24 +168,25 @@ NXS_WGMMA_SHAPE(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 }  // namespace detail
 
-// wgmma.mma_async: d = a * b, plus d if `accumulate`. N a multiple of 8 up to 256; A from shared memory or from registers.
-#define NXS_WGMMA(name, type)                                                                      \
-  template <int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>                          \
-  NXS_DEVICE void name(float (&d)[kN / 2], u64 a, u64 b, bool accumulate) {                        \
-    detail::WgmmaShape<kN>::template run<detail::WgmmaType::type, int(kMajorA), int(kMajorB)>(     \
-        d, a, b, u32{accumulate});                                                                 \
-  }                                                                                                \
-  template <int kN, Major kMajorB = Major::kK>                                                     \
-  NXS_DEVICE void name(float (&d)[kN / 2], const u32 (&a)[4], u64 b, bool accumulate) {            \
-    detail::WgmmaShape<kN>::template run<detail::WgmmaType::type, int(kMajorB)>(d, a, b,           \
-                                                                                u32{accumulate});  \
+// wgmma.mma_async: d = a * b, plus d if `accumulate`. N a multiple of 8 up to 256; A from shared memory or from
+// registers.
+#define NXS_WGMMA(name, type)                                                                                   \
+  template <int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>                                       \
+  NXS_DEVICE void name(float (&d)[kN / 2], u64 a, u64 b, bool accumulate) {                                     \
+    detail::WgmmaShape<kN>::template run<detail::WgmmaType::type, int(kMajorA), int(kMajorB)>(d, a, b,          \
+                                                                                              u32{accumulate}); \
+  }                                                                                                             \
+  template <int kN, Major kMajorB = Major::kK>                                                                  \
+  NXS_DEVICE void name(float (&d)[kN / 2], const u32(&a)[4], u64 b, bool accumulate) {                          \
+    detail::WgmmaShape<kN>::template run<detail::WgmmaType::type, int(kMajorB)>(d, a, b, u32{accumulate});      \
   }
 NXS_WGMMA(wgmma_bf16, kBf16)
 NXS_WGMMA(wgmma_f16, kF16)
 #undef NXS_WGMMA
 
-// setmaxnreg.inc, .dec: the registers of each thread, 24 to 256 by 8, of a kernel with __launch_bounds__(threads, 1). All
-// warps of a warpgroup call it; inc waits until others have given back enough. Sums stay within the launch's registers.
+// setmaxnreg.inc, .dec: the registers of each thread, 24 to 256 by 8, of a kernel with __launch_bounds__(threads, 1).
+// All warps of a warpgroup call it; inc waits until others have given back enough. Sums stay within the launch's
+// registers.
 template <int kRegisters> NXS_DEVICE void raise_registers() {
   NXS_SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters) : "memory");
 }

@@ -4,7 +4,8 @@
 namespace nxs {
 
 namespace detail {
-template <typename T, typename F> NXS_DEVICE T atomic_global(T* p, bool acquire, bool release, emulator::Where where, F next) {
+template <typename T, typename F>
+NXS_DEVICE T atomic_global(T* p, bool acquire, bool release, emulator::Where where, F next) {
   emulator::atomic_order(p, acquire, release, true, where);
   emulator::global_access(p, sizeof(T), emulator::Access::kAtomic, where);
   const T old = *p;

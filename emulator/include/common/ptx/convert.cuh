@@ -6,7 +6,8 @@
 namespace nxs {
 
 namespace detail {
-// Rounds to nearest even into `exponent` and `mantissa` bits; subnormals and infinities as IEEE has them, NaN as 0x7fff.
+// Rounds to nearest even into `exponent` and `mantissa` bits; subnormals and infinities as IEEE has them, NaN as
+// 0x7fff.
 NXS_DEVICE u16 round_to_16_bits(float x, int exponent, int mantissa) {
   const u32 bits = std::bit_cast<u32>(x), sign = bits >> 31 << 15, infinity = ((1u << exponent) - 1) << mantissa;
   const u32 magnitude = bits & 0x7fffffffu;

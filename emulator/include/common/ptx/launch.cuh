@@ -21,7 +21,8 @@ nxs_status launch_named(const char* text, void (*kernel)(Params...), const Launc
     void (*kernel)(Params...);
     std::tuple<Params...> params;
   } call{kernel, std::tuple<Params...>(std::forward<Args>(args)...)};
-  return emulator::run({text, reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.dynamic_smem, shape.cluster,
+  return emulator::run({text, reinterpret_cast<const void*>(kernel), shape.grid, shape.block, shape.dynamic_smem,
+                        shape.cluster,
                         [](const void* p) {
                           const Call& call = *static_cast<const Call*>(p);
                           std::apply(call.kernel, call.params);

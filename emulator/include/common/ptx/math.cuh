@@ -16,15 +16,21 @@ template <typename F> NXS_DEVICE float special(float x, emulator::Where where, F
 }
 }  // namespace detail
 
-NXS_DEVICE float exp2_approx(float x, NXS_WHERE) { return detail::special(x, where, [](double v) { return std::exp2(v); }); }
-NXS_DEVICE float log2_approx(float x, NXS_WHERE) { return detail::special(x, where, [](double v) { return std::log2(v); }); }
+NXS_DEVICE float exp2_approx(float x, NXS_WHERE) {
+  return detail::special(x, where, [](double v) { return std::exp2(v); });
+}
+NXS_DEVICE float log2_approx(float x, NXS_WHERE) {
+  return detail::special(x, where, [](double v) { return std::log2(v); });
+}
 NXS_DEVICE float rsqrt_approx(float x, NXS_WHERE) {
   return detail::special(x, where, [](double v) { return v == 0 ? std::copysign(HUGE_VAL, v) : 1 / std::sqrt(v); });
 }
 NXS_DEVICE float reciprocal_approx(float x, NXS_WHERE) {
   return detail::special(x, where, [](double v) { return v == 0 ? std::copysign(HUGE_VAL, v) : 1 / v; });
 }
-NXS_DEVICE float tanh_approx(float x, NXS_WHERE) { return detail::special(x, where, [](double v) { return std::tanh(v); }); }
+NXS_DEVICE float tanh_approx(float x, NXS_WHERE) {
+  return detail::special(x, where, [](double v) { return std::tanh(v); });
+}
 
 NXS_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 NXS_DEVICE u32 population_count(u32 x) { return std::popcount(x); }

@@ -3,7 +3,8 @@
 
 namespace nxs {
 
-#define NXS_ACCESS(T) static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16)
+#define NXS_ACCESS(T) \
+  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16)
 
 namespace detail {
 template <typename T> NXS_DEVICE T load(const T* p, emulator::Access access, emulator::Where where) {
@@ -21,12 +22,16 @@ template <typename T> NXS_DEVICE void store(T* p, const T& value, emulator::Wher
 }
 }  // namespace detail
 
-template <typename T> NXS_DEVICE T load_global(const T* p, NXS_WHERE) { return detail::load(p, emulator::Access::kRead, where); }
+template <typename T> NXS_DEVICE T load_global(const T* p, NXS_WHERE) {
+  return detail::load(p, emulator::Access::kRead, where);
+}
 template <typename T> NXS_DEVICE T load_global_nc(const T* p, NXS_WHERE) {
   return detail::load(p, emulator::Access::kReadConstant, where);
 }
 template <typename T> NXS_DEVICE void store_global(T* p, const T& value, NXS_WHERE) { detail::store(p, value, where); }
-template <typename T> NXS_DEVICE void store_global_streaming(T* p, const T& value, NXS_WHERE) { detail::store(p, value, where); }
+template <typename T> NXS_DEVICE void store_global_streaming(T* p, const T& value, NXS_WHERE) {
+  detail::store(p, value, where);
+}
 
 NXS_DEVICE void atomic_or_global(u32* p, u32 bits, NXS_WHERE) {
   emulator::atomic_order(p, false, false, true, where);

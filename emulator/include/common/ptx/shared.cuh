@@ -9,7 +9,8 @@ namespace detail {
 template <typename T> NXS_DEVICE T load_window(u32 address, bool cluster, emulator::Where where) {
   static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
   T value;
-  memcpy(static_cast<void*>(&value), emulator::shared_access(address, sizeof(T), emulator::Access::kRead, where, cluster), sizeof(T));
+  memcpy(static_cast<void*>(&value),
+         emulator::shared_access(address, sizeof(T), emulator::Access::kRead, where, cluster), sizeof(T));
   return value;
 }
 template <typename T> NXS_DEVICE void store_window(u32 address, const T& value, bool cluster, emulator::Where where) {
@@ -19,7 +20,9 @@ template <typename T> NXS_DEVICE void store_window(u32 address, const T& value, 
 }
 }  // namespace detail
 
-template <typename T> NXS_DEVICE T load_shared(u32 address, NXS_WHERE) { return detail::load_window<T>(address, false, where); }
+template <typename T> NXS_DEVICE T load_shared(u32 address, NXS_WHERE) {
+  return detail::load_window<T>(address, false, where);
+}
 template <typename T> NXS_DEVICE void store_shared(u32 address, const T& value, NXS_WHERE) {
   detail::store_window(address, value, false, where);
 }

@@ -13,8 +13,8 @@ template <int kRank>
 NXS_DEVICE void tensor_load(u32 to, const TensorMap* map, u32 mbarrier, const i32 (&at)[kRank], NXS_WHERE) {
   emulator::tensor_load(to, map, mbarrier, at, kRank, 0, where);
 }
-template <int kRank>
-NXS_DEVICE void tensor_load_multicast(u32 to, const TensorMap* map, u32 mbarrier, const i32 (&at)[kRank], u16 ranks, NXS_WHERE) {
+template <int kRank> NXS_DEVICE void tensor_load_multicast(u32 to, const TensorMap* map, u32 mbarrier,
+                                                           const i32 (&at)[kRank], u16 ranks, NXS_WHERE) {
   emulator::tensor_load(to, map, mbarrier, at, kRank, ranks, where);
 }
 template <int kRank> NXS_DEVICE void tensor_store(const TensorMap* map, u32 from, const i32 (&at)[kRank], NXS_WHERE) {

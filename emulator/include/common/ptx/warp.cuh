@@ -10,17 +10,22 @@ struct LaneSlot {
   u32 value, argument, result;
 };
 // Every lane gives a word and an argument; `result(slots, mask, lane)` is what each gets.
-template <typename F> NXS_DEVICE u32 meet(emulator::Collective kind, u32 mask, u32 value, u32 argument, emulator::Where where, F) {
+template <typename F>
+NXS_DEVICE u32 meet(emulator::Collective kind, u32 mask, u32 value, u32 argument, emulator::Where where, F) {
   LaneSlot slot = {value, argument, 0};
-  emulator::warp_collective(kind, mask, &slot, [](emulator::Slots& slots, u32 mask) {
-    const auto at = [&](u32 lane) -> LaneSlot& { return *static_cast<LaneSlot*>(slots[lane]); };
-    for (u32 lane = 0; lane < 32; ++lane)
-      if (mask >> lane & 1) at(lane).result = F()(at, mask, lane);
-  }, where);
+  emulator::warp_collective(
+      kind, mask, &slot,
+      [](emulator::Slots& slots, u32 mask) {
+        const auto at = [&](u32 lane) -> LaneSlot& { return *static_cast<LaneSlot*>(slots[lane]); };
+        for (u32 lane = 0; lane < 32; ++lane)
+          if (mask >> lane & 1) at(lane).result = F()(at, mask, lane);
+      },
+      where);
   return slot.result;
 }
 // The value of lane source(lane, argument), or one's own where that is outside of the warp.
-template <typename T, typename Source> NXS_DEVICE T shuffle(T value, u32 argument, u32 mask, emulator::Where where, Source) {
+template <typename T, typename Source>
+NXS_DEVICE T shuffle(T value, u32 argument, u32 mask, emulator::Where where, Source) {
   static_assert(sizeof(T) == 4);
   emulator::check_registers(value, where);
   const u32 result = meet(emulator::Collective::kShuffle, mask, std::bit_cast<u32>(value), argument, where,
@@ -93,7 +98,8 @@ NXS_DEVICE u32 warp_reduce_or(u32 value, u32 mask = kFullWarp, NXS_WHERE) {
 }
 
 NXS_DEVICE bool elect_one(NXS_WHERE) {
-  return detail::meet(emulator::Collective::kElect, kFullWarp, 0, 0, where, [](auto, u32, u32 lane) -> u32 { return lane == 0; });
+  return detail::meet(emulator::Collective::kElect, kFullWarp, 0, 0, where,
+                      [](auto, u32, u32 lane) -> u32 { return lane == 0; });
 }
 
 }  // namespace nxs

@@ -16,24 +16,28 @@ NXS_DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_byte
 
 enum class Major : int { kK = 0, kMN = 1 };
 
-#define NXS_WGMMA(name, type)                                                                                           \
-  template <int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>                                                \
-  NXS_DEVICE void name(float (&d)[kN / 2], u64 a, u64 b, bool accumulate, NXS_WHERE) {                                   \
-    static_assert(kN >= 8 && kN <= 256 && kN % 8 == 0);                                                                 \
-    emulator::wgmma({emulator::MmaType::type, kN, d, nullptr, a, b, kMajorA == Major::kMN, kMajorB == Major::kMN,        \
-                     accumulate},                                                                                       \
-                    where);                                                                                             \
-  }                                                                                                                     \
-  template <int kN, Major kMajorB = Major::kK>                                                                          \
-  NXS_DEVICE void name(float (&d)[kN / 2], const u32 (&a)[4], u64 b, bool accumulate, NXS_WHERE) {                       \
-    static_assert(kN >= 8 && kN <= 256 && kN % 8 == 0);                                                                 \
-    emulator::wgmma({emulator::MmaType::type, kN, d, a, 0, b, false, kMajorB == Major::kMN, accumulate}, where);         \
+#define NXS_WGMMA(name, type)                                                                                      \
+  template <int kN, Major kMajorA = Major::kK, Major kMajorB = Major::kK>                                          \
+  NXS_DEVICE void name(float (&d)[kN / 2], u64 a, u64 b, bool accumulate, NXS_WHERE) {                             \
+    static_assert(kN >= 8 && kN <= 256 && kN % 8 == 0);                                                            \
+    emulator::wgmma(                                                                                               \
+        {emulator::MmaType::type, kN, d, nullptr, a, b, kMajorA == Major::kMN, kMajorB == Major::kMN, accumulate}, \
+        where);                                                                                                    \
+  }                                                                                                                \
+  template <int kN, Major kMajorB = Major::kK>                                                                     \
+  NXS_DEVICE void name(float (&d)[kN / 2], const u32(&a)[4], u64 b, bool accumulate, NXS_WHERE) {                  \
+    static_assert(kN >= 8 && kN <= 256 && kN % 8 == 0);                                                            \
+    emulator::wgmma({emulator::MmaType::type, kN, d, a, 0, b, false, kMajorB == Major::kMN, accumulate}, where);   \
   }
 NXS_WGMMA(wgmma_bf16, kBf16)
 NXS_WGMMA(wgmma_f16, kF16)
 #undef NXS_WGMMA
 
-template <int kRegisters> NXS_DEVICE void raise_registers(NXS_WHERE) { emulator::change_registers(kRegisters, true, where); }
-template <int kRegisters> NXS_DEVICE void lower_registers(NXS_WHERE) { emulator::change_registers(kRegisters, false, where); }
+template <int kRegisters> NXS_DEVICE void raise_registers(NXS_WHERE) {
+  emulator::change_registers(kRegisters, true, where);
+}
+template <int kRegisters> NXS_DEVICE void lower_registers(NXS_WHERE) {
+  emulator::change_registers(kRegisters, false, where);
+}
 
 }  // namespace nxs
