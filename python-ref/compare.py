@@ -117,9 +117,11 @@ def rvq_decode(program, number, rng):
     if exit_code != 0:
         return what, f"exit code {exit_code}: {error}", 0.0
     # What a kernel does with such a code.
-    clamped = codes.clamp(0, entries - 1)
-    codes = clamped if null_code is None else torch.where(codes == null_code, codes, clamped)
-    how = {"null_code": null_code, "rows_first": rows_first}
+    # A kernel asks for the null code before it clamps: a code that is clamped onto it is an entry like any other. For the
+    # reference the null codes therefore move to where no clamped code is.
+    clamped = codes.long().clamp(0, entries - 1)
+    codes = clamped if null_code is None else torch.where(codes == null_code, -1, clamped)
+    how = {"null_code": None if null_code is None else -1, "rows_first": rows_first}
     out = outputs["out"]
     if not same_bits(out, rvq.rvq_decode(codes, books, DTYPES[out_t], **how)):
         return what, "differs from the f32-sequential reference", 0.0
