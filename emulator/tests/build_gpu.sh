@@ -9,7 +9,7 @@ mkdir -p "$out"
 cd "$root"
 # A toolkit from PyPI keeps its libraries in lib/, where nvcc does not look.
 libraries=$(dirname "$(dirname "$(command -v "$nvcc")")")/lib
-for name in cluster library mma_tile simt wgmma_tile; do
+for name in cluster library mma_tile simt wgmma_tile wrappers; do
   sources=emulator/tests/$name.cpp
   [ "$name" = library ] && sources="$sources $(echo kernels/*/*.cu)"
   echo "compile $name"
