@@ -25,6 +25,7 @@
 #include "common/dtype.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/memory.cuh"
+#include "common/ptx/warp.cuh"
 
 namespace nxs::quantization {
 

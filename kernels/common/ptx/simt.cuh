@@ -37,7 +37,4 @@ NXS_DEVICE void block_sync() { __syncthreads(); }
 // bar.warp.sync
 NXS_DEVICE void warp_sync(u32 mask = kFullWarp) { __syncwarp(mask); }
 
-// shfl.sync.idx: the value that `source_lane` holds. All 32 lanes take part.
-NXS_DEVICE u32 shuffle(u32 value, u32 source_lane) { return __shfl_sync(kFullWarp, value, static_cast<int>(source_lane)); }
-
 }  // namespace nxs
