@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: run.sh [test] [sanitize] [compare] [bench] ...   (all four if none is named)
+# On a machine with a GPU: run.sh [test] [conform] [sanitize] [compare] [bench] ...   (all if none is named)
 # Results and logs go to $OUT, ./out if unset. Ends with one line a step; exits with 1 if any failed.
 #   test      every test executable, on the host and on the GPU (a skip is a failure), and the C example
+#   conform   the emulator's conformance programs; their checksums are compared with emulated ones by hand
 #   sanitize  compute-sanitizer's four tools over the tests, small shapes
 #   compare   the op executable against PyTorch
 #   bench     measured ceilings, our benches, the peers; writes RESULTS.md
@@ -32,6 +33,12 @@ run_test() {
     step "test-$(basename "$executable")" "$executable" --test-threads=4
   done
   step test-c_example ./c_example
+}
+
+run_conform() {
+  for program in conform/*; do
+    step "conform-$(basename "$program")" timeout 60 "$program"
+  done
 }
 
 run_sanitize() {
@@ -76,11 +83,11 @@ run_bench() {
 }
 
 export OUT
-for mode in "${@:-test sanitize compare bench}"; do
+for mode in "${@:-test conform sanitize compare bench}"; do
   for one in $mode; do
     case $one in
-      test | sanitize | compare | bench) "run_$one" || { summary+=("$one could not start"); failed=1; } ;;
-      *) echo "unknown: $one (test, sanitize, compare, bench)" >&2; exit 2 ;;
+      test | conform | sanitize | compare | bench) "run_$one" || { summary+=("$one could not start"); failed=1; } ;;
+      *) echo "unknown: $one (test, conform, sanitize, compare, bench)" >&2; exit 2 ;;
     esac
   done
 done
