@@ -28,6 +28,13 @@ fn main() {
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     println!("cargo::metadata=include={}", manifest.join("kernels/include").display());
+    if env::var_os("CARGO_FEATURE_EMULATE").is_some() {
+        if let Err(message) = build_emulator(&manifest) {
+            eprintln!("\nnextscale: {message}\n");
+            exit(1);
+        }
+        return;
+    }
     // Documentation needs the API, which does not depend on the kernels.
     if env::var_os("CARGO_FEATURE_CUDA").is_none() || env::var_os("DOCS_RS").is_some() {
         return;
@@ -37,6 +44,42 @@ fn main() {
         eprintln!("\nnextscale: {message}\n");
         exit(1);
     }
+}
+
+/// The folders of `kernels/` that this build compiles.
+fn folders() -> impl Iterator<Item = &'static str> {
+    let chosen = |family: &&str| env::var_os(format!("CARGO_FEATURE_{}", family.to_uppercase())).is_some();
+    CORE.into_iter().chain(FAMILIES.into_iter().filter(chosen))
+}
+
+/// The kernels as C++ for the CPU: the emulator's folder of instructions stands before the real one.
+fn build_emulator(manifest: &Path) -> Result<(), String> {
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        return Err("the features `emulate` and `cuda` define the same symbols: choose one".into());
+    }
+    let (kernels, emulator) = (manifest.join("kernels"), manifest.join("emulator"));
+    if !emulator.is_dir() {
+        return Err("the feature `emulate` is for maintainers: the emulator is not part of the published crate".into());
+    }
+    println!("cargo::rerun-if-changed={}", kernels.display());
+    println!("cargo::rerun-if-changed={}", emulator.display());
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++20").opt_level(2).debug(false).warnings(false);
+    // No contraction: the kernels' additions and multiplications are those of the GPU, bit for bit. A register that a
+    // kernel reads before it writes it has a pattern.
+    for flag in
+        ["-ffp-contract=off", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas", "-Wno-psabi", "-x", "c++"]
+    {
+        build.flag(flag);
+    }
+    build.include(emulator.join("include")).include(&kernels).include(kernels.join("include"));
+    for folder in folders() {
+        build.files(compile::sources_in(&kernels.join(folder), "cu")?);
+    }
+    build.files(compile::sources_in(&emulator.join("src"), "cpp")?);
+    build.try_compile("nextscale_emulated").map_err(|e| e.to_string())?;
+    println!("cargo::rustc-cfg=nxs_kernels");
+    Ok(())
 }
 
 fn build_kernels(kernels: &Path) -> Result<(), String> {
@@ -52,12 +95,9 @@ fn build_kernels(kernels: &Path) -> Result<(), String> {
     }
     let archs = Archs::choose(&lookup, &toolkit)?;
 
-    let folders = CORE.into_iter().chain(
-        FAMILIES.into_iter().filter(|family| env::var_os(format!("CARGO_FEATURE_{}", family.to_uppercase())).is_some()),
-    );
     let mut sources = Vec::new();
-    for folder in folders {
-        sources.extend(compile::sources_in(&kernels.join(folder))?);
+    for folder in folders() {
+        sources.extend(compile::sources_in(&kernels.join(folder), "cu")?);
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let report = compile::compile(&toolkit, &archs, kernels, &sources, &out)?;

@@ -12,11 +12,11 @@ use std::time::SystemTime;
 use crate::archs::Archs;
 use crate::toolkit::Toolkit;
 
-/// The `.cu` files of a folder, sorted.
-pub(crate) fn sources_in(folder: &Path) -> Result<Vec<PathBuf>, String> {
+/// The files of a folder with an extension, sorted.
+pub(crate) fn sources_in(folder: &Path, extension: &str) -> Result<Vec<PathBuf>, String> {
     let entries = fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let mut sources: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    sources.retain(|path| path.extension().is_some_and(|found| found == extension));
     sources.sort();
     Ok(sources)
 }

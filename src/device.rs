@@ -13,6 +13,9 @@ pub enum Device {
     Host,
     /// A CUDA device by ordinal.
     Cuda(i32),
+    /// The emulator: kernels on the CPU, at once, in host memory.
+    #[cfg(feature = "emulate")]
+    Emulated,
 }
 
 impl fmt::Display for Device {
@@ -20,6 +23,8 @@ impl fmt::Display for Device {
         match self {
             Device::Host => f.write_str("the host"),
             Device::Cuda(ordinal) => write!(f, "CUDA device {ordinal}"),
+            #[cfg(feature = "emulate")]
+            Device::Emulated => f.write_str("the emulator"),
         }
     }
 }
@@ -72,10 +77,12 @@ impl DeviceInfo {
         match stream.as_stream().device() {
             Device::Host => Ok(Self::A100),
             Device::Cuda(ordinal) => Self::of_cuda(ordinal),
+            #[cfg(feature = "emulate")]
+            Device::Emulated => Ok(Self::H200),
         }
     }
 
-    #[cfg(nxs_kernels)]
+    #[cfg(all(nxs_kernels, not(feature = "emulate")))]
     fn of_cuda(ordinal: i32) -> Result<Self> {
         require_driver()?;
         let mut info = crate::ffi::nxs_device_info::default();
@@ -90,7 +97,7 @@ impl DeviceInfo {
         })
     }
 
-    #[cfg(not(nxs_kernels))]
+    #[cfg(any(not(nxs_kernels), feature = "emulate"))]
     fn of_cuda(_ordinal: i32) -> Result<Self> {
         Err(Error::NotCompiled)
     }
@@ -109,7 +116,7 @@ pub fn driver_present() -> bool {
 }
 
 /// Before any call that would need the driver: an error value instead of CUDA's own ways of failing.
-#[cfg_attr(not(nxs_kernels), allow(dead_code))]
+#[cfg_attr(any(not(nxs_kernels), feature = "emulate"), allow(dead_code))]
 pub(crate) fn require_driver() -> Result<()> {
     if driver_present() { Ok(()) } else { Err(Error::DriverUnavailable { searched: DRIVER }) }
 }

@@ -108,6 +108,21 @@ pub(crate) fn launch(
     stream: &Stream<'_>,
     launcher: impl FnOnce(*mut core::ffi::c_void) -> crate::ffi::nxs_status,
 ) -> Result<()> {
+    #[cfg(feature = "emulate")]
+    return match stream.device() {
+        crate::device::Device::Emulated => check(op, launcher(core::ptr::null_mut())),
+        _ => Err(Error::NotCompiled),
+    };
+    #[cfg(not(feature = "emulate"))]
+    launch_on_cuda(op, stream, launcher)
+}
+
+#[cfg(all(nxs_kernels, not(feature = "emulate")))]
+fn launch_on_cuda(
+    op: &'static str,
+    stream: &Stream<'_>,
+    launcher: impl FnOnce(*mut core::ffi::c_void) -> crate::ffi::nxs_status,
+) -> Result<()> {
     crate::device::require_driver()?;
     stream.bind()?;
     // A stream of another device than the current one would fault late and far away.

@@ -110,7 +110,7 @@ impl PhiloxFill {
         Operands::of(&stream).output("out", &out, self.positions * 4)?.finish()?;
         match stream.device() {
             Device::Host => self.on_host(out),
-            Device::Cuda(_) => self.on_cuda(&stream, out),
+            _ => self.on_cuda(&stream, out),
         }
     }
 

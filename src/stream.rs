@@ -31,6 +31,12 @@ impl<'a> Stream<'a> {
         Stream { device: Device::Host, handle: 0, owner: Owner::Caller(PhantomData) }
     }
 
+    /// The emulator: `run` executes the kernels on the CPU and returns when they are done.
+    #[cfg(feature = "emulate")]
+    pub const fn emulated() -> Stream<'static> {
+        Stream { device: Device::Emulated, handle: 0, owner: Owner::Caller(PhantomData) }
+    }
+
     /// A CUDA stream by its handle (`cudaStream_t` or `CUstream`; null is the legacy default stream).
     ///
     /// # Safety
@@ -66,7 +72,7 @@ impl<'a> Stream<'a> {
     }
 
     /// Makes the stream's context current on this thread, where its owner knows how.
-    #[cfg_attr(not(nxs_kernels), allow(dead_code))]
+    #[cfg_attr(any(not(nxs_kernels), feature = "emulate"), allow(dead_code))]
     pub(crate) fn bind(&self) -> Result<()> {
         match self.owner {
             Owner::Caller(_) => Ok(()),

@@ -42,6 +42,14 @@ pub struct Out<'a, T> {
 }
 
 impl<'a, T: Element> In<'a, T> {
+    /// Host memory for the emulator.
+    #[cfg(feature = "emulate")]
+    pub fn emulated(elements: &'a [T]) -> Self {
+        let mut view = Self::host(elements);
+        view.span.device = Device::Emulated;
+        view
+    }
+
     /// Host memory.
     pub fn host(elements: &'a [T]) -> Self {
         In {
@@ -78,6 +86,14 @@ impl<'a, T: Element> In<'a, T> {
 }
 
 impl<'a, T: Element> Out<'a, T> {
+    /// Host memory for the emulator.
+    #[cfg(feature = "emulate")]
+    pub fn emulated(elements: &'a mut [T]) -> Self {
+        let mut view = Self::host(elements);
+        view.span.device = Device::Emulated;
+        view
+    }
+
     /// Host memory.
     pub fn host(elements: &'a mut [T]) -> Self {
         Out {

@@ -24,6 +24,8 @@ const NO_CUDA: &str = "--device cuda: build this with --features cuda,cudarc-0_1
 /// A device, ready to run ops.
 pub(crate) enum Runner {
     Host,
+    #[cfg(feature = "emulate")]
+    Emulated,
     #[cfg(feature = "cudarc-0_19")]
     Cuda(Arc<CudaStream>),
 }
@@ -31,6 +33,8 @@ pub(crate) enum Runner {
 /// Elements on a runner's device.
 pub(crate) enum Buffer<T> {
     Host(Vec<T>),
+    #[cfg(feature = "emulate")]
+    Emulated(Vec<T>),
     /// In bytes: cudarc does not know all of our element types. Never of size zero, which CUDA cannot allocate.
     #[cfg(feature = "cudarc-0_19")]
     Cuda {
@@ -48,7 +52,10 @@ impl Runner {
                 Ok(ordinal) => Self::open_cuda(ordinal),
                 Err(_) => Err(Failure::request(format!("--device {device}: {ordinal:?} is not an ordinal"))),
             },
-            ("emulated", "") => Err(Failure::Failed("--device emulated: this build has no emulator".into())),
+            #[cfg(feature = "emulate")]
+            ("emulated", "") => Ok(Runner::Emulated),
+            #[cfg(not(feature = "emulate"))]
+            ("emulated", "") => Err(Failure::Failed("--device emulated: build this with --features emulate".into())),
             _ => Err(Failure::request(format!("--device {device}: not one of {DEVICES}"))),
         }
     }
@@ -82,6 +89,8 @@ impl Runner {
     fn stream(&self) -> Stream<'_> {
         match self {
             Runner::Host => Stream::host(),
+            #[cfg(feature = "emulate")]
+            Runner::Emulated => Stream::emulated(),
             #[cfg(feature = "cudarc-0_19")]
             Runner::Cuda(stream) => stream.as_stream(),
         }
@@ -91,6 +100,8 @@ impl Runner {
     pub(crate) fn upload<T: Element>(&self, elements: &[T]) -> Result<Buffer<T>, Failure> {
         match self {
             Runner::Host => Ok(Buffer::Host(elements.to_vec())),
+            #[cfg(feature = "emulate")]
+            Runner::Emulated => Ok(Buffer::Emulated(elements.to_vec())),
             #[cfg(feature = "cudarc-0_19")]
             Runner::Cuda(stream) => {
                 let source: &[u8] = bytemuck::cast_slice(elements);
@@ -118,6 +129,8 @@ impl Runner {
         op(&self.stream())?;
         match self {
             Runner::Host => {}
+            #[cfg(feature = "emulate")]
+            Runner::Emulated => {}
             #[cfg(feature = "cudarc-0_19")]
             Runner::Cuda(stream) => stream.synchronize()?,
         }
@@ -130,6 +143,8 @@ impl<T: Element> Buffer<T> {
     pub(crate) fn as_in(&self) -> In<'_, T> {
         match self {
             Buffer::Host(elements) => In::host(elements),
+            #[cfg(feature = "emulate")]
+            Buffer::Emulated(elements) => In::emulated(elements),
             #[cfg(feature = "cudarc-0_19")]
             Buffer::Cuda { bytes, len } => {
                 let (address, _guard) = bytes.device_ptr(bytes.stream());
@@ -144,6 +159,8 @@ impl<T: Element> Buffer<T> {
     pub(crate) fn as_out(&mut self) -> Out<'_, T> {
         match self {
             Buffer::Host(elements) => Out::host(elements),
+            #[cfg(feature = "emulate")]
+            Buffer::Emulated(elements) => Out::emulated(elements),
             #[cfg(feature = "cudarc-0_19")]
             Buffer::Cuda { bytes, len } => {
                 let (stream, ordinal) = (bytes.stream().clone(), ordinal(bytes));
@@ -158,6 +175,8 @@ impl<T: Element> Buffer<T> {
     pub(crate) fn download(self) -> Result<Vec<T>, Failure> {
         match self {
             Buffer::Host(elements) => Ok(elements),
+            #[cfg(feature = "emulate")]
+            Buffer::Emulated(elements) => Ok(elements),
             #[cfg(feature = "cudarc-0_19")]
             Buffer::Cuda { bytes, len } => {
                 let bytes = bytes.stream().clone_dtoh(&bytes)?;

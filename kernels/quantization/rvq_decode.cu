@@ -40,7 +40,7 @@ extern "C" nxs_status nxs_rvq_decode(const nxs_rvq_decode_params* params, void* 
     NXS_REQUIRE(p.dim % vec == 0 && p.codebooks_stride_level % vec == 0 && p.codebooks_stride_entry % vec == 0 &&
                     p.out_stride_batch % vec == 0 && p.out_stride_row % vec == 0,
                 NXS_E_STRIDE);
-    NXS_REQUIRE(is_aligned(p.codebooks, 16) && is_aligned(p.out, store), NXS_E_ALIGNMENT);
+    NXS_REQUIRE((p.levels == 0 || is_aligned(p.codebooks, 16)) && is_aligned(p.out, store), NXS_E_ALIGNMENT);
   }
 
   if (p.tiles) {

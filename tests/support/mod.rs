@@ -19,6 +19,8 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub enum TestDevice {
     Host,
+    #[cfg(feature = "emulate")]
+    Emulated,
     #[cfg(feature = "cudarc-0_19")]
     Cuda(Arc<CudaStream>),
 }
@@ -39,7 +41,10 @@ impl TestDevice {
 
     /// The devices that run kernels, each with a stream of its own.
     pub fn kernels() -> Vec<TestDevice> {
-        Self::cuda().into_iter().collect()
+        let devices = Self::cuda().into_iter();
+        #[cfg(feature = "emulate")]
+        let devices = std::iter::once(TestDevice::Emulated).chain(devices);
+        devices.collect()
     }
 
     /// A new stream of the first GPU, if this build has kernels and this machine a driver and a device.
@@ -63,6 +68,11 @@ impl TestDevice {
         None
     }
 
+    /// Whether it runs kernels, but on the CPU: too slow for large problems.
+    pub fn is_emulated(&self) -> bool {
+        !self.is_host() && !matches!(self.stream().device(), nextscale::Device::Cuda(_))
+    }
+
     pub fn is_host(&self) -> bool {
         matches!(self, TestDevice::Host)
     }
@@ -70,6 +80,8 @@ impl TestDevice {
     pub fn stream(&self) -> Stream<'_> {
         match self {
             TestDevice::Host => Stream::host(),
+            #[cfg(feature = "emulate")]
+            TestDevice::Emulated => Stream::emulated(),
             #[cfg(feature = "cudarc-0_19")]
             TestDevice::Cuda(stream) => nextscale::AsStream::as_stream(stream),
         }
@@ -79,6 +91,8 @@ impl TestDevice {
     pub fn sync(&self) {
         match self {
             TestDevice::Host => {}
+            #[cfg(feature = "emulate")]
+            TestDevice::Emulated => {}
             #[cfg(feature = "cudarc-0_19")]
             TestDevice::Cuda(stream) => stream.synchronize().expect("the kernels ran without a fault"),
         }
@@ -174,6 +188,8 @@ impl<T: Element> Buffer<T> {
         bytemuck::cast_slice_mut::<_, u8>(&mut lines)[start..start + payload.len()].copy_from_slice(payload);
         let storage = match device {
             TestDevice::Host => Storage::Host(lines),
+            #[cfg(feature = "emulate")]
+            TestDevice::Emulated => Storage::Host(lines),
             #[cfg(feature = "cudarc-0_19")]
             TestDevice::Cuda(stream) => {
                 Storage::Cuda(stream.clone_htod(bytemuck::cast_slice::<_, u8>(&lines)).expect("device memory"))
@@ -198,10 +214,15 @@ impl<T: Element> Buffer<T> {
     /// A view of the first `len` elements.
     pub fn input_of(&self, len: usize) -> In<'_, T> {
         match &self.storage {
-            Storage::Host(lines) => In::host(
-                &bytemuck::cast_slice(&bytemuck::cast_slice::<_, u8>(lines)[self.start..][..self.len * size_of::<T>()])
-                    [..len],
-            ),
+            Storage::Host(lines) => {
+                let bytes = &bytemuck::cast_slice::<_, u8>(lines)[self.start..][..self.len * size_of::<T>()];
+                let elements = &bytemuck::cast_slice(bytes)[..len];
+                #[cfg(feature = "emulate")]
+                if self.device.is_emulated() {
+                    return In::emulated(elements);
+                }
+                In::host(elements)
+            }
             #[cfg(feature = "cudarc-0_19")]
             // SAFETY: the memory is this buffer's, and tests sync before they drop it.
             Storage::Cuda(_) => unsafe { In::from_raw(self.address().unwrap(), len, 0) },
@@ -222,7 +243,12 @@ impl<T: Element> Buffer<T> {
         match &mut self.storage {
             Storage::Host(lines) => {
                 let bytes = &mut bytemuck::cast_slice_mut::<_, u8>(lines)[self.start..][..self.len * size_of::<T>()];
-                Out::host(&mut bytemuck::cast_slice_mut(bytes)[..len])
+                let elements = &mut bytemuck::cast_slice_mut(bytes)[..len];
+                #[cfg(feature = "emulate")]
+                if self.device.is_emulated() {
+                    return Out::emulated(elements);
+                }
+                Out::host(elements)
             }
             #[cfg(feature = "cudarc-0_19")]
             Storage::Cuda(_) => unreachable!("a device buffer has an address"),
@@ -249,7 +275,7 @@ impl<T: Element> Buffer<T> {
             #[cfg(feature = "cudarc-0_19")]
             Storage::Cuda(slice) => match &self.device {
                 TestDevice::Cuda(stream) => stream.clone_dtoh(slice).expect("a copy to the host"),
-                TestDevice::Host => unreachable!("a device buffer has a device"),
+                _ => unreachable!("a device buffer has a device"),
             },
         };
         let end = self.start + self.len * size_of::<T>();

@@ -111,7 +111,7 @@ impl<C: Code, E: Float, O: Float> RvqDecode<C, E, O> {
             .finish()?;
         match stream.device() {
             Device::Host => host::run(plan, &mut args),
-            Device::Cuda(_) => cuda::run(plan, &stream, &args),
+            _ => cuda::run(plan, &stream, &args),
         }
     }
 }
