@@ -62,7 +62,7 @@ pub trait Element: sealed::Sealed + Pod + PartialEq + fmt::Debug + Send + Sync {
     const DTYPE: DType;
 }
 
-/// Floating-point storage types of activations, weights and caches: [`f32`], [`f16`], [`bf16`].
+/// Floating-point storage types of activations, weights and caches: `f32`, [`struct@f16`], [`bf16`].
 pub trait Float: Element {
     /// Exact.
     fn to_f32(self) -> f32;
