@@ -28,18 +28,15 @@ fn main() {
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     println!("cargo::metadata=include={}", manifest.join("kernels/include").display());
-    if env::var_os("CARGO_FEATURE_EMULATE").is_some() {
-        if let Err(message) = build_emulator(&manifest) {
-            eprintln!("\nnextscale: {message}\n");
-            exit(1);
-        }
-        return;
-    }
-    // Documentation needs the API, which does not depend on the kernels.
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() || env::var_os("DOCS_RS").is_some() {
-        return;
-    }
-    if let Err(message) = build_kernels(&manifest.join("kernels")) {
+    let built = if env::var_os("CARGO_FEATURE_EMULATE").is_some() {
+        build_emulator(&manifest)
+    } else if env::var_os("CARGO_FEATURE_CUDA").is_none() || env::var_os("DOCS_RS").is_some() {
+        // Documentation needs the API, which does not depend on the kernels.
+        Ok(())
+    } else {
+        build_kernels(&manifest.join("kernels"))
+    };
+    if let Err(message) = built {
         // The message is for a person; a panic would bury it under a backtrace.
         eprintln!("\nnextscale: {message}\n");
         exit(1);

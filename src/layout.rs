@@ -38,11 +38,6 @@ impl<const N: usize> Layout<N> {
         self.strides
     }
 
-    /// Number of index tuples; `None` beyond `u64`.
-    pub fn elements(&self) -> Option<u64> {
-        self.shape.iter().try_fold(1u64, |product, &n| product.checked_mul(n))
-    }
-
     /// Position of an index tuple in the buffer.
     #[inline]
     pub fn offset(&self, index: [u64; N]) -> u64 {
@@ -101,11 +96,6 @@ impl<const N: usize> Layout<N> {
             }
         }
         Ok(())
-    }
-
-    /// Whether every offset along every dimension of more than one element is a multiple of `n`.
-    pub fn strides_divide_by(&self, n: i64) -> bool {
-        self.shape.iter().zip(&self.strides).all(|(&size, &stride)| size <= 1 || stride % n == 0)
     }
 }
 
