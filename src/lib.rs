@@ -1,8 +1,10 @@
 #![doc = include_str!("../README.md")]
 #![warn(missing_debug_implementations, unreachable_pub)]
 // Without a family, parts of the shared vocabulary have no user.
-#![cfg_attr(not(feature = "quantization"), allow(dead_code))]
+#![cfg_attr(not(all(feature = "attention", feature = "quantization")), allow(dead_code))]
 
+#[cfg(feature = "attention")]
+pub mod attention;
 pub mod device;
 pub mod dtype;
 pub mod error;
@@ -16,7 +18,7 @@ pub mod view;
 mod engine;
 mod ffi;
 mod launch;
-#[cfg(feature = "quantization")]
+#[cfg(any(feature = "attention", feature = "quantization"))]
 mod plan;
 
 pub use device::{Device, DeviceInfo, driver_present};

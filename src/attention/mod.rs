@@ -1,0 +1,1 @@
+//! Attention of models that generate scale by scale.
