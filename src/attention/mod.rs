@@ -1,1 +1,7 @@
-//! Attention of models that generate scale by scale.
+//! Attention of models that generate scale by scale: who sees whom is a table of segments, not a mask.
+
+mod scale;
+mod visibility;
+
+pub use scale::{ScaleAttention, ScaleAttentionArgs, ScaleAttentionBuilder, Schedule, Variant};
+pub use visibility::{Rule, Segment, Visibility};
