@@ -129,12 +129,12 @@ impl Visibility {
     /// shape.
     pub fn new(queries: &[Segment], keys: &[Segment], rule: impl Fn(usize, usize) -> Rule) -> Result<Self> {
         let mut sights = Vec::with_capacity(queries.len());
-        for q in 0..queries.len() {
+        for (q, query) in queries.iter().enumerate() {
             let mut seen: Vec<Sight> = Vec::new();
-            for k in 0..keys.len() {
+            for (k, key) in keys.iter().enumerate() {
                 let rule = rule(q, k);
                 let shape = |segment: &Segment| (segment.frames, segment.height, segment.width);
-                if rule == Rule::ColumnCausal && shape(&queries[q]) != shape(&keys[k]) {
+                if rule == Rule::ColumnCausal && shape(query) != shape(key) {
                     return Err(Error::Unsupported { arg: "rule", what: "ColumnCausal is for grids of one shape" });
                 }
                 match seen.last_mut() {
