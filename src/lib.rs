@@ -5,6 +5,8 @@
 
 pub mod device;
 pub mod dtype;
+#[cfg(feature = "emulate")]
+pub mod emulator;
 pub mod error;
 pub mod layout;
 pub mod philox;
