@@ -61,6 +61,9 @@ counters! {
 
 impl fmt::Display for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.launches == 0 {
+            return f.write_str("no launches");
+        }
         let mut separator = "";
         for (name, count) in self.named().filter(|&(_, count)| count != 0) {
             write!(f, "{separator}{name:<20}{count:>16}")?;
@@ -158,5 +161,6 @@ mod tests {
         assert!(report().starts_with("race: ") && report().contains("[kernel rvq_decode_rows_kernel"), "{}", report());
         reset();
         assert_eq!((counters(), report()), (Counters::default(), String::new()));
+        assert_eq!(counters().to_string(), "no launches");
     }
 }
