@@ -60,6 +60,9 @@ nxs_status run(const Launch& launch);
 nxs_status allow_dynamic_smem(const void* kernel, unsigned bytes);
 
 // ---- memory
+// What one instruction loads or stores.
+template <typename T>
+constexpr bool kIsAccess = sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16;
 enum class Access : u8 { kRead, kReadConstant, kReadAtomically, kWrite, kAtomic };
 void global_access(const void* p, u32 bytes, Access access, Where where);
 // The bytes of this block, or of a peer for an address of the cluster window.
