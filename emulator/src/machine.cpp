@@ -54,7 +54,7 @@ std::string function_name(const char* text) {
   return start == std::string::npos ? before : before.substr(start + 1);
 }
 
-void record_text(const char* kind, const Thread* thread, Where where, const std::string& sentence) {
+void record(const char* kind, const Thread* thread, Where where, const std::string& sentence) {
   if (machine->stopping) return;
   machine->stopping = true;
   report = std::string(kind) + ": " + sentence + " [kernel " + kernel_name(machine->launch.text);
@@ -69,27 +69,16 @@ void record_text(const char* kind, const Thread* thread, Where where, const std:
   if (!machine->options.quiet) fprintf(stderr, "nextscale emulator: %s\n", report.c_str());
 }
 
-std::string format_text(const char* format, va_list arguments) {
-  char text[600];
-  vsnprintf(text, sizeof(text), format, arguments);
-  return text;
-}
-
 }  // namespace
 
 void fail(const char* kind, Where where, const char* format, ...) {
+  char sentence[600];
   va_list arguments;
   va_start(arguments, format);
-  record_text(kind, self, where, format_text(format, arguments));
+  vsnprintf(sentence, sizeof(sentence), format, arguments);
   va_end(arguments);
+  record(kind, self, where, sentence);
   throw Stop();
-}
-
-void record(const char* kind, const Thread* thread, Where where, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  record_text(kind, thread, where, format_text(format, arguments));
-  va_end(arguments);
 }
 
 void fail_in_flight(Where where) { fail("registers", where, "use of a wgmma accumulator before the wait for it"); }
@@ -303,7 +292,7 @@ void Machine::report_deadlock() {
     if (text.size() < 400) text += ", " + std::to_string(count) + " wait " + what;
   if (done) text += ", " + std::to_string(done) + " have ended";
   const char* kind = rank(*first) == 1 ? "barrier" : rank(*first) == 2 ? "divergence" : "deadlock";
-  record(kind, first, first->where, "no thread can go on%s", text.c_str());
+  record(kind, first, first->where, "no thread can go on" + text);
 }
 
 void Machine::run() {

@@ -286,9 +286,6 @@ extern constinit thread_local nxs_emulator_counts counts;
 
 // Stops the launch with a report. Does not return to the kernel.
 [[noreturn]] void fail(const char* kind, Where where, const char* format, ...) __attribute__((format(printf, 3, 4)));
-// The same for what is found outside any thread; returns.
-void record(const char* kind, const Thread* thread, Where where, const char* format, ...)
-    __attribute__((format(printf, 4, 5)));
 
 // Suspends the running thread until someone wakes it.
 void block_on(std::vector<Thread*>& waiting, const char* waits_for, Where where);

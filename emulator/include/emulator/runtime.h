@@ -11,7 +11,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define NXS_DEVICE inline
