@@ -637,10 +637,10 @@ mod traffic {
         (plan, emulator::counters())
     }
 
-    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernels add: a stretch of
-    /// a row that a warp reaches at once is rounded out to whole sectors; each stretch has its codes read, a sector each;
-    /// tiles read rows that fill the last block up, and lanes past the end of a row read its start; and a chunk of more
-    /// than 16 bytes of output is written by two instructions, which touch the same sectors.
+    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernels add: what a
+    /// warp reaches of a row at once, a stretch, is rounded out to whole sectors; each stretch has its codes read, a
+    /// sector each; tiles read rows that fill the last block up, and lanes past the end of a row read its start; and a
+    /// chunk of more than 16 bytes of output is written by two instructions, which touch the same sectors.
     fn compare<C: Code, E: Float, O: Float>(
         counted: &Counters,
         plan: &RvqDecode<C, E, O>,

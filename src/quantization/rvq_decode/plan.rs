@@ -316,10 +316,11 @@ impl Plan {
     }
 }
 
-/// The bytes that a decode must move, however it is cut up: each code once, a codebook row for each code, each output once.
+/// The bytes that a decode must move, however it is cut up: each code once, a codebook row for each code, each output
+/// once.
 ///
-/// What a kernel moves is more by whole sectors of 32 bytes, by codes that several warps read, and by rows that fill the
-/// last tile up; it is less where rows of one warp have a code in common. Saturates.
+/// What a kernel moves is more by whole sectors of 32 bytes, by codes that several warps read, and by rows that fill
+/// the last tile up; it is less where rows of one warp have a code in common. Saturates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Traffic {
     /// Read from `codes`.
