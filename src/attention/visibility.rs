@@ -334,14 +334,17 @@ impl Visibility {
         self.sights[q].iter().any(|sight| sight.rule != Rule::Full)
     }
 
-    /// The keys that a query sees, as ranges in ascending order that neither overlap nor need be apart. Lengths are
-    /// left to the caller.
+    /// The keys that a query sees, as ranges in ascending order that are not empty, and neither overlap nor need be
+    /// apart. Lengths are left to the caller.
     pub(super) fn for_each_range(&self, query: u32, mut range: impl FnMut(Range<u32>)) {
         let q = self.segment_of(query);
         let token = query - self.query_starts[q];
         for sight in &self.sights[q] {
             if sight.rule == Rule::Full {
-                range(self.key_starts[sight.keys.start as usize]..self.key_starts[sight.keys.end as usize]);
+                let keys = self.key_starts[sight.keys.start as usize]..self.key_starts[sight.keys.end as usize];
+                if !keys.is_empty() {
+                    range(keys);
+                }
                 continue;
             }
             for k in sight.keys.clone() {
