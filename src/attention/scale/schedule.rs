@@ -141,6 +141,9 @@ fn tiles(visibility: &Visibility, pack: u32) -> Vec<Tile> {
     for q in 0..visibility.queries().len() {
         let tokens = visibility.query_range(q);
         let (mut first, mut rows) = (tokens.start * pack, (tokens.end - tokens.start) * pack);
+        if rows == 0 {
+            continue;
+        }
         if let (true, Some(last)) = (open, tiles.last_mut())
             && last.rows + rows <= TILE_ROWS
         {
@@ -208,6 +211,9 @@ impl<'a> Lowering<'a> {
         let mut zones: Vec<Zone> = Vec::new();
         for (k, segment) in visibility.keys().iter().enumerate() {
             let range = visibility.key_range(k);
+            if range.is_empty() {
+                continue;
+            }
             let length = segment.length().map(|index| (index, range.start));
             match zones.last_mut() {
                 Some((last, None)) if length.is_none() => last.end = range.end,
