@@ -40,6 +40,7 @@ struct ChunkWalk {
   u32 run, runs;       // offset of the run at hand; how many are left, this one included
   u32 key, keys;       // of the run at hand
   u32 chunks;          // of it that are left
+  Vec<u32, 4> masks;   // of the run at hand, by group
 
   NXS_DEVICE ChunkWalk(const ScaleParams& p, const Work& work) : schedule(p.schedule), length_stride(p.lengths_stride_index) {
     lengths = p.lengths_or_null ? p.lengths_or_null + work.batch * p.lengths_stride_batch +
@@ -57,6 +58,7 @@ struct ChunkWalk {
       if (--runs == 0) return false;
       run += NXS_SCHEDULE_RUN_WORDS;
       const Vec<u32, 4> head = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(schedule + run));
+      masks = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(schedule + run + 4));
       key = head.data[0];
       keys = head.data[1];
       if (head.data[2]) {
@@ -71,7 +73,6 @@ struct ChunkWalk {
   }
   NXS_DEVICE u32 first_key() const { return key + chunks * kChunk; }
   NXS_DEVICE u32 count() const { return keys - chunks * kChunk < kChunk ? keys - chunks * kChunk : kChunk; }
-  NXS_DEVICE u32 mask(u32 group) const { return load_global_nc(schedule + run + 4 + group); }
 };
 
 }  // namespace nxs::attention
