@@ -26,6 +26,7 @@
 #include "attention/scale_schedule.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/bulk.cuh"
 #include "common/ptx/fence.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
@@ -122,16 +123,16 @@ NXS_DEVICE RowAt row_at(const ScaleParams& p, u32 head, u32 row) {
 // ---- producer
 
 // V of this chunk has rows that belong to others and lie within the tensor; what lies beyond it comes as zero.
-NXS_DEVICE bool has_tail(const ScaleParams& p, u32 key, u32 keys) {
+NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
   return keys < kChunk && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
 }
-NXS_DEVICE u32 first_key_of(const ScaleParams& p, const Work& work) {
+NXS_DEVICE u32 first_key_of(const ScaleKernelParams& p, const Work& work) {
   return p.kv_offset_or_null ? static_cast<u32>(load_global_nc(p.kv_offset_or_null + work.batch)) : 0;
 }
 
 // Warp 0: K and V.
 template <int kDim, int kGroups>
-NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
+NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
   using C = Sm90<kDim, kGroups>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   u32 chunk = 0;
@@ -196,7 +197,7 @@ NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, cons
 }
 
 // Warp 1: zeroes where V of a chunk is not its own. Walks as warp 0 does.
-template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleParams& p, u32 shared) {
+template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleKernelParams& p, u32 shared) {
   using C = Sm90<kDim, kGroups>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   u32 chunk = 0, parities = 0;  // a bit for each stage
@@ -226,7 +227,7 @@ template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleParams& 
 
 // Warp 2: q of works to come, and headers that tell what the slots hold.
 template <typename T, int kDim, int kGroups>
-NXS_DEVICE void load_queries(const ScaleParams& p, const TensorMap* map_q, u32 shared) {
+NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared) {
   using C = Sm90<kDim, kGroups>;
   constexpr u32 kPieces = kDim / 8;  // of 16 bytes, in a row
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
@@ -236,7 +237,8 @@ NXS_DEVICE void load_queries(const ScaleParams& p, const TensorMap* map_q, u32 s
     const Work work = work_at(p, index);
     const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
     const u32 full = shared + C::kQFull + 8 * slot, tiles = shared + C::kQ + slot * C::kSlotBytes;
-    const Vec<u32, 4> item = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(p.schedule + work.item));
+    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4);
+    const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
     const bool ours = item.data[3] == p.digest;  // else nothing is read or written
     mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
     const bool plain = p.pack <= 1 && !p.row_index_or_null;
@@ -244,9 +246,10 @@ NXS_DEVICE void load_queries(const ScaleParams& p, const TensorMap* map_q, u32 s
       store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
       if (plain) mbarrier_expect(full, C::kSlotBytes);
     }
-#pragma unroll 1
+#pragma unroll
     for (u32 g = 0; g < kGroups; ++g) {
-      Vec<u32, 2> tile = load_global_nc(reinterpret_cast<const Vec<u32, 2>*>(p.schedule + work.item + 4 + 2 * g));
+      const Vec<u32, 4>& pair = g < 2 ? tile01 : tile2;
+      Vec<u32, 2> tile{{pair.data[g % 2 * 2], pair.data[g % 2 * 2 + 1]}};
       if (!ours) tile.data[1] = 0;
       const u32 to = tiles + g * C::kTileBytes;
       if (lane == 0) store_shared(header + 16 + 8 * g, tile);
@@ -288,12 +291,13 @@ NXS_DEVICE void load_queries(const ScaleParams& p, const TensorMap* map_q, u32 s
   }
 }
 
-NXS_DEVICE i64 part_row(const ScaleParams& p, u32 split, u32 batch, const RowAt& at) {
+NXS_DEVICE i64 part_row(const ScaleKernelParams& p, u32 split, u32 batch, const RowAt& at) {
   return ((split * p.batch + batch) * p.heads + at.head) * p.rows + at.row;
 }
 
 // Warp 3: the results that the consumers left in a slot. Parts they have written themselves.
-template <typename T, int kDim, int kGroups> NXS_DEVICE void write_results(const ScaleParams& p, u32 shared) {
+template <typename T, int kDim, int kGroups>
+NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
   using C = Sm90<kDim, kGroups>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   for (u32 n = 0; nth_work(n) < works; ++n) {
@@ -317,11 +321,18 @@ template <typename T, int kDim, int kGroups> NXS_DEVICE void write_results(const
         }
       if (p.splits > 1) continue;
       const u32 from = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes;
-#pragma unroll 4
-      for (u32 i = lane; i < tile.data[1] * (kDim / 8); i += kWarpSize) {
+      // Eight rows a copy; the rest, and packed heads, in pieces of 16 bytes.
+      const u32 eights = p.pack <= 1 ? tile.data[1] / 8 : 0;
+      if (lane < eights)
+#pragma unroll
+        for (u32 block = 0; block < C::kBlocks; ++block)
+          tensor_store(map_out, from + block * kTileRows * 128 + lane * 1024,
+                       {static_cast<i32>(block * 64), static_cast<i32>(tile.data[0] + lane * 8), static_cast<i32>(head),
+                        static_cast<i32>(batch)});
+#pragma unroll 1
+      for (u32 i = eights * kDim + lane; i < tile.data[1] * (kDim / 8); i += kWarpSize) {
         const u32 row = i / (kDim / 8), piece = i % (kDim / 8);
-        if (kDim != 64 || p.dim != 64)
-          if (piece * 8 >= static_cast<u32>(p.dim)) continue;
+        if (piece * 8 >= static_cast<u32>(p.dim)) continue;
         const RowAt at = row_at(p, head, tile.data[0] + row);
         const u32 address = from + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
         T* out = static_cast<T*>(p.out) + batch * p.out_stride_batch + at.row * p.out_stride_row + at.head * p.out_stride_head;
@@ -329,6 +340,8 @@ template <typename T, int kDim, int kGroups> NXS_DEVICE void write_results(const
                      load_shared<Vec<u32, 4>>(swizzled(address, Swizzle::k128)));
       }
     }
+    bulk_commit();
+    bulk_wait_read<0>();
     fence_async_shared();  // q comes next by TMA
     warp_sync();
     if (lane == 0) mbarrier_arrive(shared + C::kQEmpty + 8 * slot);
@@ -340,7 +353,7 @@ template <typename T, int kDim, int kGroups> NXS_DEVICE void write_results(const
 template <typename T, int kDim, int kGroups> struct Consumer {
   using C = Sm90<kDim, kGroups>;
 
-  const ScaleParams& p;
+  const ScaleKernelParams& p;
   const u32 shared, group, warp, lane;
   u32 work = 0;          // works begun
   u32 chunk = 0;         // chunks whose K was released
@@ -353,7 +366,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   u32 prob[kChunk / 16][4];            // P, as the A operand of P V
   float reference[2], sum[2], grow[2];  // of the thread's two rows: base-2 reference, sum, factor of the last rescale
 
-  NXS_DEVICE Consumer(const ScaleParams& p_, u32 shared_, u32 group_)
+  NXS_DEVICE Consumer(const ScaleKernelParams& p_, u32 shared_, u32 group_)
       : p(p_), shared(shared_), group(group_), warp(thread_index() % kGroupThreads / kWarpSize),
         lane(thread_index() % kWarpSize) {}
 
@@ -678,6 +691,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
           registers[j] = round_pair<T>(o[8 * i + 2 * j] * inverse[j % 2], o[8 * i + 2 * j + 1] * inverse[j % 2]);
         store_matrix(registers, swizzled(mine + i / 4 * (kTileRows * 128) + i % 4 * 32, Swizzle::k128));
       }
+      fence_async_shared();
     }
     release(shared + C::kResults + 8 * of_slot);
 #pragma unroll
@@ -708,6 +722,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     barrier_sync(1 + kGroups + group, kGroupThreads);
     for (u32 i = thread_index() % kGroupThreads; i < C::kTileBytes / 16; i += kGroupThreads)
       store_shared(q_tile(slot()) + i * 16, Vec<u32, 4>{});
+    fence_async_shared();
     release(shared + C::kResults + 8 * slot());
   }
 
@@ -744,8 +759,9 @@ template <typename T, int kDim, int kGroups> struct Consumer {
 
 template <typename T, int kDim, int kGroups>
 __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
-    scale_attention_sm90_kernel(const __grid_constant__ ScaleParams p, const __grid_constant__ TensorMap map_q,
-                                const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v) {
+    scale_attention_sm90_kernel(const __grid_constant__ ScaleKernelParams p, const __grid_constant__ TensorMap map_q,
+                                const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v,
+                                const __grid_constant__ TensorMap map_out) {
   // p.scale comes times log2(e).
   using C = Sm90<kDim, kGroups>;
   const u32 shared = dynamic_shared(), t = thread_index();
@@ -753,6 +769,7 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
     prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);
     prefetch_tensor_map(&map_v);
+    prefetch_tensor_map(&map_out);
     for (u32 slot = 0; slot < C::kSlots; ++slot) {
       mbarrier_init(shared + C::kQFull + 8 * slot, 1);
       mbarrier_init(shared + C::kResults + 8 * slot, 4 * kGroups);  // consumer warps
@@ -780,7 +797,7 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
     else if (t < 3 * kWarpSize)
       load_queries<T, kDim, kGroups>(p, &map_q, shared);
     else
-      write_results<T, kDim, kGroups>(p, shared);
+      write_results<T, kDim, kGroups>(p, &map_out, shared);
   } else {
     if constexpr (kGroups == 2) raise_registers<224>();
     if constexpr (kGroups == 3) raise_registers<160>();
@@ -790,17 +807,18 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
 
 template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_launch(const ScaleParams& p, void* stream) {
   using C = Sm90<kDim, kGroups>;
-  TensorMap maps[3];
+  TensorMap maps[4];
   const struct {
     const void* address;
     i64 row, head, batch, rows, heads;
     u32 box_rows;
-  } views[3] = {
+  } views[4] = {
       {p.q, p.q_stride_row, p.q_stride_head, p.q_stride_batch, p.q_rows, p.heads, kTileRows},
       {p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch, p.kv_rows, p.kv_heads, kChunk},
       {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch, p.kv_rows, p.kv_heads, kChunk},
+      {p.out, p.out_stride_row, p.out_stride_head, p.out_stride_batch, p.rows, p.heads, 8},
   };
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     TensorShape shape;
     shape.dtype = DType<T>::value;
     shape.rank = 4;
@@ -808,7 +826,7 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
     shape.size[0] = static_cast<u64>(p.dim);
     shape.size[1] = static_cast<u64>(views[i].rows);
     shape.size[2] = static_cast<u64>(views[i].heads);
-    shape.size[3] = static_cast<u64>(views[i].batch ? p.batch : 1);
+    shape.size[3] = static_cast<u64>(views[i].batch ? p.batch : 1);  // else all entries share the memory
     // A dimension of one element may have any stride; a map wants a valid one.
     const auto bytes = [](i64 stride) { return static_cast<u64>(stride ? stride : 8) * sizeof(T); };
     shape.stride_bytes[0] = bytes(views[i].row);
@@ -825,9 +843,9 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
   shape.grid = dim3(static_cast<unsigned>(p.blocks));
   shape.block = C::kThreads;
   shape.dynamic_smem = C::kSharedBytes;
-  ScaleParams base2 = p;
+  ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
-  return launch(kernel, shape, stream, base2, maps[0], maps[1], maps[2]);
+  return launch(kernel, shape, stream, base2, maps[0], maps[1], maps[2], maps[3]);
 }
 
 // One instantiation file for each dtype and dim (scale_attention_sm90_<dtype>_d<dim>.cu) picks the rest.

@@ -131,6 +131,8 @@ typedef struct nxs_scale_attention_params {
   void *out;                        /* [batch, rows, heads, dim] dtype; rows must not overlap */
   float *lse_or_null;               /* [batch, heads, rows] natural log of the sum of exponentials, every dimension strided */
   const uint32_t *schedule;         /* [schedule_words]; 16-byte aligned */
+  const uint32_t *schedule_head_or_null; /* [schedule_head_words] in host memory: how the schedule begins. With it the
+                                       kernel need not fetch what it has to know first; 128 words pay, most are ignored */
   const int32_t *lengths_or_null;   /* [length_count, batch, kv_heads]: keys that a run's length leaves; clamped to >= 0 */
   const int32_t *row_index_or_null; /* [batch, rows]: the row of q that row i is; null: i. Clamped into q */
   const int32_t *kv_offset_or_null; /* [batch]: added to every key index (varlen: keys of all entries in one row of memory) */
@@ -150,6 +152,7 @@ typedef struct nxs_scale_attention_params {
   int32_t groups;                   /* tiles of an item: 1 to 3 */
   int32_t section;                  /* heads (over the batch) whose items are taken before the next ones'; 0: all */
   int32_t length_count;
+  int32_t schedule_head_words;
   uint32_t digest;                  /* word 3 of every item: tells this schedule from others */
   nxs_dtype dtype;                  /* NXS_BF16 or NXS_F16 */
   int32_t variant;                  /* 0: portable (sm_80), groups 1; 1: Hopper (sm_90a) */

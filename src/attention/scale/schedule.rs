@@ -71,6 +71,7 @@ pub struct Schedule {
     chunks: u64,
     longest: u32,
     digest: u32,
+    head_words: u32,
     cut: Cut,
 }
 
@@ -108,6 +109,12 @@ impl Schedule {
     /// Chunks of the longest item.
     pub fn longest(&self) -> u32 {
         self.longest
+    }
+
+    /// The words before the masks.
+    #[cfg_attr(not(nxs_kernels), allow(dead_code))]
+    pub(super) fn head_words(&self) -> u32 {
+        self.head_words
     }
 
     #[cfg_attr(not(nxs_kernels), allow(dead_code))]
@@ -413,6 +420,7 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
         longest: items.first().map_or(0, length),
         words: words.into(),
         digest,
+        head_words: masks_at as u32,
         cut,
     }
 }
