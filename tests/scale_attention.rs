@@ -22,7 +22,16 @@ fn smoke() {
     // Keys are taken from the last to the first: logits that grow on the way.
     for (i, k) in k.iter_mut().enumerate() {
         let row = i / (h * d);
-        *k = bf16::from_f32(k.to_f32() * if row < 20 { 30.0 } else if row < 40 { 8.0 } else { 1.0 });
+        *k = bf16::from_f32(
+            k.to_f32()
+                * if row < 20 {
+                    30.0
+                } else if row < 40 {
+                    8.0
+                } else {
+                    1.0
+                },
+        );
     }
     let run = |device: &TestDevice, groups: u32, splits: u32| {
         let plan = ScaleAttention::<bf16>::builder(&vis)
@@ -32,7 +41,11 @@ fn smoke() {
             .variant(Variant::Hopper)
             .tiles_an_item(groups)
             .splits(splits)
-            .build(&{ let mut info = DeviceInfo::H200; info.sm_count = 1; info })
+            .build(&{
+                let mut info = DeviceInfo::H200;
+                info.sm_count = 1;
+                info
+            })
             .unwrap();
         eprintln!("{:?}", plan.schedule());
         let (q, k, v) = (Buffer::of(device, &q, 0), Buffer::of(device, &k, 0), Buffer::of(device, &v, 0));
