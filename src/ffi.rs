@@ -164,6 +164,108 @@ impl Default for nxs_rvq_decode_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_attention_merge_params {
+    pub parts: *const ::core::ffi::c_void,
+    pub lse: *const f32,
+    pub out: *mut ::core::ffi::c_void,
+    pub out_lse_or_null: *mut f32,
+    pub parts_stride_part: i64,
+    pub parts_stride_batch: i64,
+    pub parts_stride_row: i64,
+    pub parts_stride_head: i64,
+    pub lse_stride_part: i64,
+    pub lse_stride_batch: i64,
+    pub lse_stride_head: i64,
+    pub lse_stride_row: i64,
+    pub out_stride_batch: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub out_lse_stride_batch: i64,
+    pub out_lse_stride_head: i64,
+    pub out_lse_stride_row: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub parts_count: i32,
+    pub heads: i32,
+    pub dim: i32,
+    pub parts_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+    pub accumulate: i32,
+    pub vector: i32,
+    pub log2_lanes: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_attention_merge_params"][::core::mem::size_of::<nxs_attention_merge_params>() - 192usize];
+    ["Alignment of nxs_attention_merge_params"][::core::mem::align_of::<nxs_attention_merge_params>() - 8usize];
+    ["Offset of field: nxs_attention_merge_params::parts"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts) - 0usize];
+    ["Offset of field: nxs_attention_merge_params::lse"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse) - 8usize];
+    ["Offset of field: nxs_attention_merge_params::out"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out) - 16usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_or_null"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_or_null) - 24usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_part"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_part) - 32usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_batch) - 40usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_row) - 48usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_head) - 56usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_part"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_part) - 64usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_batch) - 72usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_head) - 80usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_row) - 88usize];
+    ["Offset of field: nxs_attention_merge_params::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_batch) - 96usize];
+    ["Offset of field: nxs_attention_merge_params::out_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_row) - 104usize];
+    ["Offset of field: nxs_attention_merge_params::out_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_head) - 112usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_batch) - 120usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_head) - 128usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_row) - 136usize];
+    ["Offset of field: nxs_attention_merge_params::batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, batch) - 144usize];
+    ["Offset of field: nxs_attention_merge_params::rows"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, rows) - 152usize];
+    ["Offset of field: nxs_attention_merge_params::parts_count"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_count) - 160usize];
+    ["Offset of field: nxs_attention_merge_params::heads"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, heads) - 164usize];
+    ["Offset of field: nxs_attention_merge_params::dim"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, dim) - 168usize];
+    ["Offset of field: nxs_attention_merge_params::parts_dtype"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_dtype) - 172usize];
+    ["Offset of field: nxs_attention_merge_params::out_dtype"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_dtype) - 176usize];
+    ["Offset of field: nxs_attention_merge_params::accumulate"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, accumulate) - 180usize];
+    ["Offset of field: nxs_attention_merge_params::vector"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, vector) - 184usize];
+    ["Offset of field: nxs_attention_merge_params::log2_lanes"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, log2_lanes) - 188usize];
+};
+impl Default for nxs_attention_merge_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -171,4 +273,8 @@ unsafe extern "C" {
     pub fn nxs_current_device(ordinal: *mut i32) -> nxs_status;
     pub fn nxs_philox_fill(params: *const nxs_philox_fill_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_attention_merge(
+        params: *const nxs_attention_merge_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
 }

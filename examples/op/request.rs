@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use nextscale::DType;
+use nextscale::{Access, DType};
 
 use crate::runner::Runner;
 use crate::tensors::Tensors;
@@ -122,6 +122,18 @@ impl Setting for DType {
     const WHAT: &'static str = "a dtype";
     fn parse(text: &str) -> Option<Self> {
         crate::tensors::DTYPES.iter().map(|&(dtype, _)| dtype).find(|dtype| dtype.to_string() == text)
+    }
+}
+
+impl Setting for Access {
+    const WHAT: &'static str = "auto, narrow or wide";
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "auto" => Some(Access::Auto),
+            "narrow" => Some(Access::Narrow),
+            "wide" => Some(Access::Wide),
+            _ => None,
+        }
     }
 }
 

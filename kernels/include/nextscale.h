@@ -128,6 +128,44 @@ typedef struct nxs_rvq_decode_params {
 
 nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);
 
+/* ---- attention ---------------------------------------------------------------------------------------------- */
+
+/*
+ * Merge of partial attention outputs by their log-sum-exps: split keys, ring attention, rows of several intervals.
+ *   m = max over i of lse[i, b, h, r];  w_i = exp(lse[i, b, h, r] - m);  s = sum over i ascending of w_i
+ *   out[b, r, h, :] = round(sum over i ascending of w_i * parts[i, b, r, h, :] / s);  out_lse[b, h, r] = m + ln(s)
+ * in f32, rounded once to out_dtype (nearest even). With accumulate, out and out_lse are read first, as the part before
+ * part 0.
+ * A part with lse = -inf adds nothing, whatever it holds; if all have, out is 0 and out_lse -inf. An lse of NaN or +inf
+ * makes the row's out and out_lse NaN.
+ * |out_lse - exact| <= 2^-24 (|exact| + parts + 64); |out - exact| <= 2^-24 / s * (sum over i of
+ * (2 parts + 64 + 3 (m - lse_i)) w_i |parts_i|), and the rounding to out_dtype. Weights below 2^-126 count as 0.
+ */
+typedef struct nxs_attention_merge_params {
+  const void *parts;        /* [parts, batch, rows, heads, dim] parts_dtype */
+  const float *lse;         /* [parts, batch, heads, rows], natural logarithm, every dimension strided */
+  void *out;                /* [batch, rows, heads, dim] out_dtype; rows must not overlap */
+  float *out_lse_or_null;   /* [batch, heads, rows], every dimension strided; required with accumulate */
+  int64_t parts_stride_part, parts_stride_batch, parts_stride_row, parts_stride_head;
+  int64_t lse_stride_part, lse_stride_batch, lse_stride_head, lse_stride_row;
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t out_lse_stride_batch, out_lse_stride_head, out_lse_stride_row;
+  int64_t batch, rows;
+  int32_t parts_count;      /* 1 to 256 */
+  int32_t heads;
+  int32_t dim;              /* 1 to 1024 */
+  nxs_dtype parts_dtype;    /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype out_dtype;      /* NXS_F32, NXS_F16 or NXS_BF16 */
+  int32_t accumulate;       /* 1: out and out_lse are the part before part 0. A 16-bit out is rounded at every call. */
+  int32_t vector;           /* 1: 16-byte reads of parts. dim and the strides of parts and out are multiples of
+                               16 / sizeof(parts_dtype), parts is 16-byte aligned, and out is aligned to min(16, that many
+                               output elements). 0: one element at a time, no demands. */
+  int32_t log2_lanes;       /* 2^log2_lanes threads share a row of dim elements: 0 to 5. Every value is correct. Fastest: the
+                               least one with 2^log2_lanes * (elements a read) >= dim, or 5. */
+} nxs_attention_merge_params;
+
+nxs_status nxs_attention_merge(const nxs_attention_merge_params *params, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

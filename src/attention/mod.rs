@@ -1,1 +1,6 @@
 //! Attention of models that generate scale by scale.
+
+mod merge;
+
+pub use crate::layout::Access;
+pub use merge::{Merge, MergeArgs, MergeBuilder, MergeSchedule};

@@ -4,7 +4,7 @@ mod cuda;
 mod host;
 mod plan;
 
-pub use plan::{Access, RvqDecodeBuilder, Schedule, Variant};
+pub use plan::{RvqDecodeBuilder, Schedule, Variant};
 
 use core::marker::PhantomData;
 
