@@ -33,7 +33,7 @@ template <typename P, int kVec, int kGroup> struct MergeGroup {
   Vec<P, kVec> value[kGroup];
 };
 
-// The lse of parts [first, first + kGroup); -inf beyond the last part.
+// The lse of parts [first, first + kGroup). Beyond the last part it is that of the last, which changes no maximum.
 template <int kGroup> NXS_DEVICE void load_lse(const nxs_attention_merge_params& p, const float* from, i32 first,
                                                float (&lse)[kGroup]) {
   const i32 last = p.parts_count - 1;
@@ -42,11 +42,6 @@ template <int kGroup> NXS_DEVICE void load_lse(const nxs_attention_merge_params&
     const i32 i = first + j < last ? first + j : last;
     lse[j] = load_global_nc(from + i * p.lse_stride_part);
   }
-}
-template <int kGroup> NXS_DEVICE void drop_repeated(const nxs_attention_merge_params& p, i32 first, float (&lse)[kGroup]) {
-#pragma unroll
-  for (int j = 1; j < kGroup; ++j)
-    if (first + j >= p.parts_count) lse[j] = -INFINITY;
 }
 
 template <typename P, int kVec, int kGroup>
@@ -59,7 +54,6 @@ NXS_DEVICE void load_group(const nxs_attention_merge_params& p, const P* parts, 
     const i32 i = first + j < last ? first + j : last;
     group.value[j] = load_chunk_nc<P, kVec>(parts + i * p.parts_stride_part);
   }
-  drop_repeated(p, first, group.lse);
 }
 
 template <int kGroup> NXS_DEVICE float greatest(float top, const float (&lse)[kGroup]) {
@@ -68,10 +62,11 @@ template <int kGroup> NXS_DEVICE float greatest(float top, const float (&lse)[kG
   return top;
 }
 
-// Adds one part to the sums. -inf adds nothing, whatever the part holds.
+// Adds one part to the sums, if there is such a part. -inf adds nothing, whatever the part holds.
 template <typename P, int kVec>
-NXS_DEVICE void add_part(float lse, float top, const Vec<P, kVec>& value, float& total, float (&sum)[kVec]) {
-  if (lse == -INFINITY) return;
+NXS_DEVICE void add_part(bool is_part, float lse, float top, const Vec<P, kVec>& value, float& total,
+                         float (&sum)[kVec]) {
+  if (!is_part || lse == -INFINITY) return;
   const float weight = exp2_approx((lse - top) * kLog2E);
   total += weight;
 #pragma unroll
@@ -121,16 +116,19 @@ __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks<kVec, kGroup>)
     Vec<O, kVec> old;
     if (p.accumulate) old = load_chunk<O, kVec>(out + d);
     top = greatest(before, group.lse);
+#pragma unroll 1
     for (i32 first = kGroup; first < p.parts_count; first += kGroup) {
       float more[kGroup];
       load_lse(p, lse, first, more);
       top = greatest(top, more);
     }
 
-    if (p.accumulate) add_part(before, top, old, total, sum);
+    add_part(p.accumulate, before, top, old, total, sum);
+#pragma unroll 1
     for (i32 first = 0;;) {
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) add_part(group.lse[j], top, group.value[j], total, sum);
+      for (int j = 0; j < kGroup; ++j)
+        add_part(first + j < p.parts_count, group.lse[j], top, group.value[j], total, sum);
       first += kGroup;
       if (first >= p.parts_count) break;
       load_group(p, parts + d, lse, first, group);
