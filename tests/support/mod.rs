@@ -146,6 +146,27 @@ pub fn for_floats(input: DType, output: DType, work: impl ForFloats) {
     for_dtypes(DType::U32, input, output, IgnoringCodes(work));
 }
 
+/// Something to be done for three floats that are known only at run time.
+pub trait ForThreeFloats {
+    fn call<A: Float, B: Float, C: Float>(self);
+}
+
+/// Calls `work` with the types of three dtypes.
+pub fn for_three_floats(first: DType, second: DType, third: DType, work: impl ForThreeFloats) {
+    struct WithThird<W>(DType, W);
+    impl<W: ForThreeFloats> ForFloats for WithThird<W> {
+        fn call<A: Float, B: Float>(self) {
+            match self.0 {
+                DType::F32 => self.1.call::<A, B, f32>(),
+                DType::F16 => self.1.call::<A, B, f16>(),
+                DType::BF16 => self.1.call::<A, B, bf16>(),
+                other => panic!("{other} is no float"),
+            }
+        }
+    }
+    for_floats(first, second, WithThird(third, work));
+}
+
 pub const CODES: [DType; 3] = [DType::U16, DType::U32, DType::I64];
 pub const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -244,10 +265,15 @@ impl<T: Element> Buffer<T> {
 
     /// A view of the first `len` elements.
     pub fn input_of(&self, len: usize) -> In<'_, T> {
+        self.input_at(0, len)
+    }
+
+    /// A view of `len` elements from one on.
+    pub fn input_at(&self, first: usize, len: usize) -> In<'_, T> {
         match &self.storage {
             Storage::Host(lines) => {
                 let bytes = &bytemuck::cast_slice::<_, u8>(lines)[self.start..][..self.len * size_of::<T>()];
-                let elements = &bytemuck::cast_slice(bytes)[..len];
+                let elements = &bytemuck::cast_slice(bytes)[first..][..len];
                 #[cfg(feature = "emulate")]
                 if self.device.is_emulated() {
                     return In::emulated(elements);
@@ -256,7 +282,9 @@ impl<T: Element> Buffer<T> {
             }
             #[cfg(feature = "cudarc-0_19")]
             // SAFETY: the memory is this buffer's, and tests sync before they drop it.
-            Storage::Cuda(_) => unsafe { In::from_raw(self.address().unwrap(), len, 0) },
+            Storage::Cuda(_) => unsafe {
+                In::from_raw(self.address().unwrap() + (first * size_of::<T>()) as u64, len, 0)
+            },
         }
     }
 
