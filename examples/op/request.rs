@@ -109,12 +109,26 @@ macro_rules! integers {
         }
     )*};
 }
-integers!(u32 => "a 32-bit unsigned integer", u64 => "a 64-bit unsigned integer", i64 => "a 64-bit integer");
+integers!(usize => "a size", u32 => "a 32-bit unsigned integer", u64 => "a 64-bit unsigned integer", i64 => "a 64-bit integer");
 
 impl Setting for bool {
     const WHAT: &'static str = "true or false";
     fn parse(text: &str) -> Option<Self> {
         text.parse().ok()
+    }
+}
+
+impl Setting for f32 {
+    const WHAT: &'static str = "a number";
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl Setting for String {
+    const WHAT: &'static str = "a word";
+    fn parse(text: &str) -> Option<Self> {
+        Some(text.to_owned())
     }
 }
 

@@ -1,5 +1,5 @@
 use nextscale::dtype::{Code, Float};
-use nextscale::quantization::{Access, RvqDecode, RvqDecodeArgs};
+use nextscale::quantization::{RvqDecode, RvqDecodeArgs};
 use nextscale::{bf16, f16};
 
 use crate::request::{Failure, Op, SettingHelp, Settings, TensorHelp};
