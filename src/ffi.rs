@@ -24,6 +24,13 @@ pub const NXS_I64: u32 = 9;
 pub const NXS_FLAG_CODE_CLAMPED: u32 = 1;
 pub const NXS_FLAG_APPEND_SKIPPED: u32 = 2;
 pub const NXS_FLAG_POSITION_CLAMPED: u32 = 4;
+pub const NXS_SCHEDULE_ITEM_WORDS: u32 = 12;
+pub const NXS_SCHEDULE_RUN_WORDS: u32 = 8;
+pub const NXS_SCHEDULE_MASK_WORDS: u32 = 256;
+pub const NXS_SCHEDULE_TILE_ROWS: u32 = 64;
+pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
+pub const NXS_MASK_NONE: u32 = 0;
+pub const NXS_MASK_HIDDEN: u32 = 1;
 pub const NXS_NORM_NONE: u32 = 0;
 pub const NXS_NORM_L2: u32 = 1;
 pub const NXS_NORM_RMS: u32 = 2;
@@ -90,80 +97,156 @@ impl Default for nxs_philox_fill_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct nxs_rvq_decode_params {
-    pub codes: *const ::core::ffi::c_void,
-    pub codebooks: *const ::core::ffi::c_void,
+pub struct nxs_scale_attention_params {
+    pub q: *const ::core::ffi::c_void,
+    pub k: *const ::core::ffi::c_void,
+    pub v: *const ::core::ffi::c_void,
     pub out: *mut ::core::ffi::c_void,
-    pub flags_or_null: *mut u32,
-    pub codes_stride_batch: i64,
-    pub codes_stride_level: i64,
-    pub codes_stride_row: i64,
-    pub codebooks_stride_level: i64,
-    pub codebooks_stride_entry: i64,
+    pub lse_or_null: *mut f32,
+    pub schedule: *const u32,
+    pub lengths_or_null: *const i32,
+    pub row_index_or_null: *const i32,
+    pub kv_offset_or_null: *const i32,
+    pub parts_or_null: *mut f32,
+    pub q_stride_batch: i64,
+    pub q_stride_row: i64,
+    pub q_stride_head: i64,
+    pub k_stride_batch: i64,
+    pub k_stride_row: i64,
+    pub k_stride_head: i64,
+    pub v_stride_batch: i64,
+    pub v_stride_row: i64,
+    pub v_stride_head: i64,
     pub out_stride_batch: i64,
     pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub lse_stride_batch: i64,
+    pub lse_stride_head: i64,
+    pub lse_stride_row: i64,
+    pub lengths_stride_index: i64,
+    pub lengths_stride_batch: i64,
+    pub lengths_stride_head: i64,
+    pub row_index_stride_batch: i64,
     pub batch: i64,
     pub rows: i64,
-    pub entries: i64,
-    pub levels: i32,
+    pub q_rows: i64,
+    pub kv_rows: i64,
+    pub heads: i32,
+    pub kv_heads: i32,
     pub dim: i32,
-    pub null_code: i64,
-    pub has_null_code: i32,
-    pub codes_dtype: nxs_dtype,
-    pub codebooks_dtype: nxs_dtype,
-    pub out_dtype: nxs_dtype,
-    pub vector: i32,
-    pub tiles: i32,
-    pub log2_lanes: i32,
+    pub items: i32,
+    pub splits: i32,
+    pub pack: i32,
+    pub groups: i32,
+    pub section: i32,
+    pub length_count: i32,
+    pub digest: u32,
+    pub dtype: nxs_dtype,
+    pub variant: i32,
+    pub blocks: i32,
+    pub scale: f32,
+    pub logit_bound: f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_rvq_decode_params"][::core::mem::size_of::<nxs_rvq_decode_params>() - 160usize];
-    ["Alignment of nxs_rvq_decode_params"][::core::mem::align_of::<nxs_rvq_decode_params>() - 8usize];
-    ["Offset of field: nxs_rvq_decode_params::codes"][::core::mem::offset_of!(nxs_rvq_decode_params, codes) - 0usize];
-    ["Offset of field: nxs_rvq_decode_params::codebooks"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks) - 8usize];
-    ["Offset of field: nxs_rvq_decode_params::out"][::core::mem::offset_of!(nxs_rvq_decode_params, out) - 16usize];
-    ["Offset of field: nxs_rvq_decode_params::flags_or_null"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, flags_or_null) - 24usize];
-    ["Offset of field: nxs_rvq_decode_params::codes_stride_batch"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_stride_batch) - 32usize];
-    ["Offset of field: nxs_rvq_decode_params::codes_stride_level"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_stride_level) - 40usize];
-    ["Offset of field: nxs_rvq_decode_params::codes_stride_row"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_stride_row) - 48usize];
-    ["Offset of field: nxs_rvq_decode_params::codebooks_stride_level"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks_stride_level) - 56usize];
-    ["Offset of field: nxs_rvq_decode_params::codebooks_stride_entry"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks_stride_entry) - 64usize];
-    ["Offset of field: nxs_rvq_decode_params::out_stride_batch"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, out_stride_batch) - 72usize];
-    ["Offset of field: nxs_rvq_decode_params::out_stride_row"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, out_stride_row) - 80usize];
-    ["Offset of field: nxs_rvq_decode_params::batch"][::core::mem::offset_of!(nxs_rvq_decode_params, batch) - 88usize];
-    ["Offset of field: nxs_rvq_decode_params::rows"][::core::mem::offset_of!(nxs_rvq_decode_params, rows) - 96usize];
-    ["Offset of field: nxs_rvq_decode_params::entries"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, entries) - 104usize];
-    ["Offset of field: nxs_rvq_decode_params::levels"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, levels) - 112usize];
-    ["Offset of field: nxs_rvq_decode_params::dim"][::core::mem::offset_of!(nxs_rvq_decode_params, dim) - 116usize];
-    ["Offset of field: nxs_rvq_decode_params::null_code"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, null_code) - 120usize];
-    ["Offset of field: nxs_rvq_decode_params::has_null_code"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, has_null_code) - 128usize];
-    ["Offset of field: nxs_rvq_decode_params::codes_dtype"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_dtype) - 132usize];
-    ["Offset of field: nxs_rvq_decode_params::codebooks_dtype"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks_dtype) - 136usize];
-    ["Offset of field: nxs_rvq_decode_params::out_dtype"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, out_dtype) - 140usize];
-    ["Offset of field: nxs_rvq_decode_params::vector"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, vector) - 144usize];
-    ["Offset of field: nxs_rvq_decode_params::tiles"][::core::mem::offset_of!(nxs_rvq_decode_params, tiles) - 148usize];
-    ["Offset of field: nxs_rvq_decode_params::log2_lanes"]
-        [::core::mem::offset_of!(nxs_rvq_decode_params, log2_lanes) - 152usize];
+    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 328usize];
+    ["Alignment of nxs_scale_attention_params"][::core::mem::align_of::<nxs_scale_attention_params>() - 8usize];
+    ["Offset of field: nxs_scale_attention_params::q"][::core::mem::offset_of!(nxs_scale_attention_params, q) - 0usize];
+    ["Offset of field: nxs_scale_attention_params::k"][::core::mem::offset_of!(nxs_scale_attention_params, k) - 8usize];
+    ["Offset of field: nxs_scale_attention_params::v"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v) - 16usize];
+    ["Offset of field: nxs_scale_attention_params::out"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, out) - 24usize];
+    ["Offset of field: nxs_scale_attention_params::lse_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lse_or_null) - 32usize];
+    ["Offset of field: nxs_scale_attention_params::schedule"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, schedule) - 40usize];
+    ["Offset of field: nxs_scale_attention_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_or_null) - 48usize];
+    ["Offset of field: nxs_scale_attention_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, row_index_or_null) - 56usize];
+    ["Offset of field: nxs_scale_attention_params::kv_offset_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_offset_or_null) - 64usize];
+    ["Offset of field: nxs_scale_attention_params::parts_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, parts_or_null) - 72usize];
+    ["Offset of field: nxs_scale_attention_params::q_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_batch) - 80usize];
+    ["Offset of field: nxs_scale_attention_params::q_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_row) - 88usize];
+    ["Offset of field: nxs_scale_attention_params::q_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_head) - 96usize];
+    ["Offset of field: nxs_scale_attention_params::k_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_batch) - 104usize];
+    ["Offset of field: nxs_scale_attention_params::k_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_row) - 112usize];
+    ["Offset of field: nxs_scale_attention_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_head) - 120usize];
+    ["Offset of field: nxs_scale_attention_params::v_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_batch) - 128usize];
+    ["Offset of field: nxs_scale_attention_params::v_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_row) - 136usize];
+    ["Offset of field: nxs_scale_attention_params::v_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_head) - 144usize];
+    ["Offset of field: nxs_scale_attention_params::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_batch) - 152usize];
+    ["Offset of field: nxs_scale_attention_params::out_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_row) - 160usize];
+    ["Offset of field: nxs_scale_attention_params::out_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_head) - 168usize];
+    ["Offset of field: nxs_scale_attention_params::lse_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_batch) - 176usize];
+    ["Offset of field: nxs_scale_attention_params::lse_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_head) - 184usize];
+    ["Offset of field: nxs_scale_attention_params::lse_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_row) - 192usize];
+    ["Offset of field: nxs_scale_attention_params::lengths_stride_index"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_index) - 200usize];
+    ["Offset of field: nxs_scale_attention_params::lengths_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_batch) - 208usize];
+    ["Offset of field: nxs_scale_attention_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_head) - 216usize];
+    ["Offset of field: nxs_scale_attention_params::row_index_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, row_index_stride_batch) - 224usize];
+    ["Offset of field: nxs_scale_attention_params::batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, batch) - 232usize];
+    ["Offset of field: nxs_scale_attention_params::rows"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, rows) - 240usize];
+    ["Offset of field: nxs_scale_attention_params::q_rows"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_rows) - 248usize];
+    ["Offset of field: nxs_scale_attention_params::kv_rows"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_rows) - 256usize];
+    ["Offset of field: nxs_scale_attention_params::heads"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, heads) - 264usize];
+    ["Offset of field: nxs_scale_attention_params::kv_heads"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_heads) - 268usize];
+    ["Offset of field: nxs_scale_attention_params::dim"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, dim) - 272usize];
+    ["Offset of field: nxs_scale_attention_params::items"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, items) - 276usize];
+    ["Offset of field: nxs_scale_attention_params::splits"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, splits) - 280usize];
+    ["Offset of field: nxs_scale_attention_params::pack"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, pack) - 284usize];
+    ["Offset of field: nxs_scale_attention_params::groups"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, groups) - 288usize];
+    ["Offset of field: nxs_scale_attention_params::section"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, section) - 292usize];
+    ["Offset of field: nxs_scale_attention_params::length_count"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, length_count) - 296usize];
+    ["Offset of field: nxs_scale_attention_params::digest"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, digest) - 300usize];
+    ["Offset of field: nxs_scale_attention_params::dtype"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, dtype) - 304usize];
+    ["Offset of field: nxs_scale_attention_params::variant"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, variant) - 308usize];
+    ["Offset of field: nxs_scale_attention_params::blocks"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, blocks) - 312usize];
+    ["Offset of field: nxs_scale_attention_params::scale"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, scale) - 316usize];
+    ["Offset of field: nxs_scale_attention_params::logit_bound"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, logit_bound) - 320usize];
 };
-impl Default for nxs_rvq_decode_params {
+impl Default for nxs_scale_attention_params {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -430,13 +513,100 @@ impl Default for nxs_attention_prepare_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_rvq_decode_params {
+    pub codes: *const ::core::ffi::c_void,
+    pub codebooks: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub codes_stride_batch: i64,
+    pub codes_stride_level: i64,
+    pub codes_stride_row: i64,
+    pub codebooks_stride_level: i64,
+    pub codebooks_stride_entry: i64,
+    pub out_stride_batch: i64,
+    pub out_stride_row: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub entries: i64,
+    pub levels: i32,
+    pub dim: i32,
+    pub null_code: i64,
+    pub has_null_code: i32,
+    pub codes_dtype: nxs_dtype,
+    pub codebooks_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+    pub vector: i32,
+    pub tiles: i32,
+    pub log2_lanes: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_rvq_decode_params"][::core::mem::size_of::<nxs_rvq_decode_params>() - 160usize];
+    ["Alignment of nxs_rvq_decode_params"][::core::mem::align_of::<nxs_rvq_decode_params>() - 8usize];
+    ["Offset of field: nxs_rvq_decode_params::codes"][::core::mem::offset_of!(nxs_rvq_decode_params, codes) - 0usize];
+    ["Offset of field: nxs_rvq_decode_params::codebooks"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks) - 8usize];
+    ["Offset of field: nxs_rvq_decode_params::out"][::core::mem::offset_of!(nxs_rvq_decode_params, out) - 16usize];
+    ["Offset of field: nxs_rvq_decode_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_rvq_decode_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_stride_batch) - 32usize];
+    ["Offset of field: nxs_rvq_decode_params::codes_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_stride_level) - 40usize];
+    ["Offset of field: nxs_rvq_decode_params::codes_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_stride_row) - 48usize];
+    ["Offset of field: nxs_rvq_decode_params::codebooks_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks_stride_level) - 56usize];
+    ["Offset of field: nxs_rvq_decode_params::codebooks_stride_entry"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks_stride_entry) - 64usize];
+    ["Offset of field: nxs_rvq_decode_params::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, out_stride_batch) - 72usize];
+    ["Offset of field: nxs_rvq_decode_params::out_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, out_stride_row) - 80usize];
+    ["Offset of field: nxs_rvq_decode_params::batch"][::core::mem::offset_of!(nxs_rvq_decode_params, batch) - 88usize];
+    ["Offset of field: nxs_rvq_decode_params::rows"][::core::mem::offset_of!(nxs_rvq_decode_params, rows) - 96usize];
+    ["Offset of field: nxs_rvq_decode_params::entries"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, entries) - 104usize];
+    ["Offset of field: nxs_rvq_decode_params::levels"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, levels) - 112usize];
+    ["Offset of field: nxs_rvq_decode_params::dim"][::core::mem::offset_of!(nxs_rvq_decode_params, dim) - 116usize];
+    ["Offset of field: nxs_rvq_decode_params::null_code"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, null_code) - 120usize];
+    ["Offset of field: nxs_rvq_decode_params::has_null_code"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, has_null_code) - 128usize];
+    ["Offset of field: nxs_rvq_decode_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codes_dtype) - 132usize];
+    ["Offset of field: nxs_rvq_decode_params::codebooks_dtype"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, codebooks_dtype) - 136usize];
+    ["Offset of field: nxs_rvq_decode_params::out_dtype"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, out_dtype) - 140usize];
+    ["Offset of field: nxs_rvq_decode_params::vector"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, vector) - 144usize];
+    ["Offset of field: nxs_rvq_decode_params::tiles"][::core::mem::offset_of!(nxs_rvq_decode_params, tiles) - 148usize];
+    ["Offset of field: nxs_rvq_decode_params::log2_lanes"]
+        [::core::mem::offset_of!(nxs_rvq_decode_params, log2_lanes) - 152usize];
+};
+impl Default for nxs_rvq_decode_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
     pub fn nxs_get_device_info(ordinal: i32, info: *mut nxs_device_info) -> nxs_status;
     pub fn nxs_current_device(ordinal: *mut i32) -> nxs_status;
     pub fn nxs_philox_fill(params: *const nxs_philox_fill_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
-    pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_scale_attention(
+        params: *const nxs_scale_attention_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
     pub fn nxs_attention_merge(
         params: *const nxs_attention_merge_params,
         stream: *mut ::core::ffi::c_void,
@@ -445,4 +615,5 @@ unsafe extern "C" {
         params: *const nxs_attention_prepare_params,
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
+    pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

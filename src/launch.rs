@@ -58,8 +58,30 @@ impl<'s> Operands<'s> {
         }
     }
 
+    /// An operand that the plan may not need: `need` is then 0.
+    pub(crate) fn input_needed<T: Element>(
+        self,
+        arg: &'static str,
+        view: &Option<In<'_, T>>,
+        need: u64,
+    ) -> Result<Self> {
+        match view {
+            Some(view) => self.input(arg, view, need),
+            None if need > 0 => Err(Error::Length { arg, need, got: 0 }),
+            None => Ok(self),
+        }
+    }
+
+    /// [`Operands::workspace`], which may be left out where none is needed.
+    pub(crate) fn workspace_if(self, view: &Option<Out<'_, u8>>, need: u64) -> Result<Self> {
+        match view {
+            Some(view) => self.workspace(view, need),
+            None if need > 0 => Err(Error::Workspace { need, got: 0 }),
+            None => Ok(self),
+        }
+    }
+
     /// Scratch memory of at least `need` bytes, 256-byte aligned; its content is of no interest.
-    #[allow(dead_code)] // Part of the vocabulary; the ops so far need none.
     pub(crate) fn workspace(mut self, view: &Out<'_, u8>, need: u64) -> Result<Self> {
         let span = view.span();
         if (span.len as u64) < need {

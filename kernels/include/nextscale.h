@@ -95,42 +95,72 @@ typedef struct nxs_philox_fill_params {
 
 nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
 
-/* ---- quantization ------------------------------------------------------------------------------------------- */
+/* ---- attention ---------------------------------------------------------------------------------------------- */
 
 /*
- * Residual-vector-quantization decode (EnCodec, Mimi, DAC tables, RQ-VAE):
- *   out[b, r, :] = round(sum over l ascending of codebooks[l, codes[b, l, r], :])
- * summed in f32 from +0, one addition a level in ascending order, rounded once to out_dtype (nearest even).
- * A code outside [0, entries) is clamped to the nearest entry and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null;
- * a code equal to null_code (when has_null_code) adds nothing.
+ * Attention in which a schedule says who sees whom:
+ *   out[b, i, h, :] = sum over visible j of softmax_j(scale * q[b, i, h, :] . k[b, j, g, :]) v[b, j, g, :]
+ * with g = h / (heads / kv_heads). A row that sees nothing gives 0, and -inf as its log-sum-exp.
+ *
+ * The schedule is made by the caller (nextscale's Rust plans make it) and lies in device memory as 32-bit words. An item
+ * is a block of query rows that read the same keys: `groups` tiles of up to 64 rows. The keys come in runs, and a run in
+ * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
+ * the first. Offsets count words from the start of the schedule.
+ *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
+ *     0 offset of the first run   1 runs   2 split   3 digest: the params' value, or the item is not taken
+ *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
+ *   run, NXS_SCHEDULE_RUN_WORDS words:
+ *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from
+ *     4 + g: mask of tile g: NXS_MASK_NONE, all keys of the run are visible; NXS_MASK_HIDDEN, none is: only before the
+ *     first run of which the tile sees something, or after the last one; else the offset, even, of a mask of 256 words that
+ *     holds for every chunk of the run
+ *   mask: two words for each of 128 threads, element i of thread t being bit i % 32 of word 2 t + i / 32: row
+ *     16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
+ * Each row belongs to one tile of each split.
  */
-typedef struct nxs_rvq_decode_params {
-  const void *codes;             /* [batch, levels, rows] codes_dtype, every dimension strided */
-  const void *codebooks;         /* [levels, entries, dim] codebooks_dtype; stride_level 0 shares one codebook */
-  void *out;                     /* [batch, rows, dim] out_dtype; rows must not overlap */
-  uint32_t *flags_or_null;       /* [1]; only ever OR-ed into: the caller clears it */
-  int64_t codes_stride_batch, codes_stride_level, codes_stride_row;
-  int64_t codebooks_stride_level, codebooks_stride_entry;
-  int64_t out_stride_batch, out_stride_row;
-  int64_t batch, rows, entries;
-  int32_t levels, dim;
-  int64_t null_code;
-  int32_t has_null_code;
-  nxs_dtype codes_dtype;         /* NXS_U16, NXS_U32 or NXS_I64 */
-  nxs_dtype codebooks_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
-  nxs_dtype out_dtype;           /* NXS_F32, NXS_F16 or NXS_BF16 */
-  int32_t vector;                /* 1: 16-byte codebook reads. dim and the codebook and out strides are multiples of
-                                    16 / sizeof(codebooks_dtype), codebooks is 16-byte aligned, and out is aligned to
-                                    min(16, that many output elements). 0: one element at a time, no demands. */
-  int32_t tiles;                 /* 1: the kernel for many rows (thousands), which takes no null code, codebooks that span
-                                    less than 4 GiB, and log2_lanes of 3 to 5. 0: the one for any problem. */
-  int32_t log2_lanes;            /* 2^log2_lanes threads share a row: 0 to 7, with tiles 3 to 5. Every value is correct.
-                                    Fastest: the least one with 2^log2_lanes * (elements a read) >= dim, or the greatest. */
-} nxs_rvq_decode_params;
+#define NXS_SCHEDULE_ITEM_WORDS 12
+#define NXS_SCHEDULE_RUN_WORDS 8
+#define NXS_SCHEDULE_MASK_WORDS 256
+#define NXS_SCHEDULE_TILE_ROWS 64
+#define NXS_SCHEDULE_CHUNK_KEYS 128
+#define NXS_MASK_NONE 0u
+#define NXS_MASK_HIDDEN 1u
 
-nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);
+typedef struct nxs_scale_attention_params {
+  const void *q;                    /* [batch, q_rows, heads, dim] dtype; 16-byte aligned, as are k, v and out */
+  const void *k;                    /* [batch, kv_rows, kv_heads, dim] dtype */
+  const void *v;                    /* [batch, kv_rows, kv_heads, dim] dtype */
+  void *out;                        /* [batch, rows, heads, dim] dtype; rows must not overlap */
+  float *lse_or_null;               /* [batch, heads, rows] natural log of the sum of exponentials, every dimension strided */
+  const uint32_t *schedule;         /* [schedule_words]; 16-byte aligned */
+  const int32_t *lengths_or_null;   /* [length_count, batch, kv_heads]: keys that a run's length leaves; clamped to >= 0 */
+  const int32_t *row_index_or_null; /* [batch, rows]: the row of q that row i is; null: i. Clamped into q */
+  const int32_t *kv_offset_or_null; /* [batch]: added to every key index (varlen: keys of all entries in one row of memory) */
+  float *parts_or_null;             /* workspace, splits > 1: [splits, batch, heads, rows, dim] then, 16-byte aligned,
+                                       [splits, batch, heads, rows]; contiguous */
+  int64_t q_stride_batch, q_stride_row, q_stride_head;       /* multiples of 8, as are those of k, v and out */
+  int64_t k_stride_batch, k_stride_row, k_stride_head;
+  int64_t v_stride_batch, v_stride_row, v_stride_head;
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t lse_stride_batch, lse_stride_head, lse_stride_row;
+  int64_t lengths_stride_index, lengths_stride_batch, lengths_stride_head;
+  int64_t row_index_stride_batch;
+  int64_t batch, rows, q_rows, kv_rows;
+  int32_t heads, kv_heads, dim;     /* dim: a multiple of 8 up to 128 */
+  int32_t items, splits;            /* items of all splits; splits >= 1 */
+  int32_t pack;                     /* 1, or heads / kv_heads: rows of the schedule are (row, head within its group) */
+  int32_t groups;                   /* tiles of an item: 1 to 3 */
+  int32_t section;                  /* heads (over the batch) whose items are taken before the next ones'; 0: all */
+  int32_t length_count;
+  uint32_t digest;                  /* word 3 of every item: tells this schedule from others */
+  nxs_dtype dtype;                  /* NXS_BF16 or NXS_F16 */
+  int32_t variant;                  /* 0: portable (sm_80), groups 1; 1: Hopper (sm_90a) */
+  int32_t blocks;                   /* of the Hopper kernel's persistent grid */
+  float scale;                      /* of the logits */
+  float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
+} nxs_scale_attention_params;
 
-/* ---- attention ---------------------------------------------------------------------------------------------- */
+nxs_status nxs_scale_attention(const nxs_scale_attention_params *params, void *stream);
 
 /*
  * Merge of partial attention outputs by their log-sum-exps: split keys, ring attention, rows of several intervals.
@@ -233,6 +263,41 @@ typedef struct nxs_attention_prepare_params {
 } nxs_attention_prepare_params;
 
 nxs_status nxs_attention_prepare(const nxs_attention_prepare_params *params, void *stream);
+
+/* ---- quantization ------------------------------------------------------------------------------------------- */
+
+/*
+ * Residual-vector-quantization decode (EnCodec, Mimi, DAC tables, RQ-VAE):
+ *   out[b, r, :] = round(sum over l ascending of codebooks[l, codes[b, l, r], :])
+ * summed in f32 from +0, one addition a level in ascending order, rounded once to out_dtype (nearest even).
+ * A code outside [0, entries) is clamped to the nearest entry and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null;
+ * a code equal to null_code (when has_null_code) adds nothing.
+ */
+typedef struct nxs_rvq_decode_params {
+  const void *codes;             /* [batch, levels, rows] codes_dtype, every dimension strided */
+  const void *codebooks;         /* [levels, entries, dim] codebooks_dtype; stride_level 0 shares one codebook */
+  void *out;                     /* [batch, rows, dim] out_dtype; rows must not overlap */
+  uint32_t *flags_or_null;       /* [1]; only ever OR-ed into: the caller clears it */
+  int64_t codes_stride_batch, codes_stride_level, codes_stride_row;
+  int64_t codebooks_stride_level, codebooks_stride_entry;
+  int64_t out_stride_batch, out_stride_row;
+  int64_t batch, rows, entries;
+  int32_t levels, dim;
+  int64_t null_code;
+  int32_t has_null_code;
+  nxs_dtype codes_dtype;         /* NXS_U16, NXS_U32 or NXS_I64 */
+  nxs_dtype codebooks_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype out_dtype;           /* NXS_F32, NXS_F16 or NXS_BF16 */
+  int32_t vector;                /* 1: 16-byte codebook reads. dim and the codebook and out strides are multiples of
+                                    16 / sizeof(codebooks_dtype), codebooks is 16-byte aligned, and out is aligned to
+                                    min(16, that many output elements). 0: one element at a time, no demands. */
+  int32_t tiles;                 /* 1: the kernel for many rows (thousands), which takes no null code, codebooks that span
+                                    less than 4 GiB, and log2_lanes of 3 to 5. 0: the one for any problem. */
+  int32_t log2_lanes;            /* 2^log2_lanes threads share a row: 0 to 7, with tiles 3 to 5. Every value is correct.
+                                    Fastest: the least one with 2^log2_lanes * (elements a read) >= dim, or the greatest. */
+} nxs_rvq_decode_params;
+
+nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);
 
 #ifdef __cplusplus
 }

@@ -1,10 +1,14 @@
-//! Attention of models that generate scale by scale.
+//! Attention of models that generate scale by scale: who sees whom is a table of segments, not a mask.
 
 mod merge;
 mod prepare;
+mod scale;
+mod visibility;
 
 pub use crate::layout::Access;
 pub use merge::{Merge, MergeArgs, MergeBuilder, MergeSchedule};
 pub use prepare::{
     AppendAt, Norm, Positions, Prepare, PrepareArgs, PrepareBuilder, PrepareCell, PrepareSchedule, Rope,
 };
+pub use scale::{ScaleAttention, ScaleAttentionArgs, ScaleAttentionBuilder, Schedule, Variant};
+pub use visibility::{Rule, Segment, Visibility};

@@ -3,4 +3,4 @@
 mod rvq_decode;
 
 pub use crate::layout::Access;
-pub use rvq_decode::{RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Variant};
+pub use rvq_decode::{RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Traffic, Variant};

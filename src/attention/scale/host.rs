@@ -1,0 +1,111 @@
+//! The formula on the host, in f64: the oracle of the tests.
+
+use super::ScaleAttentionArgs;
+use super::plan::Plan;
+use crate::dtype::Float;
+use crate::error::{Error, Result};
+
+const MOST_DIM: usize = 128;
+
+pub(super) fn run<T: Float>(plan: &Plan, args: &mut ScaleAttentionArgs<'_, T>) -> Result<()> {
+    const HERE: &str = "operands are on the stream's device";
+    let [batch, rows, heads, dim] = plan.out.shape();
+    let [_, kv_rows, kv_heads, _] = plan.k.shape();
+    let q_rows = plan.q.shape()[1];
+    if plan.out_len == 0 {
+        return Ok(());
+    }
+    let q = args.q.as_host().expect(HERE);
+    let k = args.k.as_host().expect(HERE);
+    let v = args.v.as_host().expect(HERE);
+    let lengths = args.lengths.as_ref().map(|view| view.as_host().expect(HERE));
+    let row_index = args.row_index.as_ref().filter(|_| plan.gathers).map(|view| view.as_host().expect(HERE));
+    let kv_offset = args.kv_offset.as_ref().filter(|_| plan.packed_keys).map(|view| view.as_host().expect(HERE));
+
+    // All that could be refused is looked at before anything is written.
+    let source = |b, row| -> Result<u64> {
+        let Some(index) = row_index else { return Ok(row) };
+        let at = plan.row_index.offset([b, row]);
+        let got = index[at as usize];
+        match u64::try_from(got) {
+            Ok(got) if got < q_rows => Ok(got),
+            _ => Err(Error::CodeOutOfRange { arg: "row_index", at, code: got.into(), entries: q_rows }),
+        }
+    };
+    let first_key = |b: u64| kv_offset.map_or(0, |offsets| i64::from(offsets[b as usize]));
+    let length = |index: u32, b, g| -> i64 {
+        let lengths = lengths.expect("the operands were checked");
+        i64::from(lengths[plan.lengths.offset([index.into(), b, g]) as usize])
+    };
+    for b in 0..batch {
+        for row in 0..rows {
+            source(b, row)?;
+        }
+        for (s, segment) in plan.visibility.keys().iter().enumerate() {
+            let keys = plan.visibility.key_range(s);
+            for g in 0..kv_heads {
+                let most = i64::from(keys.end - keys.start);
+                let exist = segment.length().map_or(most, |index| length(index, b, g));
+                let last = first_key(b) + i64::from(keys.start) + exist;
+                if !(0..=most).contains(&exist) || first_key(b) < 0 || last > kv_rows as i64 {
+                    let arg = if plan.packed_keys { "kv_offset" } else { "lengths" };
+                    return Err(Error::CodeOutOfRange { arg, at: b, code: exist, entries: most as u64 });
+                }
+            }
+        }
+    }
+
+    let out = args.out.as_host().expect(HERE);
+    let mut lse = args.lse.as_mut().map(|view| view.as_host().expect(HERE));
+    for b in 0..batch {
+        let key_batch = if plan.packed_keys { 0 } else { b };
+        for h in 0..heads {
+            let g = h / (heads / kv_heads);
+            for row in 0..rows {
+                let q_at = plan.q.offset([b, source(b, row)?, h, 0]) as usize;
+                let query = &q[q_at..q_at + dim as usize];
+                // Online: the sum and the maximum so far.
+                let (mut most, mut total, mut sums) = (f64::NEG_INFINITY, 0f64, [0f64; MOST_DIM]);
+                plan.visibility.for_each_range(row as u32, |range| {
+                    let mut segment = 0;
+                    for key in range {
+                        while plan.visibility.key_range(segment).end <= key {
+                            segment += 1;
+                        }
+                        let exist =
+                            plan.visibility.keys()[segment].length().map_or(i64::MAX, |index| length(index, b, g));
+                        if i64::from(key - plan.visibility.key_range(segment).start) >= exist {
+                            continue;
+                        }
+                        let at = (first_key(b) + i64::from(key)) as u64;
+                        let k_at = plan.k.offset([key_batch, at, g, 0]) as usize;
+                        let dot =
+                            query.iter().zip(&k[k_at..]).map(|(q, k)| f64::from(q.to_f32()) * f64::from(k.to_f32()));
+                        let logit = dot.sum::<f64>() * f64::from(plan.scale);
+                        if logit == f64::NEG_INFINITY {
+                            continue;
+                        }
+                        let larger = most.max(logit);
+                        let (keep, weight) = ((most - larger).exp(), (logit - larger).exp());
+                        most = if logit.is_nan() { logit } else { larger };
+                        total = total * keep + weight;
+                        let v_at = plan.v.offset([key_batch, at, g, 0]) as usize;
+                        for (sum, value) in sums[..dim as usize].iter_mut().zip(&v[v_at..]) {
+                            *sum = *sum * keep + weight * f64::from(value.to_f32());
+                        }
+                    }
+                });
+                let seen = most != f64::NEG_INFINITY;
+                let to = plan.out.offset([b, row, h, 0]) as usize;
+                for (out, sum) in out[to..to + dim as usize].iter_mut().zip(sums) {
+                    *out = T::from_f32(if seen { (sum / total) as f32 } else { 0.0 });
+                }
+                if let Some(lse) = &mut lse {
+                    lse[plan.lse.offset([b, h, row]) as usize] =
+                        if seen { (most + total.ln()) as f32 } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+    }
+    Ok(())
+}
