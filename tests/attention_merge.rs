@@ -4,7 +4,7 @@
 
 mod support;
 
-use nextscale::attention::{Access, Merge, MergeArgs, MergeBuilder};
+use nextscale::attention::{Access, Merge, MergeArgs, MergeBuilder, Traffic};
 use nextscale::dtype::Float;
 use nextscale::{Device, DeviceInfo, Error, In, Layout, Out, Result, Stream, bf16, f16};
 use proptest::prelude::*;
@@ -654,6 +654,97 @@ fn plans_are_plain_data() {
     assert_ne!(plan(4), plan(5));
     assert_ne!(plan(4), Merge::builder(8, 16, 32).rows(4).accumulate().build(&DeviceInfo::H200).unwrap());
     assert_eq!(plan(4).workspace_bytes(), 0);
+}
+
+#[test]
+fn traffic_is_that_of_the_formula() {
+    let builder = || Merge::<bf16, f32>::builder(8, 16, 128).batch(2).rows(100);
+    let plan = |b: MergeBuilder<bf16, f32>| b.build(&DeviceInfo::H200).unwrap().traffic();
+    assert_eq!(plan(builder()), Traffic { read: 3200 * 8 * 260, written: 3200 * 516 });
+    assert_eq!(plan(builder().accumulate()), Traffic { read: 3200 * (8 * 260 + 516), written: 3200 * 516 });
+    assert_eq!(plan(builder().rows(0)), Traffic { read: 0, written: 0 });
+}
+
+/// What the emulator counts, beside what the plan says.
+#[cfg(feature = "emulate")]
+mod traffic {
+    use super::*;
+    use nextscale::emulator::{self, Counters};
+
+    const SECTOR: u64 = 32;
+
+    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernel adds: parts that
+    /// fill the last group up are those of the last one again, lse are read a sector each for every stretch of a row, with
+    /// more parts than a group twice, and a chunk of more than 16 bytes of output is two instructions, which touch the same sectors.
+    fn compare<P: Float, O: Float>(counted: &Counters, plan: &Merge<P, O>, case: &Case) -> Result<(), String> {
+        let (schedule, traffic, parts) = (plan.schedule(), plan.traffic(), case.parts as u64);
+        let group = match (schedule.vec, parts) {
+            (1, _) | (_, 3..=4) => 4,
+            (_, ..=2) => 2,
+            _ => 8,
+        };
+        let (read, items) = (parts.next_multiple_of(group), schedule.items);
+        let halves = if schedule.vec as usize * size_of::<O>() > 16 { 2 } else { 1 };
+        let out = items * (schedule.dim * size_of::<O>() as u64 * halves + SECTOR);
+        let stretches = schedule.dim.div_ceil(u64::from(schedule.vec * schedule.lanes));
+        let lse = stretches * (2 * read - group) * SECTOR;
+        let part = schedule.dim * size_of::<P>() as u64;
+        let old = if case.accumulate { out } else { 0 };
+        let hold = |what, least: u64, counted: u64, most: u64| match (least..=most).contains(&counted) {
+            true => Ok(()),
+            false => Err(format!("{what}: {counted} bytes, not {least} to {most}; {schedule:?}, {case:?}")),
+        };
+        hold("loads", traffic.read, counted.global_load_bytes, items * (read * part + lse) + old)?;
+        hold("stores", traffic.written, counted.global_store_bytes, out)
+    }
+
+    fn count<P: Float, O: Float>(case: &Case) -> (Merge<P, O>, Counters) {
+        let problem = case.problem::<P, O>();
+        let plan = case.plan(&problem);
+        emulator::reset();
+        case.run(&TestDevice::Emulated, &plan, &problem);
+        (plan, emulator::counters())
+    }
+
+    #[test]
+    fn kernels_move_what_the_plan_says() {
+        struct Check<'a>(&'a Case);
+        impl ForFloats for Check<'_> {
+            fn call<P: Float, O: Float>(self) {
+                let (plan, counted) = count::<P, O>(self.0);
+                assert_eq!(plan.schedule().vec > 1, self.0.access == Access::Wide);
+                compare(&counted, &plan, self.0).unwrap();
+            }
+        }
+        for (access, parts, accumulate) in [
+            (Access::Wide, 2, false),
+            (Access::Wide, 3, true),
+            (Access::Wide, 8, true),
+            (Access::Wide, 17, false),
+            (Access::Narrow, 5, true),
+        ] {
+            for dtypes in 0..9 {
+                let case = Case { access, parts, accumulate, rows: 33, ..plain() };
+                for_floats(FLOATS[dtypes / 3], FLOATS[dtypes % 3], Check(&case));
+            }
+        }
+    }
+
+    /// The bounds are narrow enough to tell one part more or fewer.
+    #[test]
+    fn another_plan_is_told_from_what_was_counted() {
+        let case = Case { access: Access::Wide, parts: 8, dim: 512, ..plain() };
+        let (plan, counted) = count::<f32, f32>(&case);
+        compare(&counted, &plan, &case).unwrap();
+        for parts in [7, 9] {
+            let other = Case { parts, ..case.clone() };
+            let plan = other.plan::<f32, f32>(&other.problem());
+            // Seven parts are read as eight.
+            assert_eq!(compare(&counted, &plan, &other).is_err(), parts == 9);
+        }
+        let wider = Case { dim: 520, ..case };
+        compare(&counted, &wider.plan::<f32, f32>(&wider.problem()), &wider).unwrap_err();
+    }
 }
 
 /// A captured graph replays to the same bits, with the parts of the moment.

@@ -5,7 +5,7 @@
 mod support;
 
 use nextscale::attention::{
-    Access, AppendAt, Norm, Positions, Prepare, PrepareArgs, PrepareBuilder, PrepareSchedule, Rope,
+    Access, AppendAt, Norm, Positions, Prepare, PrepareArgs, PrepareBuilder, PrepareSchedule, Rope, Traffic,
 };
 use nextscale::dtype::Float;
 use nextscale::{Device, DeviceInfo, Error, In, Layout, Out, Result, Stream, bf16, f16};
@@ -978,6 +978,86 @@ fn plans_are_plain_data() {
     assert_ne!(plan(4, 1e-12), plan(5, 1e-12));
     assert_ne!(plan(4, 1e-12), plan(4, 1e-6));
     assert_eq!(plan(4, 1e-12).workspace_bytes(), 0);
+}
+
+#[test]
+fn traffic_is_that_of_the_formula() {
+    let plan = |rows| {
+        let builder = Prepare::<bf16, f32, f16>::builder(64).batch(2).rows(rows).q(8).k(2, 100).v(2, 100);
+        builder.build(&DeviceInfo::H200).unwrap().traffic()
+    };
+    assert_eq!(plan(50), Traffic { read: 100 * 12 * 64 * 2, written: 100 * 64 * (8 * 4 + 4 * 2) });
+    assert_eq!(plan(0), Traffic { read: 0, written: 0 });
+}
+
+/// What the emulator counts, beside what the plan says.
+#[cfg(feature = "emulate")]
+mod traffic {
+    use super::*;
+    use nextscale::emulator::{self, Counters};
+
+    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernel adds: the cosines
+    /// and sines for every group of heads, a head again where the last group is not full, and the sectors of a chunk of more
+    /// than 16 bytes of output a second time.
+    fn compare<I: Float, O: Float>(counted: &Counters, plan: &Prepare<I, O, O>, case: &Case) -> Result<(), String> {
+        let (schedule, traffic) = (plan.schedule(), plan.traffic());
+        let groups = schedule.heads.map(|heads| heads.div_ceil(schedule.heads_at_once()));
+        let filled = groups.iter().sum::<u64>() * schedule.heads_at_once();
+        let inputs = schedule.tokens * filled * schedule.dim * size_of::<I>() as u64;
+        // Neighbours of a wide chunk have half as many columns as elements: two loads of a pair touch its sectors.
+        let columns = case.rope.map_or(0, |rope| rope.rotary_dim as u64);
+        let angles = schedule.tokens * (groups[0] + groups[1]) * columns * 2 * size_of::<f32>() as u64;
+        let halves = if schedule.vec as usize * size_of::<O>() > 16 { 2 } else { 1 };
+        let hold = |what, least: u64, counted: u64, most: u64| match (least..=most).contains(&counted) {
+            true => Ok(()),
+            false => Err(format!("{what}: {counted} bytes, not {least} to {most}; {schedule:?}, {case:?}")),
+        };
+        hold("loads", traffic.read, counted.global_load_bytes, inputs + angles)?;
+        hold("stores", traffic.written, counted.global_store_bytes, halves * traffic.written)
+    }
+
+    fn count<I: Float, O: Float>(case: &Case) -> (Prepare<I, O, O>, Counters) {
+        let problem = case.problem::<I>();
+        let plan = case.builder::<I, O, O>(&problem).build(&DeviceInfo::H200).unwrap();
+        emulator::reset();
+        case.run(&TestDevice::Emulated, &plan, &problem).0.unwrap();
+        (plan, emulator::counters())
+    }
+
+    #[test]
+    fn kernels_move_what_the_plan_says() {
+        for dim in [64, 128, 256] {
+            for half in [false, true] {
+                let rope = RopeCase { half, rotary_dim: dim, axes: 1, full: false, table_rows: 40, table_gap: 0 };
+                for rope in [None, Some(rope)] {
+                    let access = Access::Wide;
+                    let case = Case { dim, rope, access, multiplier: false, weights: false, rows: 11, ..plain() };
+                    for heads in [[Some(6), Some(2), Some(2)], [Some(3), Some(1), None]] {
+                        let case = Case { heads, ..case.clone() };
+                        let (plan, counted) = count::<bf16, bf16>(&case);
+                        compare(&counted, &plan, &case).unwrap();
+                        let (plan, counted) = count::<bf16, f32>(&case);
+                        compare(&counted, &plan, &case).unwrap();
+                        let (plan, counted) = count::<f32, f16>(&case);
+                        compare(&counted, &plan, &case).unwrap();
+                    }
+                }
+            }
+        }
+    }
+
+    /// The bounds are narrow enough to tell one token more or fewer.
+    #[test]
+    fn another_plan_is_told_from_what_was_counted() {
+        let case = Case { rope: None, multiplier: false, access: Access::Wide, ..plain() };
+        let (plan, counted) = count::<bf16, bf16>(&case);
+        compare(&counted, &plan, &case).unwrap();
+        for rows in [4, 6] {
+            let other = Case { rows, ..case.clone() };
+            let plan = other.builder::<bf16, bf16, bf16>(&other.problem()).build(&DeviceInfo::H200).unwrap();
+            compare(&counted, &plan, &other).unwrap_err();
+        }
+    }
 }
 
 /// A captured graph replays with the places and positions of the moment.

@@ -188,8 +188,10 @@ __global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks<kVec, kRope>)
   const u32 log2_lanes = static_cast<u32>(p.log2_lanes), lanes = 1u << log2_lanes, lane = thread_index() & (lanes - 1);
   const u32 rows = static_cast<u32>(p.rows), groups = prepare_groups<kVec>(t);
   const u32 all = static_cast<u32>(p.batch) * rows * groups;
-  const u32 mine = (block << (7 - log2_lanes)) + (thread_index() >> log2_lanes);
-  // Threads beyond the end do as the last ones do, so that shuffles stay whole; they store nothing.
+  const u32 mine = block * (kPrepareThreads >> log2_lanes) + (thread_index() >> log2_lanes);
+  // Warps beyond the end are done. Threads beyond it do as the last ones do, so that shuffles stay whole; they store
+  // nothing.
+  if (mine - (thread_index() % kWarpSize >> log2_lanes) >= all) return;
   const bool inside = mine < all;
   const u32 item = inside ? mine : all - 1, token = item / groups, group = item - token * groups;
   const u32 batch = p.batch == 1 ? 0 : token / rows, row = token - batch * rows;

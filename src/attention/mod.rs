@@ -12,3 +12,13 @@ pub use prepare::{
 };
 pub use scale::{ScaleAttention, ScaleAttentionArgs, ScaleAttentionBuilder, Schedule, Variant};
 pub use visibility::{Rule, Segment, Visibility};
+
+/// The bytes that any kernel must move, however it cuts the work up: each element that is read once, and each that is
+/// written once. Saturates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Traffic {
+    /// From all inputs.
+    pub read: u64,
+    /// To all outputs.
+    pub written: u64,
+}

@@ -8,6 +8,7 @@ pub use plan::{MergeBuilder, MergeSchedule};
 
 use core::marker::PhantomData;
 
+use super::Traffic;
 use crate::device::Device;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -97,6 +98,11 @@ impl<P: Float, O: Float> Merge<P, O> {
     /// How the kernel cuts the work up when the buffers are aligned for wide access, as far as the plan allows it.
     pub fn schedule(&self) -> MergeSchedule {
         self.inner.schedule(self.inner.wide)
+    }
+
+    /// The bytes that any kernel must move, `out_lse` among them.
+    pub fn traffic(&self) -> Traffic {
+        self.inner.traffic(size_of::<P>(), size_of::<O>())
     }
 
     /// None is needed.

@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 use core::ops::Range;
 
-use super::Merge;
+use super::{Merge, Traffic};
 use crate::device::{Arch, DeviceInfo};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -201,6 +201,15 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// For parts and outputs of so many bytes an element.
+    pub(super) fn traffic(&self, part: usize, out: usize) -> Traffic {
+        let [of_parts, batch, rows, heads, dim] = self.parts.shape();
+        let items = batch * rows * heads;
+        let row = |bytes: usize| dim * bytes as u64 + size_of::<f32>() as u64;
+        let old = if self.accumulate { row(out) } else { 0 };
+        Traffic { read: items.saturating_mul(of_parts * row(part) + old), written: items.saturating_mul(row(out)) }
     }
 
     /// The kernel's cut of the work.

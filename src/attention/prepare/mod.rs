@@ -8,6 +8,7 @@ pub use plan::{Norm, PrepareBuilder, PrepareCell, PrepareSchedule, Rope};
 
 use core::marker::PhantomData;
 
+use super::Traffic;
 use crate::device::Device;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -186,6 +187,12 @@ impl<I: Float, O: Float, C: Float> Prepare<I, O, C> {
     /// How the kernel cuts the work up when the buffers are aligned for wide access, as far as the plan allows it.
     pub fn schedule(&self) -> PrepareSchedule {
         self.inner.schedule(self.inner.wide)
+    }
+
+    /// The bytes of `q`, `k` and `v` and of what becomes of them. Tables, weights and positions are not counted: rows share
+    /// them.
+    pub fn traffic(&self) -> Traffic {
+        self.inner.traffic(size_of::<I>(), [size_of::<O>(), size_of::<C>(), size_of::<C>()])
     }
 
     /// None is needed.

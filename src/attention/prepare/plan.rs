@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 use core::ops::Range;
 
-use super::Prepare;
+use super::{Prepare, Traffic};
 use crate::device::{Arch, DeviceInfo};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -451,6 +451,14 @@ impl Plan {
             }
         }
         Ok(())
+    }
+
+    /// For inputs and outputs of so many bytes an element.
+    pub(super) fn traffic(&self, input: usize, outs: [usize; 3]) -> Traffic {
+        let elements = |at: usize| self.batch * self.rows * self.tensors[at].heads * self.dim;
+        let bytes = |at: usize, size: usize| elements(at).saturating_mul(size as u64);
+        let sum = |sizes: [usize; 3]| [Q, K, V].iter().fold(0u64, |sum, &at| sum.saturating_add(bytes(at, sizes[at])));
+        Traffic { read: sum([input; 3]), written: sum(outs) }
     }
 
     /// The kernel's cut of the work.
