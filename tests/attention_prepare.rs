@@ -444,7 +444,7 @@ fn compare<T: Float>(actual: &[T], expected: &[Option<Expected>]) -> Result<(), 
 }
 
 /// The rows that are not written hold NaN.
-fn bits<T: Float>(out: &Vec<T>) -> &[u8] {
+fn bits<T: Float>(out: &[T]) -> &[u8] {
     bytemuck::cast_slice(out)
 }
 
@@ -698,7 +698,9 @@ fn bitwise_repeatable_in_any_batch() {
         let all = case.run(&device, &plan, &problem);
         for _ in 0..if device.is_emulated() { 2 } else { 20 } {
             let again = case.run(&device, &plan, &problem);
-            assert!(again.1 == all.1 && again.2.each_ref().map(bits) == all.2.each_ref().map(bits));
+            assert!(
+                again.1 == all.1 && again.2.each_ref().map(|out| bits(out)) == all.2.each_ref().map(|out| bits(out))
+            );
         }
         // The first batch entry alone: the same bits.
         let one = Case { batch: 1, ..case.clone() };
@@ -918,7 +920,8 @@ fn wide_access_is_refused_where_addresses_do_not_allow_it() {
                     ..PrepareArgs::default()
                 },
             );
-            (q_out.read(), v_cache.read());
+            q_out.read();
+            v_cache.read();
             ran
         };
         assert_eq!(run([0; 4]), Ok(()));

@@ -362,7 +362,7 @@ impl Rope {
         size("rotary_dim", rotary_dim, 2, dim)?;
         size("axes", self.axes, 1, rotary_dim / 2)?;
         size("table_rows", self.table_rows, 1, i64::MAX as u64)?;
-        if rotary_dim % (2 * self.axes) != 0 {
+        if !rotary_dim.is_multiple_of(2 * self.axes) {
             return Err(Error::Unsupported { arg: "rotary_dim", what: "it is an even number for each axis" });
         }
         if !self.half && self.axes != 1 {
@@ -428,7 +428,7 @@ impl Plan {
     fn check_wide(&self) -> Result<()> {
         const NEED: &str = "wide access needs multiples of 16 bytes of input";
         let vec = u64::from(self.vec);
-        if self.dim % vec != 0 {
+        if !self.dim.is_multiple_of(vec) {
             return Err(Error::Unsupported { arg: "dim", what: NEED });
         }
         if let Some(rope) = &self.rope {
