@@ -104,6 +104,7 @@ pub struct nxs_scale_attention_params {
     pub out: *mut ::core::ffi::c_void,
     pub lse_or_null: *mut f32,
     pub schedule: *const u32,
+    pub schedule_head_or_null: *const u32,
     pub lengths_or_null: *const i32,
     pub row_index_or_null: *const i32,
     pub kv_offset_or_null: *const i32,
@@ -140,6 +141,7 @@ pub struct nxs_scale_attention_params {
     pub groups: i32,
     pub section: i32,
     pub length_count: i32,
+    pub schedule_head_words: i32,
     pub digest: u32,
     pub dtype: nxs_dtype,
     pub variant: i32,
@@ -149,7 +151,7 @@ pub struct nxs_scale_attention_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 328usize];
+    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 336usize];
     ["Alignment of nxs_scale_attention_params"][::core::mem::align_of::<nxs_scale_attention_params>() - 8usize];
     ["Offset of field: nxs_scale_attention_params::q"][::core::mem::offset_of!(nxs_scale_attention_params, q) - 0usize];
     ["Offset of field: nxs_scale_attention_params::k"][::core::mem::offset_of!(nxs_scale_attention_params, k) - 8usize];
@@ -161,90 +163,94 @@ const _: () = {
         [::core::mem::offset_of!(nxs_scale_attention_params, lse_or_null) - 32usize];
     ["Offset of field: nxs_scale_attention_params::schedule"]
         [::core::mem::offset_of!(nxs_scale_attention_params, schedule) - 40usize];
+    ["Offset of field: nxs_scale_attention_params::schedule_head_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, schedule_head_or_null) - 48usize];
     ["Offset of field: nxs_scale_attention_params::lengths_or_null"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_or_null) - 48usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_or_null) - 56usize];
     ["Offset of field: nxs_scale_attention_params::row_index_or_null"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, row_index_or_null) - 56usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, row_index_or_null) - 64usize];
     ["Offset of field: nxs_scale_attention_params::kv_offset_or_null"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, kv_offset_or_null) - 64usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_offset_or_null) - 72usize];
     ["Offset of field: nxs_scale_attention_params::parts_or_null"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, parts_or_null) - 72usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, parts_or_null) - 80usize];
     ["Offset of field: nxs_scale_attention_params::q_stride_batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_batch) - 80usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_batch) - 88usize];
     ["Offset of field: nxs_scale_attention_params::q_stride_row"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_row) - 88usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_row) - 96usize];
     ["Offset of field: nxs_scale_attention_params::q_stride_head"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_head) - 96usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_stride_head) - 104usize];
     ["Offset of field: nxs_scale_attention_params::k_stride_batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_batch) - 104usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_batch) - 112usize];
     ["Offset of field: nxs_scale_attention_params::k_stride_row"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_row) - 112usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_row) - 120usize];
     ["Offset of field: nxs_scale_attention_params::k_stride_head"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_head) - 120usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_stride_head) - 128usize];
     ["Offset of field: nxs_scale_attention_params::v_stride_batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_batch) - 128usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_batch) - 136usize];
     ["Offset of field: nxs_scale_attention_params::v_stride_row"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_row) - 136usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_row) - 144usize];
     ["Offset of field: nxs_scale_attention_params::v_stride_head"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_head) - 144usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_stride_head) - 152usize];
     ["Offset of field: nxs_scale_attention_params::out_stride_batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_batch) - 152usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_batch) - 160usize];
     ["Offset of field: nxs_scale_attention_params::out_stride_row"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_row) - 160usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_row) - 168usize];
     ["Offset of field: nxs_scale_attention_params::out_stride_head"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_head) - 168usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, out_stride_head) - 176usize];
     ["Offset of field: nxs_scale_attention_params::lse_stride_batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_batch) - 176usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_batch) - 184usize];
     ["Offset of field: nxs_scale_attention_params::lse_stride_head"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_head) - 184usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_head) - 192usize];
     ["Offset of field: nxs_scale_attention_params::lse_stride_row"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_row) - 192usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, lse_stride_row) - 200usize];
     ["Offset of field: nxs_scale_attention_params::lengths_stride_index"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_index) - 200usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_index) - 208usize];
     ["Offset of field: nxs_scale_attention_params::lengths_stride_batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_batch) - 208usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_batch) - 216usize];
     ["Offset of field: nxs_scale_attention_params::lengths_stride_head"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_head) - 216usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, lengths_stride_head) - 224usize];
     ["Offset of field: nxs_scale_attention_params::row_index_stride_batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, row_index_stride_batch) - 224usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, row_index_stride_batch) - 232usize];
     ["Offset of field: nxs_scale_attention_params::batch"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, batch) - 232usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, batch) - 240usize];
     ["Offset of field: nxs_scale_attention_params::rows"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, rows) - 240usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, rows) - 248usize];
     ["Offset of field: nxs_scale_attention_params::q_rows"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, q_rows) - 248usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, q_rows) - 256usize];
     ["Offset of field: nxs_scale_attention_params::kv_rows"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, kv_rows) - 256usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_rows) - 264usize];
     ["Offset of field: nxs_scale_attention_params::heads"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, heads) - 264usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, heads) - 272usize];
     ["Offset of field: nxs_scale_attention_params::kv_heads"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, kv_heads) - 268usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_heads) - 276usize];
     ["Offset of field: nxs_scale_attention_params::dim"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, dim) - 272usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, dim) - 280usize];
     ["Offset of field: nxs_scale_attention_params::items"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, items) - 276usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, items) - 284usize];
     ["Offset of field: nxs_scale_attention_params::splits"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, splits) - 280usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, splits) - 288usize];
     ["Offset of field: nxs_scale_attention_params::pack"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, pack) - 284usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, pack) - 292usize];
     ["Offset of field: nxs_scale_attention_params::groups"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, groups) - 288usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, groups) - 296usize];
     ["Offset of field: nxs_scale_attention_params::section"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, section) - 292usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, section) - 300usize];
     ["Offset of field: nxs_scale_attention_params::length_count"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, length_count) - 296usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, length_count) - 304usize];
+    ["Offset of field: nxs_scale_attention_params::schedule_head_words"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, schedule_head_words) - 308usize];
     ["Offset of field: nxs_scale_attention_params::digest"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, digest) - 300usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, digest) - 312usize];
     ["Offset of field: nxs_scale_attention_params::dtype"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, dtype) - 304usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, dtype) - 316usize];
     ["Offset of field: nxs_scale_attention_params::variant"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, variant) - 308usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, variant) - 320usize];
     ["Offset of field: nxs_scale_attention_params::blocks"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, blocks) - 312usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, blocks) - 324usize];
     ["Offset of field: nxs_scale_attention_params::scale"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, scale) - 316usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, scale) - 328usize];
     ["Offset of field: nxs_scale_attention_params::logit_bound"]
-        [::core::mem::offset_of!(nxs_scale_attention_params, logit_bound) - 320usize];
+        [::core::mem::offset_of!(nxs_scale_attention_params, logit_bound) - 332usize];
 };
 impl Default for nxs_scale_attention_params {
     fn default() -> Self {

@@ -107,7 +107,7 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
  * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
  * the first. Offsets count words from the start of the schedule.
  *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
- *     0 offset of the first run   1 runs   2 split   3 digest: the params' value, or the item is not taken
+ *     0 offset of the first run, a multiple of 4   1 runs   2 split   3 digest: the params' value, or the item is not taken
  *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
  *   run, NXS_SCHEDULE_RUN_WORDS words:
  *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from
@@ -133,6 +133,8 @@ typedef struct nxs_scale_attention_params {
   void *out;                        /* [batch, rows, heads, dim] dtype; rows must not overlap */
   float *lse_or_null;               /* [batch, heads, rows] natural log of the sum of exponentials, every dimension strided */
   const uint32_t *schedule;         /* [schedule_words]; 16-byte aligned */
+  const uint32_t *schedule_head_or_null; /* [schedule_head_words] in host memory: how the schedule begins. With it the
+                                       kernel need not fetch what it has to know first; 128 words pay, most are ignored */
   const int32_t *lengths_or_null;   /* [length_count, batch, kv_heads]: keys that a run's length leaves; clamped to >= 0 */
   const int32_t *row_index_or_null; /* [batch, rows]: the row of q that row i is; null: i. Clamped into q */
   const int32_t *kv_offset_or_null; /* [batch]: added to every key index (varlen: keys of all entries in one row of memory) */
@@ -152,6 +154,7 @@ typedef struct nxs_scale_attention_params {
   int32_t groups;                   /* tiles of an item: 1 to 3 */
   int32_t section;                  /* heads (over the batch) whose items are taken before the next ones'; 0: all */
   int32_t length_count;
+  int32_t schedule_head_words;
   uint32_t digest;                  /* word 3 of every item: tells this schedule from others */
   nxs_dtype dtype;                  /* NXS_BF16 or NXS_F16 */
   int32_t variant;                  /* 0: portable (sm_80), groups 1; 1: Hopper (sm_90a) */

@@ -44,6 +44,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
         out: args.out.span().address as *mut _,
         lse_or_null: args.lse.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
         schedule: args.schedule.span().address as *const _,
+        schedule_head_or_null: plan.schedule.words().as_ptr(),
         lengths_or_null: args.lengths.as_ref().map_or(null(), |view| view.span().address as *const _),
         row_index_or_null: args
             .row_index
@@ -88,6 +89,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
         groups: plan.schedule.groups() as i32,
         section: plan.section as i32,
         length_count: plan.length_count as i32,
+        schedule_head_words: plan.schedule.head_words() as i32,
         digest: plan.schedule.digest(),
         dtype: T::DTYPE as i32,
         variant: i32::from(plan.variant == Variant::Hopper),

@@ -71,6 +71,7 @@ pub struct Schedule {
     chunks: u64,
     longest: u32,
     digest: u32,
+    head_words: u32,
     cut: Cut,
 }
 
@@ -110,6 +111,12 @@ impl Schedule {
         self.longest
     }
 
+    /// The words before the masks.
+    #[cfg_attr(not(nxs_kernels), allow(dead_code))]
+    pub(super) fn head_words(&self) -> u32 {
+        self.head_words
+    }
+
     #[cfg_attr(not(nxs_kernels), allow(dead_code))]
     pub(super) fn digest(&self) -> u32 {
         self.digest
@@ -141,6 +148,9 @@ fn tiles(visibility: &Visibility, pack: u32) -> Vec<Tile> {
     for q in 0..visibility.queries().len() {
         let tokens = visibility.query_range(q);
         let (mut first, mut rows) = (tokens.start * pack, (tokens.end - tokens.start) * pack);
+        if rows == 0 {
+            continue;
+        }
         if let (true, Some(last)) = (open, tiles.last_mut())
             && last.rows + rows <= TILE_ROWS
         {
@@ -208,6 +218,9 @@ impl<'a> Lowering<'a> {
         let mut zones: Vec<Zone> = Vec::new();
         for (k, segment) in visibility.keys().iter().enumerate() {
             let range = visibility.key_range(k);
+            if range.is_empty() {
+                continue;
+            }
             let length = segment.length().map(|index| (index, range.start));
             match zones.last_mut() {
                 Some((last, None)) if length.is_none() => last.end = range.end,
@@ -407,6 +420,7 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
         longest: items.first().map_or(0, length),
         words: words.into(),
         digest,
+        head_words: masks_at as u32,
         cut,
     }
 }
