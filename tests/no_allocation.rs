@@ -1,6 +1,6 @@
 //! A run allocates nothing on the heap: engines call it per layer and per step.
 
-#![cfg(feature = "quantization")]
+#![cfg(all(feature = "attention", feature = "quantization"))]
 
 mod support;
 
@@ -8,6 +8,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use nextscale::DeviceInfo;
+use nextscale::attention::{Merge, MergeArgs, Norm, Prepare, PrepareArgs, Rope};
 use nextscale::quantization::{RvqDecode, RvqDecodeArgs};
 use support::{Buffer, TestDevice};
 
@@ -53,6 +54,36 @@ fn a_run_allocates_nothing() {
             plan.run(&device.stream(), args).unwrap();
         };
         run(); // the first one loads code and looks for the driver
+        assert_eq!(allocations(run), 0, "{device:?}");
+    }
+}
+
+#[test]
+fn a_run_of_attention_allocates_nothing() {
+    for device in TestDevice::all() {
+        let merge = Merge::<f32, f32>::builder(2, 2, 8).rows(3).build(&DeviceInfo::A100).unwrap();
+        let prepare = Prepare::<f32, f32, f32>::builder(8).rows(3).q(2).k(2, 3).v(2, 3);
+        let prepare = prepare.norm(Norm::L2 { eps: 1e-12 }).rope(Rope::half(3)).build(&DeviceInfo::A100).unwrap();
+        let ones = Buffer::of(&device, &[1f32; 96], 0);
+        let mut outs = [0, 1, 2].map(|_| Buffer::<f32>::poisoned(&device, 48, 0));
+        let mut run = || {
+            let [q_out, k_cache, v_cache] = &mut outs;
+            let args = MergeArgs { parts: ones.input(), lse: ones.input(), out: q_out.output(), out_lse: None };
+            merge.run(&device.stream(), args).unwrap();
+            let args = PrepareArgs {
+                q: Some(ones.input()),
+                k: Some(ones.input()),
+                v: Some(ones.input()),
+                q_out: Some(q_out.output()),
+                k_cache: Some(k_cache.output()),
+                v_cache: Some(v_cache.output()),
+                cos: Some(ones.input()),
+                sin: Some(ones.input()),
+                ..PrepareArgs::default()
+            };
+            prepare.run(&device.stream(), args).unwrap();
+        };
+        run();
         assert_eq!(allocations(run), 0, "{device:?}");
     }
 }
