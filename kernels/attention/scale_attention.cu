@@ -59,8 +59,5 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   for (const void* pointer : {static_cast<const void*>(p.lse_or_null), static_cast<const void*>(p.lengths_or_null),
                               static_cast<const void*>(p.row_index_or_null), static_cast<const void*>(p.kv_offset_or_null)})
     NXS_REQUIRE(is_aligned(pointer, 4), NXS_E_ALIGNMENT);
-  if (p.kv_rows > 0) {
-    NXS_TRY(p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream));
-  }
-  return NXS_OK;
+  return p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream);
 }

@@ -822,11 +822,13 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
     TensorShape shape;
     shape.dtype = DType<T>::value;
     shape.rank = 4;
-    shape.address = views[i].address;
+    // Without rows nothing is loaded; a map wants an address and sizes all the same.
+    const bool none = views[i].rows == 0;
+    shape.address = none ? p.q : views[i].address;
     shape.size[0] = static_cast<u64>(p.dim);
-    shape.size[1] = static_cast<u64>(views[i].rows);
-    shape.size[2] = static_cast<u64>(views[i].heads);
-    shape.size[3] = static_cast<u64>(views[i].batch ? p.batch : 1);  // else all entries share the memory
+    shape.size[1] = static_cast<u64>(none ? 1 : views[i].rows);
+    shape.size[2] = static_cast<u64>(none ? 1 : views[i].heads);
+    shape.size[3] = static_cast<u64>(!none && views[i].batch ? p.batch : 1);  // else all entries share the memory
     // A dimension of one element may have any stride; a map wants a valid one.
     const auto bytes = [](i64 stride) { return static_cast<u64>(stride ? stride : 8) * sizeof(T); };
     shape.stride_bytes[0] = bytes(views[i].row);
