@@ -213,10 +213,15 @@ impl<T: Element> Buffer<T> {
 
     /// A view of the first `len` elements.
     pub fn input_of(&self, len: usize) -> In<'_, T> {
+        self.input_from(0, len)
+    }
+
+    /// A view of `len` elements from element `first` on.
+    pub fn input_from(&self, first: usize, len: usize) -> In<'_, T> {
         match &self.storage {
             Storage::Host(lines) => {
                 let bytes = &bytemuck::cast_slice::<_, u8>(lines)[self.start..][..self.len * size_of::<T>()];
-                let elements = &bytemuck::cast_slice(bytes)[..len];
+                let elements = &bytemuck::cast_slice(bytes)[first..first + len];
                 #[cfg(feature = "emulate")]
                 if self.device.is_emulated() {
                     return In::emulated(elements);
@@ -225,7 +230,9 @@ impl<T: Element> Buffer<T> {
             }
             #[cfg(feature = "cudarc-0_19")]
             // SAFETY: the memory is this buffer's, and tests sync before they drop it.
-            Storage::Cuda(_) => unsafe { In::from_raw(self.address().unwrap(), len, 0) },
+            Storage::Cuda(_) => unsafe {
+                In::from_raw(self.address().unwrap() + (first * size_of::<T>()) as u64, len, 0)
+            },
         }
     }
 
