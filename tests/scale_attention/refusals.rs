@@ -219,6 +219,25 @@ fn kernels_ask_for_aligned_buffers() {
     }
 }
 
+/// Operands of which nothing is needed may be anywhere.
+#[test]
+fn what_is_not_needed_is_not_looked_at() {
+    for (device, variant) in places() {
+        let case = Case { variant, groups: Some(1), ..Case::cross(&[[1, 1, 3]], &[], FULL) };
+        let problem = case.problem::<bf16>();
+        let plan = problem.plan(&case);
+        let mut loaded = Loaded::new(&device, &case, &problem, &plan);
+        let (empty, none) = (Buffer::<bf16>::of(&device, &[], 1), Buffer::<i32>::of(&device, &[], 1));
+        let mut workspace = Buffer::<u8>::poisoned(&device, 5, 1);
+        let mut args = loaded.args();
+        (args.k, args.v, args.workspace) = (empty.input(), empty.input(), Some(workspace.output()));
+        (args.lengths, args.row_index, args.kv_offset) = (Some(none.input()), None, Some(none.input()));
+        plan.run(&device.stream(), args).unwrap();
+        assert!(loaded.read().out.iter().all(|x| x.to_f32() == 0.0));
+        assert_eq!(workspace.read(), [u8::MAX; 5]);
+    }
+}
+
 /// Misaligned, overlapping, foreign buffers: addresses that are compared, never reached.
 #[test]
 fn bad_addresses_are_refused_before_the_driver_is_asked() {
