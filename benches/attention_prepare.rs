@@ -88,8 +88,8 @@ impl ForFloats for Bench<'_> {
             let all = packed.input().len();
             let args = PrepareArgs {
                 q: Some(packed.input()),
-                k: Some(packed.input_at(k_first, all - k_first)),
-                v: Some(packed.input_at(v_first, all - v_first)),
+                k: Some(packed.input_from(k_first, all - k_first)),
+                v: Some(packed.input_from(v_first, all - v_first)),
                 q_out: Some(q_out.output()),
                 k_cache: Some(k_cache.output()),
                 v_cache: Some(v_cache.output()),

@@ -268,6 +268,7 @@ pub struct nxs_attention_merge_params {
     pub lse: *const f32,
     pub out: *mut ::core::ffi::c_void,
     pub out_lse_or_null: *mut f32,
+    pub gate_or_null: *const u32,
     pub parts_stride_part: i64,
     pub parts_stride_batch: i64,
     pub parts_stride_row: i64,
@@ -289,13 +290,14 @@ pub struct nxs_attention_merge_params {
     pub dim: i32,
     pub parts_dtype: nxs_dtype,
     pub out_dtype: nxs_dtype,
+    pub gate: u32,
     pub accumulate: i32,
     pub vector: i32,
     pub log2_lanes: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_attention_merge_params"][::core::mem::size_of::<nxs_attention_merge_params>() - 192usize];
+    ["Size of nxs_attention_merge_params"][::core::mem::size_of::<nxs_attention_merge_params>() - 208usize];
     ["Alignment of nxs_attention_merge_params"][::core::mem::align_of::<nxs_attention_merge_params>() - 8usize];
     ["Offset of field: nxs_attention_merge_params::parts"]
         [::core::mem::offset_of!(nxs_attention_merge_params, parts) - 0usize];
@@ -305,54 +307,58 @@ const _: () = {
         [::core::mem::offset_of!(nxs_attention_merge_params, out) - 16usize];
     ["Offset of field: nxs_attention_merge_params::out_lse_or_null"]
         [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_or_null) - 24usize];
+    ["Offset of field: nxs_attention_merge_params::gate_or_null"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, gate_or_null) - 32usize];
     ["Offset of field: nxs_attention_merge_params::parts_stride_part"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_part) - 32usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_part) - 40usize];
     ["Offset of field: nxs_attention_merge_params::parts_stride_batch"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_batch) - 40usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_batch) - 48usize];
     ["Offset of field: nxs_attention_merge_params::parts_stride_row"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_row) - 48usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_row) - 56usize];
     ["Offset of field: nxs_attention_merge_params::parts_stride_head"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_head) - 56usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_head) - 64usize];
     ["Offset of field: nxs_attention_merge_params::lse_stride_part"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_part) - 64usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_part) - 72usize];
     ["Offset of field: nxs_attention_merge_params::lse_stride_batch"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_batch) - 72usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_batch) - 80usize];
     ["Offset of field: nxs_attention_merge_params::lse_stride_head"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_head) - 80usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_head) - 88usize];
     ["Offset of field: nxs_attention_merge_params::lse_stride_row"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_row) - 88usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_row) - 96usize];
     ["Offset of field: nxs_attention_merge_params::out_stride_batch"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_batch) - 96usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_batch) - 104usize];
     ["Offset of field: nxs_attention_merge_params::out_stride_row"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_row) - 104usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_row) - 112usize];
     ["Offset of field: nxs_attention_merge_params::out_stride_head"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_head) - 112usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_head) - 120usize];
     ["Offset of field: nxs_attention_merge_params::out_lse_stride_batch"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_batch) - 120usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_batch) - 128usize];
     ["Offset of field: nxs_attention_merge_params::out_lse_stride_head"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_head) - 128usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_head) - 136usize];
     ["Offset of field: nxs_attention_merge_params::out_lse_stride_row"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_row) - 136usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_row) - 144usize];
     ["Offset of field: nxs_attention_merge_params::batch"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, batch) - 144usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, batch) - 152usize];
     ["Offset of field: nxs_attention_merge_params::rows"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, rows) - 152usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, rows) - 160usize];
     ["Offset of field: nxs_attention_merge_params::parts_count"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, parts_count) - 160usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_count) - 168usize];
     ["Offset of field: nxs_attention_merge_params::heads"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, heads) - 164usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, heads) - 172usize];
     ["Offset of field: nxs_attention_merge_params::dim"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, dim) - 168usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, dim) - 176usize];
     ["Offset of field: nxs_attention_merge_params::parts_dtype"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, parts_dtype) - 172usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_dtype) - 180usize];
     ["Offset of field: nxs_attention_merge_params::out_dtype"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, out_dtype) - 176usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_dtype) - 184usize];
+    ["Offset of field: nxs_attention_merge_params::gate"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, gate) - 188usize];
     ["Offset of field: nxs_attention_merge_params::accumulate"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, accumulate) - 180usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, accumulate) - 192usize];
     ["Offset of field: nxs_attention_merge_params::vector"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, vector) - 184usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, vector) - 196usize];
     ["Offset of field: nxs_attention_merge_params::log2_lanes"]
-        [::core::mem::offset_of!(nxs_attention_merge_params, log2_lanes) - 188usize];
+        [::core::mem::offset_of!(nxs_attention_merge_params, log2_lanes) - 200usize];
 };
 impl Default for nxs_attention_merge_params {
     fn default() -> Self {

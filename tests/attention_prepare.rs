@@ -388,7 +388,7 @@ impl Case {
         let input = |at: usize| {
             self.heads[at].map(|_| {
                 let first = problem.first[at].min(problem.packed.len());
-                packed.input_at(first, problem.input[at].required_len("").unwrap() as usize)
+                packed.input_from(first, problem.input[at].required_len("").unwrap() as usize)
             })
         };
         let weight = |at: usize| self.heads[at].filter(|_| self.takes_weights()).map(|_| weights[at].input());

@@ -86,6 +86,7 @@ NXS_DEVICE float reciprocal(float x) {
 template <typename P, typename O, int kVec, int kGroup>
 __global__ void __launch_bounds__(kMergeThreads, kMergeBlocks<kVec, kGroup>)
     merge_kernel(const __grid_constant__ nxs_attention_merge_params p) {
+  if (p.gate_or_null && load_global_nc(p.gate_or_null) != p.gate) return;
   const u32 log2_lanes = static_cast<u32>(p.log2_lanes), lane = thread_index() & ((1u << log2_lanes) - 1);
   const u32 heads = static_cast<u32>(p.heads), rows = static_cast<u32>(p.rows);
   const u32 item = block_index_x() * (kMergeThreads >> log2_lanes) + (thread_index() >> log2_lanes);

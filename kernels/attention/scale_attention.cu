@@ -29,6 +29,8 @@ static nxs_status combine(const ScaleParams& p, void* stream) {
   m.lse = p.parts_or_null + p.splits * rows * p.dim;
   m.out = p.out;
   m.out_lse_or_null = p.lse_or_null;
+  m.gate_or_null = p.schedule + 3;
+  m.gate = p.digest;
   m.parts_stride_part = rows * p.dim;
   m.parts_stride_batch = p.heads * p.rows * p.dim;
   m.parts_stride_head = p.rows * p.dim;
@@ -81,6 +83,8 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
                            p.v_stride_batch, p.v_stride_row, p.v_stride_head, p.out_stride_batch, p.out_stride_row,
                            p.out_stride_head})
     NXS_REQUIRE(stride >= 0 && stride % 8 == 0, NXS_E_STRIDE);
+  NXS_REQUIRE(p.kv_rows <= 1 || (p.k_stride_row > 0 && p.v_stride_row > 0), NXS_E_STRIDE);
+  NXS_REQUIRE(p.kv_heads == 1 || (p.k_stride_head > 0 && p.v_stride_head > 0), NXS_E_STRIDE);
   for (const i64 stride : {p.lse_stride_batch, p.lse_stride_head, p.lse_stride_row, p.lengths_stride_index,
                            p.lengths_stride_batch, p.lengths_stride_head, p.row_index_stride_batch})
     NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);
@@ -92,9 +96,6 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   for (const void* pointer : {static_cast<const void*>(p.lse_or_null), static_cast<const void*>(p.lengths_or_null),
                               static_cast<const void*>(p.row_index_or_null), static_cast<const void*>(p.kv_offset_or_null)})
     NXS_REQUIRE(is_aligned(pointer, 4), NXS_E_ALIGNMENT);
-  if (p.kv_rows > 0) {
-    NXS_TRY(p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream));
-    if (p.splits > 1) return combine(p, stream);
-  }
-  return NXS_OK;
+  NXS_TRY(p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream));
+  return p.splits > 1 ? combine(p, stream) : NXS_OK;
 }

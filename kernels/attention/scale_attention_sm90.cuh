@@ -298,6 +298,8 @@ template <typename T, int kDim, int kGroups>
 NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
   using C = Sm90<kDim, kGroups>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  // The items may have come with the params, but masks did not.
+  const bool ours = load_global_nc(p.schedule + 3) == p.digest;
   for (u32 n = 0; nth_work(n) < works; ++n) {
     const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
     mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
@@ -305,7 +307,8 @@ NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_o
     const u32 batch = work.data[0], head = work.data[1], split = work.data[2];
 #pragma unroll 1
     for (u32 g = 0; g < kGroups; ++g) {
-      const Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
+      Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
+      if (!ours) tile.data[1] = 0;
       if (p.splits > 1 || p.lse_or_null)
 #pragma unroll 1
         for (u32 row = lane; row < tile.data[1]; row += kWarpSize) {
@@ -819,11 +822,13 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
     TensorShape shape;
     shape.dtype = DType<T>::value;
     shape.rank = 4;
-    shape.address = views[i].address;
+    // Without rows nothing is loaded; a map wants an address and sizes all the same.
+    const bool none = views[i].rows == 0;
+    shape.address = none ? p.q : views[i].address;
     shape.size[0] = static_cast<u64>(p.dim);
-    shape.size[1] = static_cast<u64>(views[i].rows);
-    shape.size[2] = static_cast<u64>(views[i].heads);
-    shape.size[3] = static_cast<u64>(views[i].batch ? p.batch : 1);  // else all entries share the memory
+    shape.size[1] = static_cast<u64>(none ? 1 : views[i].rows);
+    shape.size[2] = static_cast<u64>(none ? 1 : views[i].heads);
+    shape.size[3] = static_cast<u64>(!none && views[i].batch ? p.batch : 1);  // else all entries share the memory
     // A dimension of one element may have any stride; a map wants a valid one.
     const auto bytes = [](i64 stride) { return static_cast<u64>(stride ? stride : 8) * sizeof(T); };
     shape.stride_bytes[0] = bytes(views[i].row);

@@ -141,7 +141,7 @@ typedef struct nxs_scale_attention_params {
   float *parts_or_null;             /* workspace, splits > 1: [splits, batch, heads, rows, dim] then, 16-byte aligned,
                                        [splits, batch, heads, rows]; contiguous */
   int64_t q_stride_batch, q_stride_row, q_stride_head;       /* multiples of 8, as are those of k, v and out */
-  int64_t k_stride_batch, k_stride_row, k_stride_head;
+  int64_t k_stride_batch, k_stride_row, k_stride_head;       /* of k and v only the batch's may be 0 */
   int64_t v_stride_batch, v_stride_row, v_stride_head;
   int64_t out_stride_batch, out_stride_row, out_stride_head;
   int64_t lse_stride_batch, lse_stride_head, lse_stride_row;
@@ -181,6 +181,7 @@ typedef struct nxs_attention_merge_params {
   const float *lse;         /* [parts, batch, heads, rows], natural logarithm, every dimension strided */
   void *out;                /* [batch, rows, heads, dim] out_dtype; rows must not overlap */
   float *out_lse_or_null;   /* [batch, heads, rows], every dimension strided; required with accumulate */
+  const uint32_t *gate_or_null; /* [1] in device memory: unless it equals `gate`, nothing is written */
   int64_t parts_stride_part, parts_stride_batch, parts_stride_row, parts_stride_head;
   int64_t lse_stride_part, lse_stride_batch, lse_stride_head, lse_stride_row;
   int64_t out_stride_batch, out_stride_row, out_stride_head;
@@ -191,6 +192,7 @@ typedef struct nxs_attention_merge_params {
   int32_t dim;              /* 1 to 1024 */
   nxs_dtype parts_dtype;    /* NXS_F32, NXS_F16 or NXS_BF16 */
   nxs_dtype out_dtype;      /* NXS_F32, NXS_F16 or NXS_BF16 */
+  uint32_t gate;
   int32_t accumulate;       /* 1: out and out_lse are the part before part 0. A 16-bit out is rounded at every call. */
   int32_t vector;           /* 1: 16-byte reads of parts. dim and the strides of parts and out are multiples of
                                16 / sizeof(parts_dtype), parts is 16-byte aligned, and out is aligned to min(16, that many

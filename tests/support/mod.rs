@@ -265,15 +265,15 @@ impl<T: Element> Buffer<T> {
 
     /// A view of the first `len` elements.
     pub fn input_of(&self, len: usize) -> In<'_, T> {
-        self.input_at(0, len)
+        self.input_from(0, len)
     }
 
-    /// A view of `len` elements from one on.
-    pub fn input_at(&self, first: usize, len: usize) -> In<'_, T> {
+    /// A view of `len` elements from element `first` on.
+    pub fn input_from(&self, first: usize, len: usize) -> In<'_, T> {
         match &self.storage {
             Storage::Host(lines) => {
                 let bytes = &bytemuck::cast_slice::<_, u8>(lines)[self.start..][..self.len * size_of::<T>()];
-                let elements = &bytemuck::cast_slice(bytes)[first..][..len];
+                let elements = &bytemuck::cast_slice(bytes)[first..first + len];
                 #[cfg(feature = "emulate")]
                 if self.device.is_emulated() {
                     return In::emulated(elements);

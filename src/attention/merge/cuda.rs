@@ -56,6 +56,8 @@ pub(super) fn run<P: Float, O: Float>(plan: &Plan, stream: &Stream<'_>, args: &M
         accumulate: plan.accumulate.into(),
         vector: (schedule.vec > 1).into(),
         log2_lanes: schedule.lanes.trailing_zeros() as i32,
+        gate_or_null: core::ptr::null(),
+        gate: 0,
     };
     crate::launch::launch("nxs_attention_merge", stream, |handle| {
         // SAFETY: every address the kernel reaches lies in the operands, which are checked against the layouts.

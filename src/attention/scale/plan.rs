@@ -133,6 +133,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
     }
 
     /// Strides of `k` in elements, `[batch, row, head]`, and of `v`: contiguous `[batch, kv_rows, kv_heads, dim]` if not given.
+    /// A batch stride of 0 is one `k` for all entries.
     pub fn kv_strides(mut self, k: [i64; 3], v: [i64; 3]) -> Self {
         (self.k, self.v) = (Some(k), Some(v));
         self
@@ -239,10 +240,19 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let kv_shape = [if self.packed_keys { 1 } else { self.batch }, kv_rows, self.kv_heads, self.dim];
         let k = layout("k", kv_shape, self.k)?;
         let v = layout("v", kv_shape, self.v)?;
+        for (arg, layout) in [("k", &k), ("v", &v)] {
+            // A tensor copy may have no stride of 0; the batch's is left out of it.
+            for dim in [1, 2] {
+                if layout.shape()[dim] > 1 && layout.strides()[dim] == 0 {
+                    return Err(Error::Stride { arg, dim, got: 0, need: "of rows and of heads not 0" });
+                }
+            }
+        }
         let out = layout("out", shape(rows, self.heads), self.out)?;
         out.require_disjoint("out")?;
         let lse_shape = [self.batch, self.heads, rows];
         let lse = self.lse.map_or(Layout::contiguous(lse_shape), |strides| Layout::strided(lse_shape, strides));
+        let lse_len = lse.required_len("lse")?;
         lse.require_disjoint("lse")?;
         let lengths_shape = [u64::from(length_count), self.batch, self.kv_heads];
         let lengths =
@@ -319,7 +329,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             k_len: k.required_len("k")?,
             v_len: v.required_len("v")?,
             out_len,
-            lse_len: lse.required_len("lse")?,
+            lse_len,
             lengths_len: lengths.required_len("lengths")?,
             row_index_len: row_index.required_len("row_index")?,
             kv_offset_len: if self.packed_keys { self.batch } else { 0 },
@@ -339,7 +349,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             blocks: works.min(u64::from(sms)) as u32,
             section,
             workspace_bytes,
-            useful_flops: 4 * self.dim * self.batch * self.heads * visibility.visible_pairs(),
+            useful_flops: (4 * self.dim * self.batch * self.heads).saturating_mul(visibility.visible_pairs()),
             schedule,
             visibility: self.visibility,
         };
