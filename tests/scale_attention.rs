@@ -23,19 +23,6 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use support::{Buffer, TestDevice};
 
-/// Kernels that are still to come: one refuses as unsupported, or leaves the parts of a split unmerged. To be deleted,
-/// with its two callers.
-fn not_there_yet(device: &TestDevice, variant: Variant, splits: u32) -> bool {
-    let case = Case { splits: Some(splits), variant, ..Case::var(&[1]) };
-    let problem = case.problem::<bf16>();
-    let plan = problem.plan(&case);
-    let mut loaded = Loaded::new(device, &case, &problem, &plan);
-    match plan.run(&device.stream(), loaded.args()) {
-        Err(Error::Launch { code: -6, .. }) => true,
-        ran => ran.is_ok() && splits > 1 && loaded.read().out[0].is_nan(),
-    }
-}
-
 /// Every device with every kernel that it has. On the host the variant is only a matter of the schedule.
 fn places() -> Vec<(TestDevice, Variant)> {
     let mut places = vec![(TestDevice::Host, Variant::Hopper)];
@@ -44,7 +31,6 @@ fn places() -> Vec<(TestDevice, Variant)> {
         places.extend(hopper.then(|| (device.clone(), Variant::Hopper)));
         places.push((device, Variant::Portable));
     }
-    places.retain(|(device, variant)| !not_there_yet(device, *variant, 1));
     places
 }
 
@@ -56,8 +42,7 @@ impl Case {
             _ if self.dim > 64 => 2,
             _ => 3,
         };
-        let splits = if not_there_yet(device, variant, 2) { Some(1) } else { self.splits };
-        Case { variant, groups: self.groups.map(|groups| groups.min(widest)), splits, ..self.clone() }
+        Case { variant, groups: self.groups.map(|groups| groups.min(widest)), ..self.clone() }
     }
 }
 
