@@ -7,8 +7,8 @@
 // Stream     halves of K and of V alternate in a ring of 3 slots: two are under way while one is used.
 // Overlap    kBlocks blocks share a multiprocessor: the exponentials of one run beside the products of the others.
 // Softmax    base 2, f32. The row's reference is its maximum at the last time that it grew by more than 2^8 (then O is
-//            rescaled). A lane compares what it has with the reference; only if one
-//            has grown do the lanes of a row look for its maximum.
+//            rescaled), or at first a bound that the caller vouches for. A lane compares what it has with the reference; only
+//            if one has grown do the lanes of a row look for its maximum.
 // Masks      32 bits a thread and half, in the order of its accumulators; none where all is seen. A warp passes over a half
 //            of which its rows see nothing.
 // Tails      rows of K and V beyond a chunk's last key, or beyond the tensor, are zero and never read; logits are masked.
@@ -58,7 +58,7 @@ NXS_DEVICE u32 elements_below(u32 keys) {
   return (fours((keys + 7) / 8) & 0x55555555u) | (fours((keys + 6) / 8) & 0xaaaaaaaau);
 }
 
-// One block: a tile of 64 rows. The scale of the logits is for base 2.
+// One block: a tile of 64 rows. Scale and bound of the logits are for base 2.
 template <typename T, int kDim> struct Attend {
   using C = Sm80<kDim>;
   using Walk = KeyWalk<C::kHalf>;
@@ -265,7 +265,8 @@ template <typename T, int kDim> struct Attend {
     const Vec<u32, 4> item = p.words(work.item), tile = p.words(work.item + 4);
     const u32 first = tile.data[0], rows = tile.data[1];
     // The items may have come with the params, but masks did not.
-    if (item.data[3] != p.digest || load_global_nc(p.schedule + 3) != p.digest || rows == 0) return;  // of another schedule: nothing is read or written
+    const bool ours = item.data[3] == p.digest && load_global_nc(p.schedule + 3) == p.digest;
+    if (!ours || rows == 0) return;  // nothing is read or written
     typename Walk::Of of;
     Walk walk(p, work, of);
     const T* k = static_cast<const T*>(p.k) + of.batch * p.k_stride_batch + of.kv_head * p.k_stride_head;
@@ -290,7 +291,7 @@ template <typename T, int kDim> struct Attend {
 
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-      reference[r] = kNothing;
+      reference[r] = p.logit_bound > 0 ? p.logit_bound : kNothing;
       sum[r] = 0;
     }
 #pragma unroll
@@ -341,6 +342,7 @@ template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParam
   using C = Sm80<kDim>;
   ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
+  base2.logit_bound *= kLog2E;
   const auto kernel = scale_attention_sm80_kernel<T, kDim>;
   NXS_TRY(allow_dynamic_smem(kernel, C::kSharedBytes));
   LaunchShape shape;

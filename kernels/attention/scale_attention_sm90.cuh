@@ -12,7 +12,8 @@
 //            and the warpgroups take turns to issue, so that one's exponentials run beside another's products.
 // Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set, in the first chunk. It is
 //            raised, and O rescaled, only when exponentials grow large: their sum tells, so that no maximum is taken. Then
-//            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all.
+//            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all. A bound that the caller
+//            vouches for may stand in for the first maximum.
 // Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators. Of a
 //            chunk of up to 64 keys only half the exponentials are taken.
 // Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: they are overwritten with
@@ -516,7 +517,12 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   NXS_DEVICE void softmax(bool starts, bool half, u64 bits) {
     float add[2];
     if (!plain()) mask_logits(half, bits);
-    take_maximum<false>(starts, half, {});
+    if (starts && p.logit_bound > 0) {
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) reference[r] = p.logit_bound, sum[r] = 0, grow[r] = 1;
+    } else {
+      take_maximum<false>(starts, half, {});
+    }
     exponentiate(half, add);
     settle();
     sum[0] += add[0];
@@ -711,7 +717,7 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
     scale_attention_sm90_kernel(const __grid_constant__ ScaleKernelParams p, const __grid_constant__ TensorMap map_q,
                                 const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v,
                                 const __grid_constant__ TensorMap map_out) {
-  // p.scale comes times log2(e).
+  // p.scale and p.logit_bound come times log2(e).
   using C = Sm90<kDim, kGroups>;
   const u32 shared = dynamic_shared(), t = thread_index();
   if (t == 0) {
@@ -796,6 +802,7 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
   shape.dynamic_smem = C::kSharedBytes;
   ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
+  base2.logit_bound *= kLog2E;
   return launch(kernel, shape, stream, base2, maps[0], maps[1], maps[2], maps[3]);
 }
 
