@@ -183,17 +183,7 @@ class Case:
 
     def poison(self):
         """NaN and infinity wherever nothing may be read, or what is read may not count."""
-        keys = self.seen.shape[1]
-        used = torch.zeros(self.kv_batch, self.kv_rows, self.kv_heads, dtype=torch.bool)
-        for b in range(self.batch):
-            for g in range(self.kv_heads):
-                mine = self.seen.any(0)
-                if self.there is not None:
-                    mine = mine & self.there[min(b, len(self.there) - 1), min(g, self.there.shape[1] - 1)]
-                first = 0 if self.kv_offset is None else int(self.kv_offset[b])
-                entry = b if self.kv_offset is None else 0
-                mine = mine[: self.kv_rows - first]
-                used[entry, first : first + len(mine), g] |= mine
+        used = reference.read(self.k.shape, self.batch, self.seen, self.there, self.kv_offset)
         bad = self.rng.choice([torch.nan, torch.inf, -torch.inf])
         for x in (self.k, self.v):
             x.masked_fill_(~used[..., None], bad)

@@ -66,6 +66,23 @@ def exists(segments_k, segment_lengths, lengths):
     return (index < 0) | (number < length)
 
 
+def read(shape, batch, seen, there=None, kv_offset=None):
+    """[kv_batch, kv_rows, kv_heads] bool: the rows of k and v that anyone sees. All others may hold anything.
+
+    shape: that of k. seen, there, kv_offset: as for `scale_attention`.
+    """
+    entries, kv_rows, kv_heads = shape[:3]
+    used = torch.zeros(entries, kv_rows, kv_heads, dtype=torch.bool)
+    for b in range(batch):
+        mine = seen.any(0).expand(kv_heads, -1)
+        if there is not None:
+            mine = mine & there[min(b, len(there) - 1)]
+        entry, first = (b, 0) if kv_offset is None else (0, int(kv_offset[b]))
+        mine = mine.T[: kv_rows - first]
+        used[entry, first : first + len(mine)] |= mine
+    return used
+
+
 def attention(q, k, v, seen, scale, dtype=torch.float64):
     """(out, log-sum-exp) of one head of one batch entry, computed in `dtype`.
 
