@@ -7,6 +7,8 @@
 pub mod attention;
 pub mod device;
 pub mod dtype;
+#[cfg(feature = "emulate")]
+pub mod emulator;
 pub mod error;
 pub mod layout;
 pub mod philox;

@@ -94,3 +94,20 @@ fn dtypes_have_the_numbers_of_the_header() {
     source.push_str("  return 0;\n}\n");
     assert_eq!(build_and_run("dtypes", &source), expected);
 }
+
+/// `nextscale::emulator::Counters` is written by hand.
+#[cfg(feature = "emulate")]
+#[test]
+fn counters_are_laid_out_alike() {
+    let header = concat!(env!("CARGO_MANIFEST_DIR"), "/emulator/include/nextscale_emulator.h");
+    let mut source = format!("#include \"{header}\"\n#include <stddef.h>\n#include <stdio.h>\nint main(void) {{\n");
+    let mut expected = String::new();
+    let offsets = nextscale::emulator::Counters::default().named().map(|(name, _)| name).zip((0..).step_by(8));
+    for (name, offset) in offsets {
+        writeln!(source, "  printf(\"{name} %zu\\n\", offsetof(nxs_emulator_counts, {name}));").unwrap();
+        writeln!(expected, "{name} {offset}").unwrap();
+    }
+    source.push_str("  printf(\"%zu\", sizeof(nxs_emulator_counts));\n  return 0;\n}\n");
+    write!(expected, "{}", size_of::<nextscale::emulator::Counters>()).unwrap();
+    assert_eq!(build_and_run("counters", &source), expected);
+}

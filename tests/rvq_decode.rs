@@ -5,7 +5,7 @@
 mod support;
 
 use nextscale::dtype::{Code, Float};
-use nextscale::quantization::{Access, RvqDecode, RvqDecodeArgs, Variant};
+use nextscale::quantization::{Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Traffic, Variant};
 use nextscale::{Device, DeviceInfo, Error, In, Layout, Out, Result, Stream, bf16, f16};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -213,7 +213,11 @@ fn check<C: Code, E: Float, O: Float>(device: &TestDevice, case: &Case) {
     tolerance.check(&actual, &reference).unwrap();
 }
 
-/// One of the 27 combinations of dtypes.
+/// Calls `work` with one of the 27 combinations of dtypes.
+fn with_dtypes(dtypes: usize, work: impl ForDTypes) {
+    for_dtypes(CODES[dtypes / 9], FLOATS[dtypes / 3 % 3], FLOATS[dtypes % 3], work);
+}
+
 fn check_any(device: &TestDevice, case: &Case, dtypes: usize) {
     struct Check<'a>(&'a TestDevice, &'a Case);
     impl ForDTypes for Check<'_> {
@@ -221,7 +225,7 @@ fn check_any(device: &TestDevice, case: &Case, dtypes: usize) {
             check::<C, E, O>(self.0, self.1);
         }
     }
-    for_dtypes(CODES[dtypes / 9], FLOATS[dtypes / 3 % 3], FLOATS[dtypes % 3], Check(device, case));
+    with_dtypes(dtypes, Check(device, case));
 }
 
 proptest! {
@@ -372,7 +376,7 @@ fn bitwise_repeatable_in_any_batch() {
 #[test]
 fn bad_plans_are_refused() {
     let builder = || RvqDecode::<u32, f32, f32>::builder(8, 16, 32).batch(2).rows(10);
-    let build = |b: nextscale::quantization::RvqDecodeBuilder<u32, f32, f32>| b.build(&DeviceInfo::H200).map(|_| ());
+    let build = |b: RvqDecodeBuilder<u32, f32, f32>| b.build(&DeviceInfo::H200).map(|_| ());
     assert_eq!(build(builder()), Ok(()));
     let size = |result: Result<()>, name: &str| {
         assert!(matches!(result, Err(Error::Size { arg, .. }) if arg == name), "{result:?}");
@@ -398,7 +402,7 @@ fn bad_plans_are_refused() {
     stride(build(builder().access(Access::Wide).codebooks_strides([16 * 33, 33])), "codebooks", 1);
     let odd = RvqDecode::<u32, f32, f32>::builder(8, 16, 31).access(Access::Wide);
     assert!(matches!(build(odd), Err(Error::Unsupported { arg: "dim", .. })));
-    let tiles = |b: nextscale::quantization::RvqDecodeBuilder<u32, f32, f32>, name| {
+    let tiles = |b: RvqDecodeBuilder<u32, f32, f32>, name| {
         let built = build(b.variant(Variant::Tiles));
         assert!(matches!(built, Err(Error::Unsupported { arg, .. }) if arg == name), "{built:?}");
     };
@@ -585,6 +589,140 @@ fn plans_are_plain_data() {
     assert_eq!(plan(4), plan(4));
     assert_ne!(plan(4), plan(5));
     assert_eq!(plan(4).workspace_bytes(), 0);
+}
+
+#[test]
+fn traffic_is_that_of_the_formula() {
+    let plan = |b: RvqDecodeBuilder<u16, f32, bf16>| b.build(&DeviceInfo::H200).unwrap().traffic();
+    let of = |rows| plan(RvqDecode::builder(8, 1024, 128).batch(2).rows(rows));
+    assert_eq!(of(24_000), Traffic { codes: 768_000, gathered: 196_608_000, written: 12_288_000 });
+    assert_eq!(of(0), Traffic { codes: 0, gathered: 0, written: 0 });
+    assert_eq!(plan(RvqDecode::builder(0, 0, 128)), Traffic { codes: 0, gathered: 0, written: 256 });
+    assert_eq!(plan(RvqDecode::builder(8, 4, 0)), Traffic { codes: 0, gathered: 0, written: 0 });
+    let huge = plan(RvqDecode::builder(1 << 16, 4, 1 << 20).rows((1 << 31) - 1).shared_codebook());
+    assert_eq!(huge.gathered, u64::MAX);
+}
+
+/// What the emulator counts, beside what the plan says.
+#[cfg(feature = "emulate")]
+mod traffic {
+    use super::*;
+    use nextscale::emulator::{self, Counters};
+
+    const SECTOR: u64 = 32;
+
+    /// Counts a decode in which no two rows have a level's code in common: a warp would read its entry once for both.
+    fn count<C: Code, E: Float, O: Float>(case: &Case) -> (RvqDecode<C, E, O>, Counters) {
+        let mut problem = case.problem::<C, E>();
+        let [batch, levels, rows] = problem.codes_layout.shape();
+        assert_eq!(case.entries % 2, 1);
+        assert!(case.entries as u64 >= batch * rows);
+        for b in 0..batch {
+            for l in 0..levels {
+                for r in 0..rows {
+                    let code = (2 * (b * rows + r) + l) % case.entries as u64;
+                    problem.codes[problem.codes_layout.offset([b, l, r]) as usize] = C::from_i64(code as i64).unwrap();
+                }
+            }
+        }
+        let plan = case.plan::<C, E, O>(&problem);
+        let device = TestDevice::Emulated;
+        let codes = Buffer::of(&device, &problem.codes, case.shift[0]);
+        let codebooks = Buffer::of(&device, &problem.codebooks, case.shift[1]);
+        let len = problem.out_layout.required_len("out").unwrap() as usize;
+        let mut out = Buffer::<O>::poisoned(&device, len, case.shift[2]);
+        let args = RvqDecodeArgs { codes: codes.input(), codebooks: codebooks.input(), out: out.output(), flags: None };
+        emulator::reset();
+        plan.run(&device.stream(), args).unwrap();
+        (plan, emulator::counters())
+    }
+
+    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernels add: what a
+    /// warp reaches of a row at once, a stretch, is rounded out to whole sectors; each stretch has its codes read, a
+    /// sector each; tiles read rows that fill the last block up, and lanes past the end of a row read its start; and a
+    /// chunk of more than 16 bytes of output is written by two instructions, which touch the same sectors.
+    fn compare<C: Code, E: Float, O: Float>(
+        counted: &Counters,
+        plan: &RvqDecode<C, E, O>,
+        case: &Case,
+    ) -> Result<(), String> {
+        let (schedule, traffic) = (plan.schedule(), plan.traffic());
+        let stretch = u64::from(schedule.vec * schedule.lanes.min(32));
+        let stretches = schedule.dim.div_ceil(stretch);
+        let rounding = |element: usize, shift: usize, gap: usize| {
+            let ends = [shift, case.dim, gap, stretch as usize].map(|elements| (elements * element) as u64);
+            let aligned = 1 << ends.iter().fold(SECTOR, |all, end| all | end).trailing_zeros();
+            stretches * 2 * (SECTOR - aligned)
+        };
+        let rows =
+            if schedule.tiles { schedule.rows.next_multiple_of(schedule.rows_per_block()) } else { schedule.rows };
+        let past_the_end = if schedule.tiles { SECTOR } else { 0 };
+        let an_entry = stretches * SECTOR + rounding(size_of::<E>(), case.shift[1], case.gap[0]) + past_the_end;
+        let most_loaded = traffic.gathered / schedule.rows * rows + rows * case.levels as u64 * an_entry;
+        let most_stored = if schedule.vec as usize * size_of::<O>() > 16 {
+            traffic.written * 2
+        } else {
+            traffic.written + schedule.rows * rounding(size_of::<O>(), case.shift[2], case.gap[1])
+        };
+        let hold = |what, least: u64, counted: u64, most: u64| {
+            if (least..=most).contains(&counted) {
+                return Ok(());
+            }
+            Err(format!("{what}: {counted} bytes, not {least} to {most}; {schedule:?}, {case:?}"))
+        };
+        hold("loads", traffic.codes + traffic.gathered, counted.global_load_bytes, most_loaded)?;
+        hold("stores", traffic.written, counted.global_store_bytes, most_stored)
+    }
+
+    const VARIANTS: [Variant; 2] = [Variant::Rows, Variant::Tiles];
+
+    #[test]
+    fn kernels_move_what_the_plan_says() {
+        struct Check<'a>(&'a Case);
+        impl ForDTypes for Check<'_> {
+            fn call<C: Code, E: Float, O: Float>(self) {
+                let (plan, counted) = count::<C, E, O>(self.0);
+                let schedule = plan.schedule();
+                assert_eq!(schedule.tiles, self.0.variant == Variant::Tiles);
+                assert_eq!(schedule.vec > 1, self.0.access == Access::Wide);
+                compare(&counted, &plan, self.0).unwrap();
+            }
+        }
+        let wide = [(1, 40, 1, 0), (9, 1032, 5, 8), (19, 264, 9, 0)].map(|case| (Access::Wide, 0, case));
+        let narrow = [(1, 5, 7, 0), (9, 1032, 2, 1), (37, 41, 8, 3)].map(|case| (Access::Narrow, 1, case));
+        for (access, shift, (rows, dim, levels, gap)) in wide.into_iter().chain(narrow) {
+            for variant in VARIANTS {
+                let (entries, gap, shift) = (4 * rows + 1, [gap; 2], [shift; 3]);
+                let case = Case { rows, dim, levels, entries, gap, shift, access, variant, ..plain() };
+                for dtypes in 0..27 {
+                    with_dtypes(dtypes, Check(&case));
+                }
+            }
+        }
+    }
+
+    /// The bounds are narrow enough to tell one level more or fewer.
+    #[test]
+    fn another_plan_is_told_from_what_was_counted() {
+        struct Check<'a>(&'a Case);
+        impl ForDTypes for Check<'_> {
+            fn call<C: Code, E: Float, O: Float>(self) {
+                let (plan, counted) = count::<C, E, O>(self.0);
+                compare(&counted, &plan, self.0).unwrap();
+                for levels in [7, 9] {
+                    let other = Case { levels, ..self.0.clone() };
+                    let plan = other.plan::<C, E, O>(&other.problem());
+                    compare(&counted, &plan, &other).expect_err("other loads");
+                }
+            }
+        }
+        for variant in VARIANTS {
+            let case = Case { rows: 32, dim: 512, entries: 65, access: Access::Wide, variant, ..plain() };
+            for dtypes in 0..27 {
+                with_dtypes(dtypes, Check(&case));
+            }
+        }
+    }
 }
 
 #[cfg(feature = "cudarc-0_19")]

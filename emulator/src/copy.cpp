@@ -1,8 +1,9 @@
 // Asynchronous copies: cp.async, cp.async.bulk and tensor copies.
 #include <algorithm>
-#include <bit>
+#include <functional>
 #include <utility>
 
+#include "common/check.h"
 #include "common/ptx/convert.cuh"
 #include "common/ptx/tensor_map.cuh"
 #include "common/tensor_shape.cuh"
@@ -26,25 +27,19 @@ constexpr u32 kMapMagic = 0x7e5a0b1e;
 
 nxs_status encode_tensor_map(TensorMap* map, const TensorShape& shape) {
   constexpr nxs_status kInvalidValue = 1;
-  EncodedMap encoded = {};
-  const i64 bytes = shape.dtype == NXS_F32 || shape.dtype == NXS_I32 || shape.dtype == NXS_U32    ? 4
-                    : shape.dtype == NXS_F16 || shape.dtype == NXS_BF16 || shape.dtype == NXS_U16 ? 2
-                    : shape.dtype == NXS_I64                                                      ? 8
-                                                                                                  : 1;
+  const i64 bytes = dtype_bytes(shape.dtype);
   const bool is_float = shape.dtype == NXS_F32 || shape.dtype == NXS_F16 || shape.dtype == NXS_BF16;
-  if (!map || reinterpret_cast<u64>(map) % 64 || shape.rank < 1 || shape.rank > 5 || !shape.address ||
+  if (!map || reinterpret_cast<u64>(map) % 64 || !bytes || shape.rank < 1 || shape.rank > 5 || !shape.address ||
       reinterpret_cast<u64>(shape.address) % 16 || (shape.fill_nan && !is_float))
     return kInvalidValue;
-  encoded = {kMapMagic,
-             static_cast<u8>(shape.rank),
-             static_cast<u8>(bytes),
-             shape.fill_nan,
-             shape.swizzle,
-             shape.dtype,
-             {},
-             reinterpret_cast<u64>(shape.address),
-             {},
-             {}};
+  EncodedMap encoded = {};
+  encoded.magic = kMapMagic;
+  encoded.rank = static_cast<u8>(shape.rank);
+  encoded.element_bytes = static_cast<u8>(bytes);
+  encoded.fill_nan = shape.fill_nan;
+  encoded.swizzle = shape.swizzle;
+  encoded.dtype = shape.dtype;
+  encoded.address = reinterpret_cast<u64>(shape.address);
   for (u32 i = 0; i < shape.rank; ++i) {
     if (!shape.size[i] || shape.size[i] > u64{1} << 32 || !shape.box[i] || shape.box[i] > 256) return kInvalidValue;
     encoded.last[i] = static_cast<u32>(shape.size[i] - 1);
@@ -65,33 +60,25 @@ namespace emulator {
 
 // ---- moving and ending
 
-static float element(const u8* p, Reduction type) {
-  u16 half = 0;
-  float value;
-  memcpy(&half, p, 2);
-  memcpy(&value, p, 4);
-  return type == Reduction::kAddF32   ? value
-         : type == Reduction::kAddF16 ? f16_bits_to_f32(half)
-                                      : bf16_bits_to_f32(half);
+template <typename T, typename F> static void add(u8* to, const u8* from, u32 bytes, F sum) {
+  for (u32 i = 0; i < bytes; i += sizeof(T)) {
+    T a, b;
+    memcpy(&a, to + i, sizeof(T));
+    memcpy(&b, from + i, sizeof(T));
+    a = sum(a, b);
+    memcpy(to + i, &a, sizeof(T));
+  }
 }
 
-static void reduce(u8* to, const u8* from, u32 bytes, Reduction type) {
-  if (type == Reduction::kAddF32 || type == Reduction::kAddU32) {
-    for (u32 i = 0; i < bytes; i += 4) {
-      u32 a, b;
-      memcpy(&a, to + i, 4);
-      memcpy(&b, from + i, 4);
-      const float sum = std::bit_cast<float>(a) + std::bit_cast<float>(b);
-      a = type == Reduction::kAddU32 ? a + b : std::bit_cast<u32>(sum);
-      memcpy(to + i, &a, 4);
-    }
-    return;
-  }
-  for (u32 i = 0; i < bytes; i += 2) {
-    u8 a[4] = {to[i], to[i + 1]}, b[4] = {from[i], from[i + 1]};
-    const float sum = element(a, type) + element(b, type);
-    const u16 bits = type == Reduction::kAddF16 ? f32_to_f16_bits(sum) : f32_to_bf16_bits(sum);
-    memcpy(to + i, &bits, 2);
+static void store_bytes(u8* to, const u8* from, u32 bytes, Reduction reduction) {
+  const auto sum_f16 = [](u16 a, u16 b) { return f32_to_f16_bits(f16_bits_to_f32(a) + f16_bits_to_f32(b)); };
+  const auto sum_bf16 = [](u16 a, u16 b) { return f32_to_bf16_bits(bf16_bits_to_f32(a) + bf16_bits_to_f32(b)); };
+  switch (reduction) {
+    case Reduction::kNone: memcpy(to, from, bytes); break;
+    case Reduction::kAddF32: add<float>(to, from, bytes, std::plus<float>()); break;
+    case Reduction::kAddU32: add<u32>(to, from, bytes, std::plus<u32>()); break;
+    case Reduction::kAddBf16: add<u16>(to, from, bytes, sum_bf16); break;
+    case Reduction::kAddF16: add<u16>(to, from, bytes, sum_f16); break;
   }
 }
 
@@ -99,12 +86,10 @@ static void move(Copy& copy) {
   if (std::exchange(copy.moved, true)) return;
   u32 at = 0;
   for (const Piece& piece : copy.pieces) {
-    if (!piece.global)
-      memcpy(piece.shared, copy.data.data() + at, piece.bytes);
-    else if (copy.reduction == Reduction::kNone)
-      memcpy(piece.global, piece.shared, piece.bytes);
+    if (piece.global)
+      store_bytes(piece.global, piece.shared, piece.bytes, copy.reduction);
     else
-      reduce(piece.global, piece.shared, piece.bytes, copy.reduction);
+      memcpy(piece.shared, copy.data.data() + at, piece.bytes);
     at += piece.bytes;
   }
 }
@@ -113,9 +98,7 @@ static void move(Copy& copy) {
 void land(Copy& copy) {
   move(copy);
   Mbarrier& mbarrier = *copy.mbarrier;
-  const u32 warps = (machine->launch.block + kWarp - 1) / kWarp;
-  const Epoch epoch = {machine->cluster, mbarrier.block->first_agent + machine->launch.block + warps + mbarrier.slot,
-                       mbarrier.phase + 1};
+  const Epoch epoch = {machine->cluster, mbarrier.block->copy_agent(mbarrier.slot), mbarrier.phase + 1};
   const u8 flags = kInitialised | kWrittenAsync | (copy.tensor ? kKnownSwizzle : 0);
   for (const Piece& piece : copy.pieces)
     machine->shared_shadow.end_write(piece.cells, piece.bytes, epoch, flags, copy.swizzle);
@@ -209,14 +192,15 @@ static void read_source(Copy& copy, const void* from, u32 bytes, Where where) {
   counts.global_load_bytes += 32 * sectors(reinterpret_cast<u64>(from), bytes);
 }
 
-static std::unique_ptr<Copy> load_to(u32 to, u32 mbarrier, u32 bytes, bool cluster, Where where) {
+// Begins a copy to this block or a peer, whose pieces are still to come.
+static std::unique_ptr<Copy> load_to(const SharedSpan& to, u32 mbarrier, u32 bytes, Where where) {
   auto copy = std::make_unique<Copy>();
-  copy->mbarrier = &mbarrier_for_copy(mbarrier, cluster, where);
+  copy->mbarrier = &mbarrier_for_copy(mbarrier, where);
   copy->transaction_bytes = bytes;
   copy->where = where;
-  const SharedSpan span = shared_span(to, bytes, cluster, where);
-  if (span.block != copy->mbarrier->block)
+  if (to.block != copy->mbarrier->block)
     fail("arrival", where, "a copy to one block that signals an mbarrier of another");
+  machine->shared_shadow.begin_write(to.cells, bytes, self->clocks, where);
   return copy;
 }
 
@@ -236,9 +220,8 @@ static void check_bulk(u32 shared, const void* global, u32 bytes, Where where) {
 void bulk_load(u32 to, const void* from, u32 bytes, u32 mbarrier, u32 multicast, Where where) {
   check_bulk(to, from, bytes, where);
   each_target(to, mbarrier, multicast, where, [&](u32 target, u32 signal) {
-    auto copy = load_to(target, signal, bytes, true, where);
     const SharedSpan span = shared_span(target, bytes, true, where);
-    machine->shared_shadow.begin_write(span.cells, bytes, self->clocks, where);
+    auto copy = load_to(span, signal, bytes, where);
     copy->pieces.push_back({span.bytes, span.cells, nullptr, bytes});
     read_source(*copy, from, bytes, where);
     fly(std::move(copy));
@@ -247,10 +230,9 @@ void bulk_load(u32 to, const void* from, u32 bytes, u32 mbarrier, u32 multicast,
 
 void bulk_copy_cluster(u32 to, u32 from, u32 bytes, u32 mbarrier, Where where) {
   check_bulk(to | from, nullptr, bytes, where);
-  auto copy = load_to(to, mbarrier, bytes, true, where);
   const SharedSpan source = shared_span(from, bytes, false, where), target = shared_span(to, bytes, true, where);
+  auto copy = load_to(target, mbarrier, bytes, where);
   machine->shared_shadow.begin_read(source.cells, bytes, self->clocks, where);
-  machine->shared_shadow.begin_write(target.cells, bytes, self->clocks, where);
   copy->pieces.push_back({target.bytes, target.cells, nullptr, bytes});
   copy->sources.push_back({source.cells, bytes});
   copy->data.assign(source.bytes, source.bytes + bytes);
@@ -348,12 +330,11 @@ void tensor_load(u32 to, const TensorMap* tensor_map, u32 mbarrier, const i32* a
   check_tensor_copy(map, to, where);
   const u32 bytes = box_bytes(map), row_bytes = map.box[0] * map.element_bytes;
   each_target(to, mbarrier, multicast, where, [&](u32 target, u32 signal) {
-    auto copy = load_to(target, signal, bytes, true, where);
+    const SharedSpan span = shared_span(target, bytes, true, where);
+    auto copy = load_to(span, signal, bytes, where);
     copy->tensor = true;
     copy->swizzle = map.swizzle;
-    const SharedSpan span = shared_span(target, bytes, true, where);
-    machine->shared_shadow.begin_write(span.cells, bytes, self->clocks, where);
-    const u32 offset = target & ((1u << kRankShift) - 1);
+    const u32 offset = own_address(target);
     each_row(map, at, [&](u32 row, u8* global, u32 first, u32 end) {
       const u32 begin = static_cast<u32>(copy->data.size()), e = map.element_bytes;
       copy->data.resize(begin + first * e);

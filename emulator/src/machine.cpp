@@ -54,7 +54,7 @@ std::string function_name(const char* text) {
   return start == std::string::npos ? before : before.substr(start + 1);
 }
 
-void record_text(const char* kind, const Thread* thread, Where where, const std::string& sentence) {
+void record(const char* kind, const Thread* thread, Where where, const std::string& sentence) {
   if (machine->stopping) return;
   machine->stopping = true;
   report = std::string(kind) + ": " + sentence + " [kernel " + kernel_name(machine->launch.text);
@@ -69,27 +69,16 @@ void record_text(const char* kind, const Thread* thread, Where where, const std:
   if (!machine->options.quiet) fprintf(stderr, "nextscale emulator: %s\n", report.c_str());
 }
 
-std::string format_text(const char* format, va_list arguments) {
-  char text[600];
-  vsnprintf(text, sizeof(text), format, arguments);
-  return text;
-}
-
 }  // namespace
 
 void fail(const char* kind, Where where, const char* format, ...) {
+  char sentence[600];
   va_list arguments;
   va_start(arguments, format);
-  record_text(kind, self, where, format_text(format, arguments));
+  vsnprintf(sentence, sizeof(sentence), format, arguments);
   va_end(arguments);
+  record(kind, self, where, sentence);
   throw Stop();
-}
-
-void record(const char* kind, const Thread* thread, Where where, const char* format, ...) {
-  va_list arguments;
-  va_start(arguments, format);
-  record_text(kind, thread, where, format_text(format, arguments));
-  va_end(arguments);
 }
 
 void fail_in_flight(Where where) { fail("registers", where, "use of a wgmma accumulator before the wait for it"); }
@@ -98,7 +87,7 @@ void fail_in_flight(Where where) { fail("registers", where, "use of a wgmma accu
 
 const Place& place() { return self->place; }
 
-Epoch Thread::epoch() const { return {machine->cluster, agent, step()}; }
+Epoch ThreadState::epoch() const { return {machine->cluster, agent, step()}; }
 
 std::shared_ptr<const Clocks::Others> snapshot(const Thread& thread) {
   Clocks now = thread.clocks;
@@ -156,7 +145,12 @@ bool Machine::landing_now() {
 
 Machine::Machine(const Launch& launch_, const nxs_emulator_options& options_,
                  std::vector<std::unique_ptr<Thread>>& threads_)
-    : launch(launch_), options(options_), random_state(options_.seed * 0x9e3779b97f4a7c15ull + 1), threads(threads_) {}
+    : launch(launch_),
+      options(options_),
+      random_state(options_.seed * 0x9e3779b97f4a7c15ull + 1),
+      warps((launch.block + kWarp - 1) / kWarp),
+      agents_per_block(launch.block + warps + kBarriersPerBlock),
+      threads(threads_) {}
 
 void Machine::body(void* argument) {
   Thread& thread = *static_cast<Thread*>(argument);
@@ -172,8 +166,6 @@ void Machine::body(void* argument) {
 }
 
 void Machine::run_cluster(const std::vector<dim3>& indices) {
-  const u32 warps = (launch.block + kWarp - 1) / kWarp;
-  agents_per_block = launch.block + warps + kBarriersPerBlock;
   const size_t agents = indices.size() * agents_per_block;
   thread_count = static_cast<u32>(indices.size()) * launch.block;
   while (threads.size() < thread_count) threads.push_back(std::make_unique<Thread>());
@@ -199,21 +191,13 @@ void Machine::run_cluster(const std::vector<dim3>& indices) {
     for (Warpgroup& group : block.warpgroups) group.registers = launch_registers(launch.block);
     for (u32 t = 0; t < launch.block; ++t) {
       Thread& thread = *threads[rank * launch.block + t];
+      static_cast<ThreadState&>(thread) = {};
       thread.place = {t, launch.block, rank, static_cast<u32>(indices.size()), block.index, launch.grid};
       thread.block = &block;
       thread.agent = block.first_agent + t;
       thread.clocks.resize(agents);
       thread.clocks.seen[thread.agent] = 1;
       thread.state = Thread::kFresh;
-      thread.published = thread.collected = nullptr;
-      thread.open_copies.clear();
-      thread.open_bulk.clear();
-      thread.copy_groups.clear();
-      thread.bulk_groups.clear();
-      thread.wgmma_issued = thread.wgmma_done = 0;
-      thread.wgmma_groups.clear();
-      thread.wgmma_fenced = thread.at_cluster_barrier = false;
-      thread.accumulators.clear();
       if (!thread.fiber.prepared()) thread.fiber.prepare(&Machine::body, &thread);
       ready.push_back(&thread);
     }
@@ -308,7 +292,7 @@ void Machine::report_deadlock() {
     if (text.size() < 400) text += ", " + std::to_string(count) + " wait " + what;
   if (done) text += ", " + std::to_string(done) + " have ended";
   const char* kind = rank(*first) == 1 ? "barrier" : rank(*first) == 2 ? "divergence" : "deadlock";
-  record(kind, first, first->where, "no thread can go on%s", text.c_str());
+  record(kind, first, first->where, "no thread can go on" + text);
 }
 
 void Machine::run() {
@@ -368,42 +352,42 @@ void WarpLog::add(u32 lane, Kind kind, u64 address, u32 bytes, Where where) {
   auto& mine = visits[lane];
   auto visit = std::find_if(mine.begin(), mine.end(), [&](const auto& v) { return v.first == site; });
   if (visit == mine.end()) visit = mine.insert(mine.end(), {site, 0});
-  Group& group = groups[site * 0x9e3779b97f4a7c15ull + visit->second++];
+  const u64 instruction = site * 0x9e3779b97f4a7c15ull + visit->second++;
+  Group& group = groups[instruction];
   group.kind = kind;
   group.bytes = bytes;
   group.lanes |= 1u << lane;
   group.address[lane] = address;
   if (group.lanes == ~0u) {
-    count_group(group);
-    groups.erase(site * 0x9e3779b97f4a7c15ull + visit->second - 1);
+    group.count();
+    groups.erase(instruction);
   }
 }
 
 void WarpLog::flush() {
-  for (const auto& [key, group] : groups) count_group(group);
+  for (const auto& [instruction, group] : groups) group.count();
   groups.clear();
 }
 
-void count_group(const WarpLog::Group& group) {
+void WarpLog::Group::count() const {
   std::vector<u64> units;  // sectors, or words of 4 bytes
-  if (group.kind != WarpLog::kSharedAccess) {
+  if (kind != kSharedAccess) {
     for (u32 lane = 0; lane < kWarp; ++lane)
-      if (group.lanes >> lane & 1)
-        for (u64 s = group.address[lane] / 32; s <= (group.address[lane] + group.bytes - 1) / 32; ++s)
-          units.push_back(s);
+      if (lanes >> lane & 1)
+        for (u64 s = address[lane] / 32; s <= (address[lane] + bytes - 1) / 32; ++s) units.push_back(s);
     std::sort(units.begin(), units.end());
-    const u64 bytes = static_cast<u64>(std::unique(units.begin(), units.end()) - units.begin()) * 32;
-    (group.kind == WarpLog::kGlobalLoad ? counts.global_load_bytes : counts.global_store_bytes) += bytes;
+    const u64 touched = static_cast<u64>(std::unique(units.begin(), units.end()) - units.begin());
+    (kind == kGlobalLoad ? counts.global_load_bytes : counts.global_store_bytes) += 32 * touched;
     return;
   }
   // A pass serves 32 banks of 4 bytes; accesses of 8 and 16 bytes are served half and quarter warps at a time.
   ++counts.shared_accesses;
-  const u32 lanes_a_pass = group.bytes <= 4 ? 32 : group.bytes == 8 ? 16 : 8;
+  const u32 lanes_a_pass = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   for (u32 first = 0; first < kWarp; first += lanes_a_pass) {
     units.clear();
     for (u32 lane = first; lane < first + lanes_a_pass; ++lane)
-      if (group.lanes >> lane & 1)
-        for (u32 at = 0; at < group.bytes; at += 4) units.push_back((group.address[lane] + at) / 4);
+      if (lanes >> lane & 1)
+        for (u32 at = 0; at < bytes; at += 4) units.push_back((address[lane] + at) / 4);
     std::sort(units.begin(), units.end());
     units.erase(std::unique(units.begin(), units.end()), units.end());
     u32 in_bank[32] = {}, passes = 0;

@@ -23,6 +23,7 @@ namespace nxs::emulator {
 constexpr u32 kWarp = 32, kWarpgroup = 128, kBarriersPerBlock = 64, kNamedBarriers = 16;
 constexpr u32 kSharedLimit = 232448, kSharedWithoutOptIn = 48 << 10;
 constexpr u32 kRankShift = 24;  // an address of the cluster window is (rank + 1) << kRankShift | address
+constexpr u32 own_address(u32 address) { return address & ((1u << kRankShift) - 1); }
 
 struct Clocks {
   std::vector<u32> seen;     // steps of each agent that happened before
@@ -100,13 +101,13 @@ struct WarpLog {
     u32 bytes = 0;
     Kind kind = kGlobalLoad;
     u64 address[kWarp];
+    void count() const;
   };
   std::unordered_map<u64, Group> groups;
   std::vector<std::pair<u64, u32>> visits[kWarp];
   void add(u32 lane, Kind kind, u64 address, u32 bytes, Where where);
   void flush();
 };
-void count_group(const WarpLog::Group& group);
 u32 sectors(u64 address, u64 bytes);
 
 // One asynchronous copy, from its issue to the wait that covers it.
@@ -192,13 +193,17 @@ struct Block {
   u32 rank, first_agent, alive;
   std::vector<u8> shared;
   std::vector<Cell> cells;
-  std::map<u32, std::unique_ptr<Mbarrier>> mbarriers;
+  std::map<u32, std::unique_ptr<Mbarrier>> mbarriers;  // by address
   Barrier barriers[kNamedBarriers];
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
   std::map<u32, u32> remote;  // step of each agent's last access from another block
   u32 slots = 0;
   std::vector<Thread*> registers_waiting;
+
+  // A block's agents: its threads, the wgmmas of each warp, the copies of each mbarrier.
+  u32 wgmma_agent(u32 warp) const;
+  u32 copy_agent(u32 slot) const;
 };
 
 struct Accumulator {
@@ -206,9 +211,9 @@ struct Accumulator {
   u32 uses;  // wgmmas in flight that write it
 };
 
-struct Thread {
-  Fiber fiber;
-  Place place;
+// Of one cluster.
+struct ThreadState {
+  Place place = {};
   Block* block = nullptr;
   u32 agent = 0;
   Clocks clocks;
@@ -234,6 +239,9 @@ struct Thread {
   u32 step() const { return clocks.seen[agent]; }
   void tick() { ++clocks.seen[agent]; }
 };
+struct Thread : ThreadState {
+  Fiber fiber;
+};
 
 // Everything of a launch.
 struct Machine {
@@ -241,7 +249,7 @@ struct Machine {
   nxs_emulator_options options;
   u64 random_state;
   u32 cluster = 0;  // index of the running one
-  u32 agents_per_block = 0;
+  const u32 warps, agents_per_block;
   std::vector<std::unique_ptr<Thread>>& threads;  // kept between launches for their stacks
   u32 thread_count = 0;
   std::vector<Block> blocks;
@@ -278,9 +286,6 @@ extern constinit thread_local nxs_emulator_counts counts;
 
 // Stops the launch with a report. Does not return to the kernel.
 [[noreturn]] void fail(const char* kind, Where where, const char* format, ...) __attribute__((format(printf, 3, 4)));
-// The same for what is found outside any thread; returns.
-void record(const char* kind, const Thread* thread, Where where, const char* format, ...)
-    __attribute__((format(printf, 4, 5)));
 
 // Suspends the running thread until someone wakes it.
 void block_on(std::vector<Thread*>& waiting, const char* waits_for, Where where);
@@ -309,7 +314,7 @@ template <typename F> void each_global(const void* p, u32 bytes, F f) {
   }
 }
 std::string describe(const Epoch& epoch);
-Mbarrier& mbarrier_for_copy(u32 address, bool cluster, Where where);
+Mbarrier& mbarrier_for_copy(u32 address, Where where);
 void complete_mbarrier(Mbarrier& mbarrier);
 void cluster_complete();
 void land(Copy& copy);

@@ -19,54 +19,42 @@ static double tf32(u32 bits) { return std::bit_cast<float>(bits & 0xffffe000u); 
 // ---- 8x8 matrices of 16-bit elements
 
 struct MatrixSlot {
-  u32* load;
-  const u32* store;
+  u32* load;         // null for a store
+  const u32* store;  // null for a load
   u32 count;
   bool transposed;
   u8* row;  // of lanes 0 to 8 * count - 1
 };
 
-static u16* matrix_element(Slots& slots, u32 matrix, u32 row, u32 column) {
-  return reinterpret_cast<u16*>(static_cast<MatrixSlot*>(slots[8 * matrix + row])->row) + column;
+static void move_matrices(Slots& slots, u32) {
+  for (u32 l = 0; l < kWarp; ++l) {
+    const MatrixSlot& mine = *static_cast<MatrixSlot*>(slots[l]);
+    for (u32 i = 0; i < 2 * mine.count; ++i) {
+      const u32 matrix = i / 2, shift = i % 2 * 16, r = l / 4, c = l % 4 * 2 + i % 2;
+      const u32 row = mine.transposed ? c : r, column = mine.transposed ? r : c;
+      u8* element = static_cast<MatrixSlot*>(slots[8 * matrix + row])->row + 2 * column;
+      if (mine.load) {
+        u16 bits;
+        memcpy(&bits, element, 2);
+        mine.load[matrix] = (shift ? mine.load[matrix] : 0) | static_cast<u32>(bits) << shift;
+      } else {
+        const u16 bits = static_cast<u16>(mine.store[matrix] >> shift);
+        memcpy(element, &bits, 2);
+      }
+    }
+  }
 }
 
 void load_matrix(u32* registers, u32 count, u32 address, bool transposed, Where where) {
   MatrixSlot slot = {registers, nullptr, count, transposed, nullptr};
   if (lane() < 8 * count) slot.row = shared_access(address, 16, Access::kRead, where);
-  warp_collective(
-      Collective::kLoadMatrix, ~0u, &slot,
-      [](Slots& slots, u32) {
-        for (u32 l = 0; l < kWarp; ++l) {
-          const MatrixSlot& mine = *static_cast<MatrixSlot*>(slots[l]);
-          for (u32 i = 0; i < mine.count; ++i) {
-            const u32 r = l / 4, c = l % 4 * 2;
-            const u16 low = mine.transposed ? *matrix_element(slots, i, c, r) : *matrix_element(slots, i, r, c);
-            const u16 high =
-                mine.transposed ? *matrix_element(slots, i, c + 1, r) : *matrix_element(slots, i, r, c + 1);
-            mine.load[i] = low | static_cast<u32>(high) << 16;
-          }
-        }
-      },
-      where);
+  warp_collective(Collective::kLoadMatrix, ~0u, &slot, move_matrices, where);
 }
 
 void store_matrix(const u32* registers, u32 count, u32 address, bool transposed, Where where) {
   MatrixSlot slot = {nullptr, registers, count, transposed, nullptr};
   if (lane() < 8 * count) slot.row = shared_access(address, 16, Access::kWrite, where);
-  warp_collective(
-      Collective::kStoreMatrix, ~0u, &slot,
-      [](Slots& slots, u32) {
-        for (u32 l = 0; l < kWarp; ++l) {
-          const MatrixSlot& mine = *static_cast<MatrixSlot*>(slots[l]);
-          for (u32 i = 0; i < mine.count; ++i) {
-            const u32 r = l / 4, c = l % 4 * 2;
-            for (u32 k = 0; k < 2; ++k)
-              *(mine.transposed ? matrix_element(slots, i, c + k, r) : matrix_element(slots, i, r, c + k)) =
-                  static_cast<u16>(mine.store[i] >> 16 * k);
-          }
-        }
-      },
-      where);
+  warp_collective(Collective::kStoreMatrix, ~0u, &slot, move_matrices, where);
 }
 
 // ---- mma.sync m16n8k16 and, for tf32, m16n8k8
@@ -216,8 +204,7 @@ static void compute(WgmmaOp& op, u32 index) {
     }
   }
   for (u32 warp = 0; warp < 4; ++warp) {
-    const Epoch epoch = {machine->cluster, block.first_agent + self->place.block_threads + first_thread / kWarp + warp,
-                         index + 1};
+    const Epoch epoch = {machine->cluster, block.wgmma_agent(first_thread / kWarp + warp), index + 1};
     for (const auto* chunks : {&op.a, &op.b})
       for (const auto& [bytes, cells] : *chunks) {
         if (warp)
@@ -318,8 +305,7 @@ void wgmma_wait(u32 pending, Where where) {
       std::copy(accumulator.value.begin(), accumulator.value.end(), lane.d);
       self->accumulators.erase(found);
     }
-    const u32 agent = self->block->first_agent + self->place.block_threads + self->place.thread / kWarp;
-    self->clocks.seen[agent] = index + 1;
+    self->clocks.seen[self->block->wgmma_agent(self->place.thread / kWarp)] = index + 1;
     self->wgmma_fenced = false;
   }
 }

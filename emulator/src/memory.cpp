@@ -50,7 +50,7 @@ void global_access(const void* p, u32 bytes, Access access, Where where) {
 
 SharedSpan shared_span(u32 address, u32 bytes, bool cluster, Where where) {
   Block* block = self->block;
-  const u32 rank = address >> kRankShift, offset = (address & ((1u << kRankShift) - 1)) - kDynamicShared;
+  const u32 rank = address >> kRankShift, offset = own_address(address) - kDynamicShared;
   if (rank) {
     if (!cluster) fail("out of bounds", where, "an address of the cluster window where one of this block's is due");
     if (rank > machine->blocks.size())
@@ -85,7 +85,7 @@ u8* shared_access(u32 address, u32 bytes, Access access, Where where, bool clust
 u32 map_to_rank(u32 address, u32 rank, Where where) {
   if (rank >= machine->blocks.size())
     fail("out of bounds", where, "rank %u of a cluster of %zu", rank, machine->blocks.size());
-  return (address & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
+  return own_address(address) | (rank + 1) << kRankShift;
 }
 
 // ---- ordering through memory
@@ -130,7 +130,7 @@ void fence_proxy() {
 }
 
 void fence_mbarrier() {
-  for (auto& [offset, mbarrier] : self->block->mbarriers)
+  for (auto& [address, mbarrier] : self->block->mbarriers)
     if (mbarrier->initialiser.agent == self->agent) mbarrier->fenced = true;
 }
 

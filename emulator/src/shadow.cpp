@@ -59,24 +59,25 @@ static bool fenced(const Epoch& epoch, const Clocks& clocks) {
   return known && known->proxied[epoch.agent] >= epoch.step;
 }
 
+u32 Block::wgmma_agent(u32 warp) const { return first_agent + machine->launch.block + warp; }
+u32 Block::copy_agent(u32 slot) const { return wgmma_agent(machine->warps) + slot; }
+static bool is_copy(const Epoch& epoch) {
+  return epoch.agent % machine->agents_per_block >= machine->launch.block + machine->warps;
+}
+static bool is_wgmma(const Epoch& epoch) {
+  return epoch.agent % machine->agents_per_block >= machine->launch.block && !is_copy(epoch);
+}
+
 std::string describe(const Epoch& epoch) {
   const u32 agents = machine->agents_per_block, in_block = epoch.agent % agents, rank = epoch.agent / agents;
-  const u32 threads = machine->launch.block, warps = (threads + kWarp - 1) / kWarp;
-  std::string who = in_block < threads           ? "thread " + std::to_string(in_block)
-                    : in_block < threads + warps ? "a wgmma of warp " + std::to_string(in_block - threads)
-                                                 : "a copy that an mbarrier counts";
+  std::string who = is_copy(epoch)    ? "a copy that an mbarrier counts"
+                    : is_wgmma(epoch) ? "a wgmma of warp " + std::to_string(in_block - machine->launch.block)
+                                      : "thread " + std::to_string(in_block);
   if (epoch.cluster != machine->cluster) return who + " of another block";
   if (machine->launch.cluster > 1) who += " of rank " + std::to_string(rank);
   return who;
 }
 
-static bool is_copy(const Epoch& epoch) {
-  const u32 threads = machine->launch.block;
-  return epoch.agent % machine->agents_per_block >= threads + (threads + kWarp - 1) / kWarp;
-}
-static bool is_wgmma(const Epoch& epoch) {
-  return epoch.agent % machine->agents_per_block >= machine->launch.block && !is_copy(epoch);
-}
 
 void Shadow::clear() {
   readers_.resize(1);

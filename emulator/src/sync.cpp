@@ -158,7 +158,7 @@ void warp_collective(Collective kind, u32 mask, void* slot, void (*finish)(Slots
 static Mbarrier& find_mbarrier(u32 address, bool cluster, Where where) {
   if (address % 8) fail("misaligned", where, "an mbarrier at shared address 0x%x", address);
   const SharedSpan span = shared_span(address, 8, cluster, where);
-  const auto found = span.block->mbarriers.find(static_cast<u32>(span.bytes - span.block->shared.data()));
+  const auto found = span.block->mbarriers.find(own_address(address));
   if (found == span.block->mbarriers.end())
     fail("uninitialised", where, "no mbarrier was initialised at shared address 0x%x", address);
   if (!happened(found->second->initialiser, self->clocks))
@@ -167,8 +167,8 @@ static Mbarrier& find_mbarrier(u32 address, bool cluster, Where where) {
   return *found->second;
 }
 
-Mbarrier& mbarrier_for_copy(u32 address, bool cluster, Where where) {
-  Mbarrier& mbarrier = find_mbarrier(address, cluster, where);
+Mbarrier& mbarrier_for_copy(u32 address, Where where) {
+  Mbarrier& mbarrier = find_mbarrier(address, true, where);
   if (!mbarrier.fenced)
     fail("proxy fence", where,
          "a copy signals an mbarrier whose initialisation no fence.mbarrier_init or fence.proxy.async follows");
@@ -180,7 +180,7 @@ void mbarrier_init(u32 address, u32 count, Where where) {
   if (!count || count >= 1u << 20) fail("arrival", where, "an mbarrier for %u arrivals", count);
   const SharedSpan span = shared_span(address, 8, false, where);
   Block& block = *span.block;
-  auto& slot = block.mbarriers[static_cast<u32>(span.bytes - block.shared.data())];
+  auto& slot = block.mbarriers[own_address(address)];
   if (slot) fail("arrival", where, "a second initialisation of an mbarrier that was not invalidated");
   machine->shared_shadow.write(span.cells, 8, *self, Access::kWrite, where);
   for (u32 i = 0; i < 8; ++i) span.cells[i].flags |= kMbarrier;
@@ -202,7 +202,7 @@ void mbarrier_invalidate(u32 address, Where where) {
       fail("unwaited copy", where, "invalidation of an mbarrier that a copy will signal");
   const SharedSpan span = shared_span(address, 8, false, where);
   for (u32 i = 0; i < 8; ++i) span.cells[i].flags = 0;
-  span.block->mbarriers.erase(static_cast<u32>(span.bytes - span.block->shared.data()));
+  span.block->mbarriers.erase(own_address(address));
 }
 
 // Ends the phase when all arrivals and all bytes are there.

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 
 fn answer() -> Result<(), Failure> {
     let mut op: Option<&Op> = None;
-    let (mut help, mut list) = (false, false);
+    let (mut help, mut list, mut counters) = (false, false, false);
     let mut device = "host".to_owned();
     let (mut input, mut output) = (None::<PathBuf>, None::<PathBuf>);
     let mut settings = Vec::new();
@@ -50,6 +50,7 @@ fn answer() -> Result<(), Failure> {
         match argument {
             Short('h') | Long("help") => help = true,
             Long("list") => list = true,
+            Long("counters") => counters = true,
             Long("device") => device = parser.value()?.string()?,
             Long("in") => input = Some(parser.value()?.into()),
             Long("out") => output = Some(parser.value()?.into()),
@@ -103,9 +104,12 @@ fn answer() -> Result<(), Failure> {
     };
     inputs.refuse_others(op)?;
     let output = output.ok_or_else(|| Failure::request("--out is missing"))?;
-    let runner = Runner::open(&device)?;
+    let runner = Runner::open(&device, counters)?;
 
     let first = (op.run)(&runner, &inputs, &settings)?;
+    if counters {
+        println!("{}", runner.counters());
+    }
     for round in 2..=repeat {
         let again = (op.run)(&runner, &inputs, &settings)?;
         if let Some(name) = first.first_difference(&again) {
@@ -118,6 +122,7 @@ fn answer() -> Result<(), Failure> {
 fn usage(op: &str) -> String {
     format!(
         "usage: op {op} [--device {DEVICES}] [--in x.safetensors] --out y.safetensors \
-         [--set key=value ...] [--repeat n: fails unless all runs give the same bits]"
+         [--set key=value ...] [--repeat n: fails unless all runs give the same bits] \
+         [--counters: what one run did, on the emulator only]"
     )
 }

@@ -33,8 +33,12 @@ pub(crate) enum Runner {
 /// Elements on a runner's device.
 pub(crate) enum Buffer<T> {
     Host(Vec<T>),
+    /// On the 256-byte alignment of a device allocation, so that the sectors that are counted are those of a GPU.
     #[cfg(feature = "emulate")]
-    Emulated(Vec<T>),
+    Emulated {
+        lines: Vec<Line>,
+        len: usize,
+    },
     /// In bytes: cudarc does not know all of our element types. Never of size zero, which CUDA cannot allocate.
     #[cfg(feature = "cudarc-0_19")]
     Cuda {
@@ -43,8 +47,17 @@ pub(crate) enum Buffer<T> {
     },
 }
 
+#[cfg(feature = "emulate")]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(256))]
+pub(crate) struct Line([u8; 256]);
+
 impl Runner {
-    pub(crate) fn open(device: &str) -> Result<Self, Failure> {
+    /// `counters`: the device must be one that counts.
+    pub(crate) fn open(device: &str, counters: bool) -> Result<Self, Failure> {
+        if counters && device != "emulated" {
+            return Err(Failure::request(format!("--counters: only --device emulated counts, not {device}")));
+        }
         match device.split_once(':').unwrap_or((device, "")) {
             ("host", "") => Ok(Runner::Host),
             ("cuda", "") => Self::open_cuda(0),
@@ -81,6 +94,15 @@ impl Runner {
         matches!(self, Runner::Host)
     }
 
+    /// What this thread's runs did, a line for each counter that is not zero; empty where nothing counts.
+    pub(crate) fn counters(&self) -> String {
+        match self {
+            #[cfg(feature = "emulate")]
+            Runner::Emulated => nextscale::emulator::counters().to_string(),
+            _ => String::new(),
+        }
+    }
+
     /// Facts for planning.
     pub(crate) fn info(&self) -> Result<DeviceInfo, Failure> {
         Ok(DeviceInfo::of(&self.stream())?)
@@ -101,7 +123,11 @@ impl Runner {
         match self {
             Runner::Host => Ok(Buffer::Host(elements.to_vec())),
             #[cfg(feature = "emulate")]
-            Runner::Emulated => Ok(Buffer::Emulated(elements.to_vec())),
+            Runner::Emulated => {
+                let mut lines = vec![Line([0; 256]); size_of_val(elements).div_ceil(256)];
+                bytemuck::cast_slice_mut(&mut lines)[..elements.len()].copy_from_slice(elements);
+                Ok(Buffer::Emulated { lines, len: elements.len() })
+            }
             #[cfg(feature = "cudarc-0_19")]
             Runner::Cuda(stream) => {
                 let source: &[u8] = bytemuck::cast_slice(elements);
@@ -144,7 +170,7 @@ impl<T: Element> Buffer<T> {
         match self {
             Buffer::Host(elements) => In::host(elements),
             #[cfg(feature = "emulate")]
-            Buffer::Emulated(elements) => In::emulated(elements),
+            Buffer::Emulated { lines, len } => In::emulated(&bytemuck::cast_slice(lines)[..*len]),
             #[cfg(feature = "cudarc-0_19")]
             Buffer::Cuda { bytes, len } => {
                 let (address, _guard) = bytes.device_ptr(bytes.stream());
@@ -160,7 +186,7 @@ impl<T: Element> Buffer<T> {
         match self {
             Buffer::Host(elements) => Out::host(elements),
             #[cfg(feature = "emulate")]
-            Buffer::Emulated(elements) => Out::emulated(elements),
+            Buffer::Emulated { lines, len } => Out::emulated(&mut bytemuck::cast_slice_mut(lines)[..*len]),
             #[cfg(feature = "cudarc-0_19")]
             Buffer::Cuda { bytes, len } => {
                 let (stream, ordinal) = (bytes.stream().clone(), ordinal(bytes));
@@ -176,7 +202,7 @@ impl<T: Element> Buffer<T> {
         match self {
             Buffer::Host(elements) => Ok(elements),
             #[cfg(feature = "emulate")]
-            Buffer::Emulated(elements) => Ok(elements),
+            Buffer::Emulated { lines, len } => Ok(bytemuck::cast_slice(&lines)[..len].to_vec()),
             #[cfg(feature = "cudarc-0_19")]
             Buffer::Cuda { bytes, len } => {
                 let bytes = bytes.stream().clone_dtoh(&bytes)?;

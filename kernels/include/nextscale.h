@@ -105,7 +105,7 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
  * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
  * the first. Offsets count words from the start of the schedule.
  *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
- *     0 offset of the first run   1 runs   2 split   3 digest: the params' value, or the item is not taken
+ *     0 offset of the first run, a multiple of 4   1 runs   2 split   3 digest: the params' value, or the item is not taken
  *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
  *   run, NXS_SCHEDULE_RUN_WORDS words:
  *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from

@@ -2,4 +2,4 @@
 
 mod rvq_decode;
 
-pub use rvq_decode::{Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Variant};
+pub use rvq_decode::{Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Traffic, Variant};

@@ -11,7 +11,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define NXS_DEVICE inline
@@ -60,6 +59,9 @@ nxs_status run(const Launch& launch);
 nxs_status allow_dynamic_smem(const void* kernel, unsigned bytes);
 
 // ---- memory
+// What one instruction loads or stores.
+template <typename T>
+constexpr bool kIsAccess = sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16;
 enum class Access : u8 { kRead, kReadConstant, kReadAtomically, kWrite, kAtomic };
 void global_access(const void* p, u32 bytes, Access access, Where where);
 // The bytes of this block, or of a peer for an address of the cluster window.

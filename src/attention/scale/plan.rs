@@ -187,12 +187,12 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let visibility = &self.visibility;
         let (rows, keys) = (u64::from(visibility.query_count()), u64::from(visibility.key_count()));
         size("head_dim", self.dim, 1, MOST_DIM)?;
-        if self.dim % 8 != 0 {
+        if !self.dim.is_multiple_of(8) {
             return refuse("head_dim", "multiples of 8 up to 128");
         }
         size("heads", self.heads, 1, MOST)?;
         size("kv_heads", self.kv_heads, 1, self.heads)?;
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return refuse("kv_heads", "a divisor of heads");
         }
         size("batch", self.batch, 0, MOST)?;

@@ -49,6 +49,8 @@ struct Tile {
 }
 
 type KeySet = Rc<Vec<Range<u32>>>;
+/// Keys that one length, by index and first key, or none limits.
+type Zone = (Range<u32>, Option<(u32, u32)>);
 
 /// How the rows are cut up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -108,6 +110,7 @@ impl Schedule {
         self.longest
     }
 
+    #[cfg_attr(not(nxs_kernels), allow(dead_code))]
     pub(super) fn digest(&self) -> u32 {
         self.digest
     }
@@ -138,11 +141,14 @@ fn tiles(visibility: &Visibility, pack: u32) -> Vec<Tile> {
     for q in 0..visibility.queries().len() {
         let tokens = visibility.query_range(q);
         let (mut first, mut rows) = (tokens.start * pack, (tokens.end - tokens.start) * pack);
-        if let (true, Some(last)) = (open, tiles.last_mut()) {
-            if last.rows + rows <= TILE_ROWS {
-                last.rows += rows;
-                continue;
-            }
+        if rows == 0 {
+            continue;
+        }
+        if let (true, Some(last)) = (open, tiles.last_mut())
+            && last.rows + rows <= TILE_ROWS
+        {
+            last.rows += rows;
+            continue;
         }
         // The end of a large segment stays alone: what follows may see far fewer keys.
         open = rows < TILE_ROWS;
@@ -197,15 +203,17 @@ struct Lowering<'a> {
     segment_sets: Vec<Option<KeySet>>,
     masks: Vec<[u32; MASK_WORDS]>,
     mask_numbers: HashMap<[u32; MASK_WORDS], u32>,
-    /// Ranges of keys that one length, or none, limits.
-    zones: Vec<(Range<u32>, Option<(u32, u32)>)>,
+    zones: Vec<Zone>,
 }
 
 impl<'a> Lowering<'a> {
     fn new(visibility: &'a Visibility, pack: u32) -> Self {
-        let mut zones: Vec<(Range<u32>, Option<(u32, u32)>)> = Vec::new();
+        let mut zones: Vec<Zone> = Vec::new();
         for (k, segment) in visibility.keys().iter().enumerate() {
             let range = visibility.key_range(k);
+            if range.is_empty() {
+                continue;
+            }
             let length = segment.length().map(|index| (index, range.start));
             match zones.last_mut() {
                 Some((last, None)) if length.is_none() => last.end = range.end,

@@ -4,7 +4,7 @@ mod cuda;
 mod host;
 mod plan;
 
-pub use plan::{Access, RvqDecodeBuilder, Schedule, Variant};
+pub use plan::{Access, RvqDecodeBuilder, Schedule, Traffic, Variant};
 
 use core::marker::PhantomData;
 
@@ -88,6 +88,11 @@ impl<C: Code, E: Float, O: Float> RvqDecode<C, E, O> {
     /// How the kernel cuts the work up when the buffers are aligned for wide access, as far as the plan allows it.
     pub fn schedule(&self) -> Schedule {
         self.inner.schedule(self.inner.wide)
+    }
+
+    /// The bytes that any kernel must move.
+    pub fn traffic(&self) -> Traffic {
+        self.inner.traffic(size_of::<C>(), size_of::<O>())
     }
 
     /// None is needed.

@@ -258,6 +258,20 @@ impl Plan {
         Ok(())
     }
 
+    /// For codes and outputs of so many bytes.
+    pub(super) fn traffic(&self, code: usize, out: usize) -> Traffic {
+        let [batch, levels, rows] = self.codes.shape();
+        let bytes = |counts: &[u64]| counts.iter().fold(1u64, |product, &n| product.saturating_mul(n));
+        if self.out_len == 0 {
+            return Traffic { codes: 0, gathered: 0, written: 0 };
+        }
+        Traffic {
+            codes: bytes(&[batch, rows, levels, code as u64]),
+            gathered: bytes(&[batch, rows, levels, self.dim(), u64::from(self.element)]),
+            written: bytes(&[batch, rows, self.dim(), out as u64]),
+        }
+    }
+
     fn lanes(&self, vec: u32, most: u32) -> u32 {
         self.dim().div_ceil(u64::from(vec)).next_power_of_two().clamp(1, u64::from(most)) as u32
     }
@@ -302,6 +316,21 @@ impl Plan {
     }
 }
 
+/// The bytes that a decode must move, however it is cut up: each code once, a codebook row for each code, each output
+/// once.
+///
+/// What a kernel moves is more by whole sectors of 32 bytes, by codes that several warps read, and by rows that fill
+/// the last tile up; it is less where rows of one warp have a code in common. Saturates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Traffic {
+    /// Read from `codes`.
+    pub codes: u64,
+    /// Read from `codebooks` if no code is null.
+    pub gathered: u64,
+    /// Written to `out`.
+    pub written: u64,
+}
+
 /// How a kernel cuts a decode up. A row is cut into chunks of `vec` elements. Without `tiles` a thread takes the chunks
 /// `lane`, `lane + lanes`, ... of one row. With `tiles` a warp takes `passes * 32 / lanes` rows, one chunk a lane and pass,
 /// and blocks along y take the next 32 chunks.
@@ -330,15 +359,15 @@ impl Schedule {
         if self.tiles { TILES_THREADS } else { ROWS_THREADS }
     }
 
+    /// Rows that a block takes; fewer may be left for the last one.
+    pub fn rows_per_block(&self) -> u64 {
+        u64::from(self.threads() / self.lanes) * if self.tiles { self.passes() } else { 1 }
+    }
+
     /// Blocks along x and y.
     pub fn grid(&self) -> [u64; 2] {
-        let rows_at_once = u64::from(self.threads() / self.lanes);
-        if self.tiles {
-            let slices = self.dim.div_ceil(u64::from(self.vec * self.lanes));
-            [self.rows.div_ceil(rows_at_once * self.passes()), slices]
-        } else {
-            [self.rows.div_ceil(rows_at_once), 1]
-        }
+        let slices = if self.tiles { self.dim.div_ceil(u64::from(self.vec * self.lanes)) } else { 1 };
+        [self.rows.div_ceil(self.rows_per_block()), slices]
     }
 
     fn warps(&self) -> u64 {

@@ -34,9 +34,9 @@ NXS_DEVICE u16 f32_to_f16_bits(float x, NXS_WHERE) {
   emulator::check_registers(x, where);
   return detail::round_to_16_bits(x, 5, 10);
 }
-NXS_DEVICE float f16_bits_to_f32(u16 h) {
+NXS_DEVICE float f16_bits_to_f32(u16 h) {  // every NaN becomes 0x7fffffff
   const u32 sign = static_cast<u32>(h >> 15) << 31, e = h >> 10 & 31, m = h & 1023;
-  if (e == 31) return std::bit_cast<float>(sign | 0x7f800000u | m << 13);
+  if (e == 31) return std::bit_cast<float>(m ? 0x7fffffffu : sign | 0x7f800000u);
   if (e == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(m) * 0x1p-24f;
   return std::bit_cast<float>(sign | (e + 112) << 23 | m << 13);
 }

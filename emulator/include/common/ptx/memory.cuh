@@ -3,19 +3,16 @@
 
 namespace nxs {
 
-#define NXS_ACCESS(T) \
-  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16)
-
 namespace detail {
 template <typename T> NXS_DEVICE T load(const T* p, emulator::Access access, emulator::Where where) {
-  NXS_ACCESS(T);
+  static_assert(emulator::kIsAccess<T>);
   emulator::global_access(p, sizeof(T), access, where);
   T value;
   memcpy(&value, static_cast<const void*>(p), sizeof(T));
   return value;
 }
 template <typename T> NXS_DEVICE void store(T* p, const T& value, emulator::Where where) {
-  NXS_ACCESS(T);
+  static_assert(emulator::kIsAccess<T>);
   emulator::check_registers(value, where);
   emulator::global_access(p, sizeof(T), emulator::Access::kWrite, where);
   memcpy(static_cast<void*>(p), &value, sizeof(T));

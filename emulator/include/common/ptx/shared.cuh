@@ -7,14 +7,14 @@ NXS_DEVICE u32 dynamic_shared() { return emulator::kDynamicShared; }
 
 namespace detail {
 template <typename T> NXS_DEVICE T load_window(u32 address, bool cluster, emulator::Where where) {
-  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  static_assert(emulator::kIsAccess<T>);
   T value;
   memcpy(static_cast<void*>(&value),
          emulator::shared_access(address, sizeof(T), emulator::Access::kRead, where, cluster), sizeof(T));
   return value;
 }
 template <typename T> NXS_DEVICE void store_window(u32 address, const T& value, bool cluster, emulator::Where where) {
-  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  static_assert(emulator::kIsAccess<T>);
   emulator::check_registers(value, where);
   memcpy(emulator::shared_access(address, sizeof(T), emulator::Access::kWrite, where, cluster), &value, sizeof(T));
 }
