@@ -7,7 +7,8 @@
 #   compare   the op executable against PyTorch
 #   bench     measured ceilings, our benches, the peers; writes RESULTS.md
 # CASES: random cases of each op to compare (default 81). COMPARE, PEERS: flags for compare.py, such as --only OP, and
-# for bench_peers.py, such as --quick. SANITIZE: the tests to sanitize, TOOLS: with what. BENCHES: the benches to run.
+# for bench_peers.py, such as --quick. SANITIZE: the tests to sanitize, TOOLS: with what. BENCHES: the benches to run;
+# MORE_PEERS: files of earlier peers for the report.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 OUT=${OUT:-$PWD/out}
@@ -95,7 +96,7 @@ run_bench() {
     CRITERION_HOME="$OUT/criterion" step "bench-$(basename "$executable")" "$executable" --bench
   done
   step bench-peers python3 python-ref/bench_peers.py --shapes benches/shapes.json --out "$OUT/peers.json" ${PEERS:-}
-  step bench-results bash -c './results --criterion "$OUT/criterion" --peers "$OUT/peers.json" \
+  step bench-results bash -c './results --criterion "$OUT/criterion" --peers "$OUT/peers.json" ${MORE_PEERS:-} \
     --ceilings "$OUT/ceilings.json" --machine "$OUT/machine.json" --shapes benches/shapes.json > "$OUT/RESULTS.md"'
   tar -czf "$OUT/criterion.tgz" -C "$OUT" criterion && rm -rf "$OUT/criterion"
 }
