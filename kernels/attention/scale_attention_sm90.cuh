@@ -4,20 +4,20 @@
 //
 // Grid       persistent: block c takes works c, then 2 G - 1 - c, 2 G + c, ... of the G blocks: back and forth, as works come
 //            longest first.
-// Block      a producer warpgroup and kGroups consumer warpgroups. Warp 0 streams the chunks of K and V (TMA, kStages
-//            deep); warps 1 to 3 load the q tiles of the next work and write the results of the last while this one is
-//            computed. Each consumer warpgroup owns a tile of 64 rows: S = Q K^T from shared memory, softmax in registers,
-//            O += P V with P from registers. It leaves O where its q was.
+// Block      a producer warpgroup and kGroups consumer warpgroups. Of the producer, warp 0 streams the chunks of K and V (TMA,
+//            kStages deep), warp 1 cleans the tails of V, warp 2 loads q tiles of works to come, warp 3 writes the results
+//            of works done. Each consumer warpgroup owns a tile of 64 rows: S = Q K^T from shared memory, softmax in
+//            registers, O += P V with P from registers. It leaves O where its q was.
 // Overlap    P V of one chunk is in flight while the exponentials of the next are computed, also from one work to the next;
 //            and the warpgroups take turns to issue, so that one's exponentials run beside another's products.
-// Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set. It is raised, and O
-//            rescaled, only when exponentials would grow large. With kOptimistic no maximum is taken for that: large sums
-//            tell, and then the warp computes the chunk's logits again (mma.sync) and takes the maximum after all.
+// Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set, in the first chunk. It is
+//            raised, and O rescaled, only when exponentials grow large: their sum tells, so that no maximum is taken. Then
+//            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all.
 // Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators. Of a
 //            chunk of up to 64 keys only half the exponentials are taken.
-// Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: warp 0 overwrites them with
+// Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: they are overwritten with
 //            zeroes before the consumers see them. K needs nothing, its logits are masked.
-// Shared     q: 2 slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][128][128 B];
+// Shared     q: kSlots slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][128][128 B];
 //            all with the 128-byte swizzle.
 // Bytes      q and out once; K and V once for each item and head, from L2 once a section's keys are there.
 // FLOPs      4 * kDim * 64 * 128 a tile and chunk.
@@ -26,6 +26,7 @@
 #include "attention/scale_schedule.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/bulk.cuh"
 #include "common/ptx/fence.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
@@ -54,7 +55,7 @@ struct ChunkInfo {
 };
 constexpr u32 kChunkHidden = 1u << 16, kChunkLast = 1u << 17;
 
-// Use number `n` of a ring of kStages (a power of two): its stage, and the parity that the consumer waits for; the producer
+// Use number `n` of a ring of kStages: its stage, and the parity that the consumer waits for; the producer
 // waits for the other.
 template <u32 kStages> NXS_DEVICE u32 stage_of(u32 n) { return n % kStages; }
 template <u32 kStages> NXS_DEVICE u32 parity_of(u32 n) { return n / kStages & 1; }
@@ -67,20 +68,19 @@ template <int kDim, int kGroups> struct Sm90 {
   static constexpr u32 kChunkBytes = kBlocks * kChunk * 128;  // K or V of one chunk
   static constexpr u32 kThreads = kGroupThreads * (kGroups + 1);
   static constexpr bool kTurns = kGroups > 1;
-  // Worth it where exponentials, not products, are the limit.
-  static constexpr bool kOptimistic = kDim == 64;
 
-  static constexpr u32 kQ = 0, kK = kQ + 2 * kSlotBytes, kV = kK + kStages * kChunkBytes,
+  static constexpr u32 kSlots = 3;
+  static constexpr u32 kQ = 0, kK = kQ + kSlots * kSlotBytes, kV = kK + kStages * kChunkBytes,
                        kInfo = kV + kStages * kChunkBytes,
                        kHeader = (kInfo + kStages * kGroups * sizeof(ChunkInfo) + 15) / 16 * 16,
                        kHeaderBytes = (16 + 8 * kGroups + 15) / 16 * 16,
-                       kInverse = kHeader + 2 * kHeaderBytes,  // of the sums, f32 [kGroups][kTileRows]
-      kLse = kInverse + kGroups * kTileRows * 4,               // f32 [2 slots][kGroups][kTileRows]
-      kBarriers = kLse + 2 * kGroups * kTileRows * 4;
-  // mbarriers, 8 bytes each
-  static constexpr u32 kQFull = kBarriers, kQEmpty = kQFull + 16, kKFull = kQEmpty + 16, kKEmpty = kKFull + 8 * kStages,
-                       kVFull = kKEmpty + 8 * kStages, kVEmpty = kVFull + 8 * kStages, kTail = kVEmpty + 8 * kStages,
-                       kSharedBytes = kTail + 8;
+                       kInverse = kHeader + kSlots * kHeaderBytes,  // of the sums, f32 [kGroups][kTileRows]
+      kLse = kInverse + kGroups * kTileRows * 4,                    // f32 [kSlots][kGroups][kTileRows]
+      kBarriers = kLse + kSlots * kGroups * kTileRows * 4;
+  // mbarriers, 8 bytes each. Of a slot: q has come; the results lie there; they are written, the slot is free.
+  static constexpr u32 kQFull = kBarriers, kResults = kQFull + 8 * kSlots, kQEmpty = kResults + 8 * kSlots,
+                       kKFull = kQEmpty + 8 * kSlots, kKEmpty = kKFull + 8 * kStages, kVFull = kKEmpty + 8 * kStages,
+                       kVEmpty = kVFull + 8 * kStages, kTail = kVEmpty + 8 * kStages, kSharedBytes = kTail + 8 * kStages;
   static_assert(kSharedBytes <= 232448);
 };
 
@@ -118,29 +118,22 @@ NXS_DEVICE RowAt row_at(const ScaleParams& p, u32 head, u32 row) {
   return {token, head * pack + row - token * pack};
 }
 
-// ---- producer: K and V, by one warp
+// ---- producer
 
+// V of this chunk has rows that belong to others and lie within the tensor; what lies beyond it comes as zero.
+NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
+  return keys < kChunk && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
+}
+NXS_DEVICE u32 first_key_of(const ScaleKernelParams& p, const Work& work) {
+  return p.kv_offset_or_null ? static_cast<u32>(load_global_nc(p.kv_offset_or_null + work.batch)) : 0;
+}
+
+// Warp 0: K and V.
 template <int kDim, int kGroups>
-NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
+NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
   using C = Sm90<kDim, kGroups>;
-  const u32 lane = thread_index() % kWarpSize;
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   u32 chunk = 0;
-  u32 tails = 0, tail_stage = C::kStages, tail_keys = 0;  // V of a chunk that still has to be cleaned; kStages: none
-
-  const auto clean_tail = [&] {
-    if (tail_stage == C::kStages) return;
-    mbarrier_wait(shared + C::kTail, tails++ & 1);
-    const u32 tile = shared + C::kV + tail_stage * C::kChunkBytes;
-    for (u32 i = tail_keys * 8 + lane; i < kChunk * 8; i += kWarpSize)
-      for (u32 block = 0; block < C::kBlocks; ++block)
-        store_shared(tile + block * kChunk * 128 + i * 16, Vec<u32, 4>{});
-    fence_async_shared();
-    warp_sync();
-    if (lane == 1) mbarrier_arrive(shared + C::kVFull + 8 * tail_stage);
-    tail_stage = C::kStages;
-  };
-
-  const u32 works = all_works(p);
   for (u32 n = 0;; ++n) {
     const u32 index = nth_work(n);
     if (index >= works) break;
@@ -148,7 +141,7 @@ NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, cons
     const i32 kv_head = static_cast<i32>(kv_head_of(p, work));
     const i32 batch_k = p.k_stride_batch ? static_cast<i32>(work.batch) : 0,
               batch_v = p.v_stride_batch ? static_cast<i32>(work.batch) : 0;
-    const u32 offset = p.kv_offset_or_null ? static_cast<u32>(load_global_nc(p.kv_offset_or_null + work.batch)) : 0;
+    const u32 offset = first_key_of(p, work);
     ChunkWalk walk(p, work);
     bool more = walk.next();
     bool nothing = !more;  // a work without keys still has one chunk, hidden from all
@@ -156,18 +149,17 @@ NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, cons
       const u32 stage = stage_of<C::kStages>(chunk), parity = parity_of<C::kStages>(chunk) ^ 1;
       const u32 k_full = shared + C::kKFull + 8 * stage, v_full = shared + C::kVFull + 8 * stage;
       const u32 key = nothing ? 0 : walk.first_key() + offset, keys = nothing ? 0 : walk.count();
-      u32 mask[kGroups];
-#pragma unroll
-      for (u32 g = 0; g < kGroups; ++g) mask[g] = nothing ? NXS_MASK_HIDDEN : walk.mask(g);
+      const Vec<u32, 4> mask = walk.masks;
       more = !nothing && walk.next();
 
       mbarrier_wait(shared + C::kKEmpty + 8 * stage, parity);
       if (lane == 0) {
 #pragma unroll
         for (u32 g = 0; g < kGroups; ++g) {
+          const bool hidden = nothing || mask.data[g] == NXS_MASK_HIDDEN;
           ChunkInfo info;
-          info.keys = keys | (mask[g] == NXS_MASK_HIDDEN ? kChunkHidden : 0) | (more ? 0 : kChunkLast);
-          info.mask = mask[g] == NXS_MASK_HIDDEN ? 0 : mask[g];
+          info.keys = keys | (hidden ? kChunkHidden : 0) | (more ? 0 : kChunkLast);
+          info.mask = hidden ? 0 : mask.data[g];
           store_shared(shared + C::kInfo + (stage * kGroups + g) * static_cast<u32>(sizeof(ChunkInfo)), info);
         }
         if (nothing) {
@@ -180,15 +172,13 @@ NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, cons
                         {static_cast<i32>(block * 64), static_cast<i32>(key), kv_head, batch_k});
         }
       }
-      // What lies beyond the end of the tensor is zero already.
-      const bool tail = !nothing && keys < kChunk && key + keys < static_cast<u64>(p.kv_rows);
-      if (tail) clean_tail();
+      const bool tail = !nothing && has_tail(p, key, keys);
       mbarrier_wait(shared + C::kVEmpty + 8 * stage, parity);
-      if (nothing) {
-        if (lane < 2) mbarrier_arrive(v_full);
-      } else {
-        const u32 loaded = tail ? shared + C::kTail : v_full;
-        if (lane == 0) {
+      if (lane == 0) {
+        if (nothing) {
+          mbarrier_arrive(v_full);
+        } else {
+          const u32 loaded = tail ? shared + C::kTail + 8 * stage : v_full;
           mbarrier_arrive_expect(loaded, C::kChunkBytes);
 #pragma unroll
           for (u32 block = 0; block < C::kBlocks; ++block)
@@ -196,110 +186,166 @@ NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, cons
                         {static_cast<i32>(block * 64), static_cast<i32>(key), kv_head, batch_v});
           if (tail) mbarrier_arrive(v_full);
         }
-        if (!tail && lane == 1) mbarrier_arrive(v_full);
       }
-      // Only now: the loads of this chunk are under way while that of the last one is waited for.
-      if (!tail) clean_tail();
-      if (tail) tail_stage = stage, tail_keys = keys;
+      if (lane == 1 && !tail) mbarrier_arrive(v_full);  // nothing to clean
       nothing = false;
       ++chunk;
     }
   }
-  clean_tail();
 }
 
-// ---- producer: q and results, by three warps
+// Warp 1: zeroes where V of a chunk is not its own. Walks as warp 0 does.
+template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleKernelParams& p, u32 shared) {
+  using C = Sm90<kDim, kGroups>;
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  u32 chunk = 0, parities = 0;  // a bit for each stage
+  for (u32 n = 0;; ++n) {
+    const u32 index = nth_work(n);
+    if (index >= works) break;
+    const Work work = work_at(p, index);
+    const u32 offset = first_key_of(p, work);
+    ChunkWalk walk(p, work);
+    const u32 before = chunk;
+    for (; walk.next(); ++chunk) {
+      const u32 stage = stage_of<C::kStages>(chunk), keys = walk.count();
+      if (!has_tail(p, walk.first_key() + offset, keys)) continue;
+      mbarrier_wait(shared + C::kTail + 8 * stage, parities >> stage & 1);
+      parities ^= 1u << stage;
+      const u32 tile = shared + C::kV + stage * C::kChunkBytes;
+      for (u32 i = keys * 8 + lane; i < kChunk * 8; i += kWarpSize)
+#pragma unroll
+        for (u32 block = 0; block < C::kBlocks; ++block) store_shared(tile + block * kChunk * 128 + i * 16, Vec<u32, 4>{});
+      fence_async_shared();
+      warp_sync();
+      if (lane == 0) mbarrier_arrive(shared + C::kVFull + 8 * stage);
+    }
+    if (chunk == before) ++chunk;
+  }
+}
 
-constexpr u32 kLoaderThreads = 3 * kWarpSize;
-
-// q of a work into a slot, and the header that tells what it holds.
+// Warp 2: q of works to come, and headers that tell what the slots hold.
 template <typename T, int kDim, int kGroups>
-NXS_DEVICE void load_queries(const ScaleParams& p, u32 shared, u32 slot, const Work& work) {
+NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared) {
   using C = Sm90<kDim, kGroups>;
   constexpr u32 kPieces = kDim / 8;  // of 16 bytes, in a row
-  const u32 t = thread_index() - kWarpSize, header = shared + C::kHeader + slot * C::kHeaderBytes;
-  const Vec<u32, 4> item = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(p.schedule + work.item));
-  const bool ours = item.data[3] == p.digest;  // else nothing is read or written
-  if (t == 0) store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
-#pragma unroll 1
-  for (u32 g = 0; g < kGroups; ++g) {
-    Vec<u32, 2> tile = load_global_nc(reinterpret_cast<const Vec<u32, 2>*>(p.schedule + work.item + 4 + 2 * g));
-    if (!ours) tile.data[1] = 0;
-    if (t == 0) store_shared(header + 16 + 8 * g, tile);
-    const u32 to = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes;
-#pragma unroll 2
-    for (u32 i = t; i < kTileRows * kPieces; i += kLoaderThreads) {
-      const u32 row = i / kPieces, piece = i % kPieces;
-      const bool valid = row < tile.data[1] && piece * 8 < static_cast<u32>(p.dim);
-      const T* from = static_cast<const T*>(p.q);
-      if (valid) {
-        const RowAt at = row_at(p, work.head, tile.data[0] + row);
-        i64 source = at.row;
-        if (p.row_index_or_null) {
-          source = load_global_nc(p.row_index_or_null + work.batch * p.row_index_stride_batch + at.row);
-          source = source < 0 ? 0 : source < p.q_rows ? source : p.q_rows - 1;
-        }
-        from += work.batch * p.q_stride_batch + source * p.q_stride_row + at.head * p.q_stride_head + piece * 8;
-      }
-      const u32 plain = to + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
-      copy_async<16>(swizzled(plain, Swizzle::k128), from, valid ? 16 : 0);
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  for (u32 n = 0;; ++n) {
+    const u32 index = nth_work(n);
+    if (index >= works) break;
+    const Work work = work_at(p, index);
+    const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
+    const u32 full = shared + C::kQFull + 8 * slot, tiles = shared + C::kQ + slot * C::kSlotBytes;
+    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4);
+    const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
+    const bool ours = item.data[3] == p.digest;  // else nothing is read or written
+    mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
+    const bool plain = p.pack <= 1 && !p.row_index_or_null;
+    if (lane == 0) {
+      store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
+      if (plain) mbarrier_expect(full, C::kSlotBytes);
     }
+#pragma unroll
+    for (u32 g = 0; g < kGroups; ++g) {
+      const Vec<u32, 4>& pair = g < 2 ? tile01 : tile2;
+      Vec<u32, 2> tile{{pair.data[g % 2 * 2], pair.data[g % 2 * 2 + 1]}};
+      if (!ours) tile.data[1] = 0;
+      const u32 to = tiles + g * C::kTileBytes;
+      if (lane == 0) store_shared(header + 16 + 8 * g, tile);
+      if (plain) {
+        // Rows beyond the tile's are loaded too, and lead to nothing.
+        if (lane == 0)
+#pragma unroll
+          for (u32 block = 0; block < C::kBlocks; ++block)
+            tensor_load(to + block * kTileRows * 128, map_q, full,
+                        {static_cast<i32>(block * 64), static_cast<i32>(ours ? tile.data[0] : 0), static_cast<i32>(work.head),
+                         static_cast<i32>(p.q_stride_batch ? work.batch : 0)});
+        continue;
+      }
+#pragma unroll 1
+      for (u32 i = lane; i < kTileRows * kPieces; i += kWarpSize) {
+        const u32 row = i / kPieces, piece = i % kPieces;
+        const bool valid = row < tile.data[1] && piece * 8 < static_cast<u32>(p.dim);
+        const T* from = static_cast<const T*>(p.q);
+        if (valid) {
+          const RowAt at = row_at(p, work.head, tile.data[0] + row);
+          i64 source = at.row;
+          if (p.row_index_or_null) {
+            source = load_global_nc(p.row_index_or_null + work.batch * p.row_index_stride_batch + at.row);
+            source = source < 0 ? 0 : source < p.q_rows ? source : p.q_rows - 1;
+          }
+          from += work.batch * p.q_stride_batch + source * p.q_stride_row + at.head * p.q_stride_head + piece * 8;
+        }
+        const u32 address = to + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
+        copy_async<16>(swizzled(address, Swizzle::k128), from, valid ? 16 : 0);
+      }
+    }
+    if (!plain) {
+      copy_async_commit();
+      copy_async_wait<0>();
+      fence_async_shared();
+      warp_sync();
+    }
+    if (lane == 0) mbarrier_arrive(full);
   }
-  copy_async_commit();
-  copy_async_wait<0>();
-  fence_async_shared();
-  warp_sync();
-  if (t % kWarpSize == 0) mbarrier_arrive(shared + C::kQFull + 8 * slot);
 }
 
-NXS_DEVICE i64 part_row(const ScaleParams& p, u32 split, u32 batch, const RowAt& at) {
+NXS_DEVICE i64 part_row(const ScaleKernelParams& p, u32 split, u32 batch, const RowAt& at) {
   return ((split * p.batch + batch) * p.heads + at.head) * p.rows + at.row;
 }
 
-// The results that the consumers left in a slot. Parts they have written themselves.
-template <typename T, int kDim, int kGroups> NXS_DEVICE void write_results(const ScaleParams& p, u32 shared, u32 slot) {
+// Warp 3: the results that the consumers left in a slot. Parts they have written themselves.
+template <typename T, int kDim, int kGroups>
+NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
   using C = Sm90<kDim, kGroups>;
-  const u32 t = thread_index() - kWarpSize, header = shared + C::kHeader + slot * C::kHeaderBytes;
-  const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
-  const u32 batch = work.data[0], head = work.data[1], split = work.data[2];
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  // The items may have come with the params, but masks did not.
+  const bool ours = load_global_nc(p.schedule + 3) == p.digest;
+  for (u32 n = 0; nth_work(n) < works; ++n) {
+    const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
+    mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
+    const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
+    const u32 batch = work.data[0], head = work.data[1], split = work.data[2];
 #pragma unroll 1
-  for (u32 g = 0; g < kGroups; ++g) {
-    const Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
-    if (p.splits > 1 || p.lse_or_null)
-      for (u32 row = t; row < tile.data[1]; row += kLoaderThreads) {
+    for (u32 g = 0; g < kGroups; ++g) {
+      Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
+      if (!ours) tile.data[1] = 0;
+      if (p.splits > 1 || p.lse_or_null)
+#pragma unroll 1
+        for (u32 row = lane; row < tile.data[1]; row += kWarpSize) {
+          const RowAt at = row_at(p, head, tile.data[0] + row);
+          const float lse = load_shared<float>(shared + C::kLse + ((slot * kGroups + g) * kTileRows + row) * 4);
+          if (p.splits > 1)
+            store_global(p.parts_or_null + p.splits * p.batch * p.heads * p.rows * p.dim + part_row(p, split, batch, at), lse);
+          else
+            store_global(p.lse_or_null + batch * p.lse_stride_batch + at.head * p.lse_stride_head + at.row * p.lse_stride_row,
+                         lse);
+        }
+      if (p.splits > 1) continue;
+      const u32 from = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes;
+      // Eight rows a copy; the rest, and packed heads, in pieces of 16 bytes.
+      const u32 eights = p.pack <= 1 ? tile.data[1] / 8 : 0;
+      if (lane < eights)
+#pragma unroll
+        for (u32 block = 0; block < C::kBlocks; ++block)
+          tensor_store(map_out, from + block * kTileRows * 128 + lane * 1024,
+                       {static_cast<i32>(block * 64), static_cast<i32>(tile.data[0] + lane * 8), static_cast<i32>(head),
+                        static_cast<i32>(batch)});
+#pragma unroll 1
+      for (u32 i = eights * kDim + lane; i < tile.data[1] * (kDim / 8); i += kWarpSize) {
+        const u32 row = i / (kDim / 8), piece = i % (kDim / 8);
+        if (piece * 8 >= static_cast<u32>(p.dim)) continue;
         const RowAt at = row_at(p, head, tile.data[0] + row);
-        const float lse = load_shared<float>(shared + C::kLse + ((slot * kGroups + g) * kTileRows + row) * 4);
-        if (p.splits > 1)
-          store_global(p.parts_or_null + p.splits * p.batch * p.heads * p.rows * p.dim + part_row(p, split, batch, at), lse);
-        else
-          store_global(p.lse_or_null + batch * p.lse_stride_batch + at.head * p.lse_stride_head + at.row * p.lse_stride_row, lse);
+        const u32 address = from + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
+        T* out = static_cast<T*>(p.out) + batch * p.out_stride_batch + at.row * p.out_stride_row + at.head * p.out_stride_head;
+        store_global(reinterpret_cast<Vec<u32, 4>*>(out + piece * 8),
+                     load_shared<Vec<u32, 4>>(swizzled(address, Swizzle::k128)));
       }
-    if (p.splits > 1) continue;
-    const u32 from = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes, pieces = static_cast<u32>(p.dim) / 8;
-#pragma unroll 2
-    for (u32 i = t; i < tile.data[1] * (kDim / 8); i += kLoaderThreads) {
-      const u32 row = i / (kDim / 8), piece = i % (kDim / 8);
-      if (piece >= pieces) continue;
-      const RowAt at = row_at(p, head, tile.data[0] + row);
-      const u32 plain = from + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
-      T* out = static_cast<T*>(p.out) + batch * p.out_stride_batch + at.row * p.out_stride_row + at.head * p.out_stride_head;
-      store_global(reinterpret_cast<Vec<u32, 4>*>(out + piece * 8), load_shared<Vec<u32, 4>>(swizzled(plain, Swizzle::k128)));
     }
-  }
-}
-
-template <typename T, int kDim, int kGroups> NXS_DEVICE void serve_tiles(const ScaleParams& p, u32 shared) {
-  using C = Sm90<kDim, kGroups>;
-  const u32 works = all_works(p);
-  // Two works behind the loads come the results.
-  for (u32 n = 0; n < 2 || nth_work(n - 2) < works; ++n) {
-    const u32 slot = stage_of<2>(n), index = nth_work(n);
-    if (n >= 2) {
-      mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<2>(n - 2));
-      write_results<T, kDim, kGroups>(p, shared, slot);
-      barrier_sync(2 * kGroups + 1, kLoaderThreads);  // all is read before it is overwritten
-    }
-    if (index < works) load_queries<T, kDim, kGroups>(p, shared, slot, work_at(p, index));
+    bulk_commit();
+    bulk_wait_read<0>();
+    fence_async_shared();  // q comes next by TMA
+    warp_sync();
+    if (lane == 0) mbarrier_arrive(shared + C::kQEmpty + 8 * slot);
   }
 }
 
@@ -308,7 +354,7 @@ template <typename T, int kDim, int kGroups> NXS_DEVICE void serve_tiles(const S
 template <typename T, int kDim, int kGroups> struct Consumer {
   using C = Sm90<kDim, kGroups>;
 
-  const ScaleParams& p;
+  const ScaleKernelParams& p;
   const u32 shared, group, warp, lane;
   u32 work = 0;          // works begun
   u32 chunk = 0;         // chunks whose K was released
@@ -321,11 +367,12 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   u32 prob[kChunk / 16][4];            // P, as the A operand of P V
   float reference[2], sum[2], grow[2];  // of the thread's two rows: base-2 reference, sum, factor of the last rescale
 
-  NXS_DEVICE Consumer(const ScaleParams& p_, u32 shared_, u32 group_)
+  NXS_DEVICE Consumer(const ScaleKernelParams& p_, u32 shared_, u32 group_)
       : p(p_), shared(shared_), group(group_), warp(thread_index() % kGroupThreads / kWarpSize),
         lane(thread_index() % kWarpSize) {}
 
-  NXS_DEVICE u32 slot() const { return stage_of<2>(work); }
+  NXS_DEVICE u32 slot() const { return stage_of<C::kSlots>(work); }
+  NXS_DEVICE u32 slot_before() const { return stage_of<C::kSlots>(work + C::kSlots - 1); }
   NXS_DEVICE u32 stage() const { return stage_of<C::kStages>(chunk); }
   NXS_DEVICE bool hidden() const { return info.keys & kChunkHidden; }
   NXS_DEVICE bool last() const { return info.keys & kChunkLast; }
@@ -487,7 +534,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   NXS_DEVICE bool softmax_plain() {
     float add[2];
     bool raised = false;
-    if (C::kOptimistic && __builtin_expect(settled, 1)) {
+    if (__builtin_expect(settled, 1)) {
       exponentiate(false, add);
       bool over[2] = {add[0] > kMostSum, add[1] > kMostSum};
       if (__builtin_expect(warp_any(over[0] || over[1]), 0)) {
@@ -558,7 +605,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     }
     keep_registers(s);
     release_keys();
-    if (starts && owed) close_sums(slot() ^ 1);
+    if (starts && owed) close_sums(slot_before());
     softmax(starts, half, bits);
     keep_registers(s);
     if (!ends) wait_chunk();  // also keeps the compiler from moving the wait below above the exponentials
@@ -567,7 +614,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     if (owed) {
       release_values(chunk - 2);
       if (starts)
-        leave_tile(slot() ^ 1);
+        leave_tile(slot_before());
       else
         rescale();
     }
@@ -583,15 +630,14 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     turn_end();
     wgmma_wait<1>();
     keep_registers(s);
-    if constexpr (!C::kOptimistic) release_keys();
     const bool raised = softmax_plain();
     keep_registers(s);
-    if constexpr (C::kOptimistic) release_keys();
+    release_keys();  // not before: the logits may be needed again
     if (!ends) wait_chunk();
     wgmma_wait<0>();
     keep_registers(o);
     release_values(chunk - 2);
-    if (C::kOptimistic ? __builtin_expect(raised, 0) : raised) rescale();
+    if (__builtin_expect(raised, 0)) rescale();
     round_probabilities(false);
   }
   NXS_DEVICE bool plain() const { return info.mask == 0 && (info.keys & 0x1ffff) == kChunk; }
@@ -645,8 +691,9 @@ template <typename T, int kDim, int kGroups> struct Consumer {
           registers[j] = round_pair<T>(o[8 * i + 2 * j] * inverse[j % 2], o[8 * i + 2 * j + 1] * inverse[j % 2]);
         store_matrix(registers, swizzled(mine + i / 4 * (kTileRows * 128) + i % 4 * 32, Swizzle::k128));
       }
+      fence_async_shared();
     }
-    release(shared + C::kQEmpty + 8 * of_slot);
+    release(shared + C::kResults + 8 * of_slot);
 #pragma unroll
     for (u32 i = 0; i < kDim / 2; ++i) o[i] = 0;
   }
@@ -675,7 +722,8 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     barrier_sync(1 + kGroups + group, kGroupThreads);
     for (u32 i = thread_index() % kGroupThreads; i < C::kTileBytes / 16; i += kGroupThreads)
       store_shared(q_tile(slot()) + i * 16, Vec<u32, 4>{});
-    release(shared + C::kQEmpty + 8 * slot());
+    fence_async_shared();
+    release(shared + C::kResults + 8 * slot());
   }
 
   NXS_DEVICE void run() {
@@ -685,13 +733,13 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     for (u32 i = 0; i < kDim / 2; ++i) o[i] = 0;
     const u32 works = all_works(p);
     for (; nth_work(work) < works; ++work) {
-      mbarrier_wait(shared + C::kQFull + 8 * slot(), parity_of<2>(work));
+      mbarrier_wait(shared + C::kQFull + 8 * slot(), parity_of<C::kSlots>(work));
       wait_chunk();
       bool starts = true, ends = false;
       do {
         ends = last();
         if (hidden()) {  // before the first visible chunk, or after the last
-          pay(starts ? slot() ^ 1 : slot());
+          pay(starts ? slot_before() : slot());
           skip_chunk();
           if (!ends) wait_chunk();
         } else if (starts || !plain()) {
@@ -703,7 +751,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
       } while (!ends);
       if (starts) leave_nothing();
     }
-    pay(slot() ^ 1);
+    pay(slot_before());
     if constexpr (C::kTurns)
       if (group == 0) barrier_sync(1, 2 * kGroupThreads);  // absorbs the last arrival
   }
@@ -711,17 +759,21 @@ template <typename T, int kDim, int kGroups> struct Consumer {
 
 template <typename T, int kDim, int kGroups>
 __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
-    scale_attention_sm90_kernel(const __grid_constant__ ScaleParams p, const __grid_constant__ TensorMap map_k,
-                                const __grid_constant__ TensorMap map_v) {
+    scale_attention_sm90_kernel(const __grid_constant__ ScaleKernelParams p, const __grid_constant__ TensorMap map_q,
+                                const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v,
+                                const __grid_constant__ TensorMap map_out) {
   // p.scale comes times log2(e).
   using C = Sm90<kDim, kGroups>;
   const u32 shared = dynamic_shared(), t = thread_index();
   if (t == 0) {
+    prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);
     prefetch_tensor_map(&map_v);
-    for (u32 slot = 0; slot < 2; ++slot) {
-      mbarrier_init(shared + C::kQFull + 8 * slot, 3);             // warps 1 to 3
-      mbarrier_init(shared + C::kQEmpty + 8 * slot, 4 * kGroups);  // consumer warps
+    prefetch_tensor_map(&map_out);
+    for (u32 slot = 0; slot < C::kSlots; ++slot) {
+      mbarrier_init(shared + C::kQFull + 8 * slot, 1);
+      mbarrier_init(shared + C::kResults + 8 * slot, 4 * kGroups);  // consumer warps
+      mbarrier_init(shared + C::kQEmpty + 8 * slot, 1);
     }
     for (u32 stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared + C::kKFull + 8 * stage, 1);
@@ -730,8 +782,8 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
     for (u32 stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared + C::kVFull + 8 * stage, 2);  // the copy, and that nothing of it is left to clean
       mbarrier_init(shared + C::kVEmpty + 8 * stage, 4 * kGroups);
+      mbarrier_init(shared + C::kTail + 8 * stage, 1);
     }
-    mbarrier_init(shared + C::kTail, 1);
     fence_mbarrier_init();
   }
   block_sync();
@@ -740,8 +792,12 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
     if constexpr (kGroups == 3) lower_registers<32>();
     if (t < kWarpSize)
       stream_chunks<kDim, kGroups>(p, &map_k, &map_v, shared);
+    else if (t < 2 * kWarpSize)
+      clean_tails<kDim, kGroups>(p, shared);
+    else if (t < 3 * kWarpSize)
+      load_queries<T, kDim, kGroups>(p, &map_q, shared);
     else
-      serve_tiles<T, kDim, kGroups>(p, shared);
+      write_results<T, kDim, kGroups>(p, &map_out, shared);
   } else {
     if constexpr (kGroups == 2) raise_registers<224>();
     if constexpr (kGroups == 3) raise_registers<160>();
@@ -751,27 +807,35 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
 
 template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_launch(const ScaleParams& p, void* stream) {
   using C = Sm90<kDim, kGroups>;
-  TensorMap maps[2];
+  TensorMap maps[4];
   const struct {
     const void* address;
-    i64 row, head, batch;
-  } views[2] = {{p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch}, {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch}};
-  for (int i = 0; i < 2; ++i) {
+    i64 row, head, batch, rows, heads;
+    u32 box_rows;
+  } views[4] = {
+      {p.q, p.q_stride_row, p.q_stride_head, p.q_stride_batch, p.q_rows, p.heads, kTileRows},
+      {p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch, p.kv_rows, p.kv_heads, kChunk},
+      {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch, p.kv_rows, p.kv_heads, kChunk},
+      {p.out, p.out_stride_row, p.out_stride_head, p.out_stride_batch, p.rows, p.heads, 8},
+  };
+  for (int i = 0; i < 4; ++i) {
     TensorShape shape;
     shape.dtype = DType<T>::value;
     shape.rank = 4;
-    shape.address = views[i].address;
+    // Without rows nothing is loaded; a map wants an address and sizes all the same.
+    const bool none = views[i].rows == 0;
+    shape.address = none ? p.q : views[i].address;
     shape.size[0] = static_cast<u64>(p.dim);
-    shape.size[1] = static_cast<u64>(p.kv_rows);
-    shape.size[2] = static_cast<u64>(p.kv_heads);
-    shape.size[3] = static_cast<u64>(views[i].batch ? p.batch : 1);
+    shape.size[1] = static_cast<u64>(none ? 1 : views[i].rows);
+    shape.size[2] = static_cast<u64>(none ? 1 : views[i].heads);
+    shape.size[3] = static_cast<u64>(!none && views[i].batch ? p.batch : 1);  // else all entries share the memory
     // A dimension of one element may have any stride; a map wants a valid one.
     const auto bytes = [](i64 stride) { return static_cast<u64>(stride ? stride : 8) * sizeof(T); };
     shape.stride_bytes[0] = bytes(views[i].row);
     shape.stride_bytes[1] = bytes(views[i].head);
     shape.stride_bytes[2] = bytes(views[i].batch);
     shape.box[0] = 64;
-    shape.box[1] = kChunk;
+    shape.box[1] = views[i].box_rows;
     shape.swizzle = Swizzle::k128;
     NXS_TRY(encode_tensor_map(&maps[i], shape));
   }
@@ -781,9 +845,9 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
   shape.grid = dim3(static_cast<unsigned>(p.blocks));
   shape.block = C::kThreads;
   shape.dynamic_smem = C::kSharedBytes;
-  ScaleParams base2 = p;
+  ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
-  return launch(kernel, shape, stream, base2, maps[0], maps[1]);
+  return launch(kernel, shape, stream, base2, maps[0], maps[1], maps[2], maps[3]);
 }
 
 // One instantiation file for each dtype and dim (scale_attention_sm90_<dtype>_d<dim>.cu) picks the rest.

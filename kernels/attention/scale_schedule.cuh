@@ -9,6 +9,25 @@ constexpr u32 kTileRows = NXS_SCHEDULE_TILE_ROWS, kChunk = NXS_SCHEDULE_CHUNK_KE
 
 using ScaleParams = nxs_scale_attention_params;
 
+// The params as kernels get them: with the beginning of the schedule, where there is one.
+constexpr u32 kScheduleHead = 256;
+struct ScaleKernelParams : ScaleParams {
+  u32 head_words;
+  u32 head[kScheduleHead];
+
+  explicit ScaleKernelParams(const ScaleParams& p) : ScaleParams(p), head_words(0), head{} {
+    if (!p.schedule_head_or_null || p.schedule_head_words <= 0) return;
+    const u32 words = static_cast<u32>(p.schedule_head_words);
+    head_words = words < kScheduleHead ? words : kScheduleHead;
+    for (u32 i = 0; i < head_words; ++i) head[i] = p.schedule_head_or_null[i];
+  }
+  // Four words of the schedule; `at` is a multiple of four.
+  NXS_DEVICE Vec<u32, 4> words(u32 at) const {
+    if (at + 4 <= head_words) return {{head[at], head[at + 1], head[at + 2], head[at + 3]}};
+    return load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(schedule + at));
+  }
+};
+
 // One unit of work: an item for one head (or, packed, for the heads of one kv head) of one batch entry.
 struct Work {
   u32 item;   // offset of the item
@@ -34,18 +53,19 @@ NXS_DEVICE u32 kv_head_of(const ScaleParams& p, const Work& work) {
 
 // The chunks of an item in the order in which they are taken; those beyond a length are left out.
 struct ChunkWalk {
-  const u32* schedule;
+  const ScaleKernelParams& p;
   const i32* lengths;  // of this batch entry and kv head, or null
   i64 length_stride;
   u32 run, runs;       // offset of the run at hand; how many are left, this one included
   u32 key, keys;       // of the run at hand
   u32 chunks;          // of it that are left
+  Vec<u32, 4> masks;   // of the run at hand, by group
 
-  NXS_DEVICE ChunkWalk(const ScaleParams& p, const Work& work) : schedule(p.schedule), length_stride(p.lengths_stride_index) {
+  NXS_DEVICE ChunkWalk(const ScaleKernelParams& p_, const Work& work) : p(p_), length_stride(p_.lengths_stride_index) {
     lengths = p.lengths_or_null ? p.lengths_or_null + work.batch * p.lengths_stride_batch +
                                       kv_head_of(p, work) * p.lengths_stride_head
                                 : nullptr;
-    const Vec<u32, 4> item = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(schedule + work.item));
+    const Vec<u32, 4> item = p.words(work.item);
     run = item.data[0] - NXS_SCHEDULE_RUN_WORDS;
     runs = item.data[3] == p.digest ? item.data[1] + 1 : 1;
     key = keys = chunks = 0;
@@ -56,7 +76,8 @@ struct ChunkWalk {
     while (chunks == 0) {
       if (--runs == 0) return false;
       run += NXS_SCHEDULE_RUN_WORDS;
-      const Vec<u32, 4> head = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(schedule + run));
+      const Vec<u32, 4> head = p.words(run);
+      masks = p.words(run + 4);
       key = head.data[0];
       keys = head.data[1];
       if (head.data[2]) {
@@ -71,7 +92,6 @@ struct ChunkWalk {
   }
   NXS_DEVICE u32 first_key() const { return key + chunks * kChunk; }
   NXS_DEVICE u32 count() const { return keys - chunks * kChunk < kChunk ? keys - chunks * kChunk : kChunk; }
-  NXS_DEVICE u32 mask(u32 group) const { return load_global_nc(schedule + run + 4 + group); }
 };
 
 }  // namespace nxs::attention

@@ -49,10 +49,8 @@ run_sanitize() {
   local sanitizer
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return 1
   # Kernels are what is under test, and nothing else is worth the time: one thread, few cases, tests that launch.
-  local launching="agree edges bitwise graphs streams wide masks lengths splits share bounded another_plan infinite"
-  launching+=" values_of"
-  local known="rvq_decode philox" file test words tool
-  for file in tests/attention_* tests/scale_attention*; do [ -x "$file" ] && known+=" $(basename "$file")"; done
+  local launching="agree edges bitwise graphs streams wide many_keys tables_of empty another_plan infinite values_of indices"
+  local known="rvq_decode philox scale_attention attention_merge attention_prepare" test words tool
   for test in ${SANITIZE:-$known}; do
     words=$launching
     [ "$test" = philox ] && words=

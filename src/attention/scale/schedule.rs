@@ -71,6 +71,7 @@ pub struct Schedule {
     chunks: u64,
     longest: u32,
     digest: u32,
+    head_words: u32,
     cut: Cut,
 }
 
@@ -100,6 +101,18 @@ impl Schedule {
         self.cut.pack
     }
 
+    pub(super) fn cut(&self) -> Cut {
+        self.cut
+    }
+
+    /// Chunks of each item, longest first.
+    pub(super) fn lengths(&self) -> impl Iterator<Item = u32> + '_ {
+        self.words.chunks_exact(ITEM_WORDS).take(self.items as usize).map(|item| {
+            let runs = self.words[item[0] as usize..].chunks_exact(RUN_WORDS).take(item[1] as usize);
+            runs.map(|run| run[1].div_ceil(CHUNK)).sum()
+        })
+    }
+
     /// Chunks of 128 keys that the items of one head read.
     pub fn chunks(&self) -> u64 {
         self.chunks
@@ -108,6 +121,12 @@ impl Schedule {
     /// Chunks of the longest item.
     pub fn longest(&self) -> u32 {
         self.longest
+    }
+
+    /// The words before the masks.
+    #[cfg_attr(not(nxs_kernels), allow(dead_code))]
+    pub(super) fn head_words(&self) -> u32 {
+        self.head_words
     }
 
     #[cfg_attr(not(nxs_kernels), allow(dead_code))]
@@ -413,6 +432,7 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
         longest: items.first().map_or(0, length),
         words: words.into(),
         digest,
+        head_words: masks_at as u32,
         cut,
     }
 }
