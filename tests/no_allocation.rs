@@ -1,6 +1,6 @@
 //! A run allocates nothing on the heap: engines call it per layer and per step.
 
-#![cfg(feature = "quantization")]
+#![cfg(any(feature = "attention", feature = "quantization"))]
 
 mod support;
 
@@ -8,7 +8,6 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use nextscale::DeviceInfo;
-use nextscale::quantization::{RvqDecode, RvqDecodeArgs};
 use support::{Buffer, TestDevice};
 
 struct Counting;
@@ -40,19 +39,96 @@ fn allocations(work: impl FnOnce()) -> usize {
 }
 
 #[test]
-fn a_run_allocates_nothing() {
-    assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))), 1, "the counter counts");
+fn the_counter_counts() {
+    assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))), 1);
+}
+
+/// Of the second run: the first one loads code and looks for the driver.
+fn assert_allocates_nothing(device: &TestDevice, mut run: impl FnMut()) {
+    run();
+    assert_eq!(allocations(run), 0, "{device:?}");
+}
+
+#[cfg(feature = "quantization")]
+#[test]
+fn rvq_decode_allocates_nothing() {
+    use nextscale::quantization::{RvqDecode, RvqDecodeArgs};
     for device in TestDevice::all() {
         let plan = RvqDecode::<u32, f32, f32>::builder(2, 4, 8).rows(3).build(&DeviceInfo::A100).unwrap();
         let codes = Buffer::of(&device, &[1u32; 6], 0);
         let codebooks = Buffer::of(&device, &[1f32; 64], 0);
         let mut out = Buffer::<f32>::poisoned(&device, 24, 0);
-        let mut run = || {
+        assert_allocates_nothing(&device, || {
             let args =
                 RvqDecodeArgs { codes: codes.input(), codebooks: codebooks.input(), out: out.output(), flags: None };
             plan.run(&device.stream(), args).unwrap();
-        };
-        run(); // the first one loads code and looks for the driver
-        assert_eq!(allocations(run), 0, "{device:?}");
+        });
+    }
+}
+
+/// Tables are lowered when the plan is made; a run with every operand walks them in place.
+#[cfg(feature = "attention")]
+#[test]
+fn scale_attention_allocates_nothing() {
+    use nextscale::attention::{Rule, ScaleAttention, ScaleAttentionArgs, Segment, Visibility};
+    use nextscale::bf16;
+    for device in TestDevice::all() {
+        let scales = [Segment::grid(2, 2).with_length(0), Segment::grid(3, 3).with_length(1)];
+        let table = Visibility::new(&scales, &scales, |q, k| [Rule::Causal, Rule::Full][usize::from(q > k)]).unwrap();
+        let builder = ScaleAttention::<bf16>::builder(&table).batch(2).heads(2, 1).gathered_rows(20).packed_keys(30);
+        let plan = builder.build(&DeviceInfo::of(&device.stream()).unwrap()).unwrap();
+        let q = Buffer::of(&device, &[bf16::ONE; 2 * 20 * 2 * 64], 0);
+        let kv = Buffer::of(&device, &[bf16::ONE; 30 * 64], 0);
+        let mut out = Buffer::<bf16>::poisoned(&device, 2 * 13 * 2 * 64, 0);
+        let mut lse = Buffer::<f32>::poisoned(&device, 2 * 2 * 13, 0);
+        let schedule = Buffer::of(&device, plan.schedule().words(), 0);
+        let lengths = Buffer::of(&device, &[3i32; 4], 0);
+        let row_index = Buffer::of(&device, &[7i32; 26], 0);
+        let kv_offset = Buffer::of(&device, &[0i32, 13], 0);
+        assert_allocates_nothing(&device, || {
+            let args = ScaleAttentionArgs {
+                q: q.input(),
+                k: kv.input(),
+                v: kv.input(),
+                out: out.output(),
+                lse: Some(lse.output()),
+                schedule: schedule.input(),
+                lengths: Some(lengths.input()),
+                row_index: Some(row_index.input()),
+                kv_offset: Some(kv_offset.input()),
+                workspace: None,
+            };
+            plan.run(&device.stream(), args).unwrap();
+        });
+    }
+}
+
+#[cfg(feature = "attention")]
+#[test]
+fn merge_and_prepare_allocate_nothing() {
+    use nextscale::attention::{Merge, MergeArgs, Norm, Prepare, PrepareArgs, Rope};
+    for device in TestDevice::all() {
+        let merge = Merge::<f32, f32>::builder(2, 2, 8).rows(3).build(&DeviceInfo::A100).unwrap();
+        let prepare = Prepare::<f32, f32, f32>::builder(8).rows(3).q(2).k(2, 3).v(2, 3);
+        let prepare = prepare.norm(Norm::L2 { eps: 1e-12 }).rope(Rope::half(3)).build(&DeviceInfo::A100).unwrap();
+        let ones = Buffer::of(&device, &[1f32; 96], 0);
+        let mut outs = [0, 1, 2].map(|_| Buffer::<f32>::poisoned(&device, 48, 0));
+        assert_allocates_nothing(&device, || {
+            let [q_out, k_cache, v_cache] = &mut outs;
+            let args = MergeArgs { parts: ones.input(), lse: ones.input(), out: q_out.output(), out_lse: None };
+            merge.run(&device.stream(), args).unwrap();
+            let args = PrepareArgs {
+                q: Some(ones.input()),
+                k: Some(ones.input()),
+                v: Some(ones.input()),
+                q_out: Some(q_out.output()),
+                k_cache: Some(k_cache.output()),
+                v_cache: Some(v_cache.output()),
+                cos: Some(ones.input()),
+                sin: Some(ones.input()),
+                ..PrepareArgs::default()
+            };
+            prepare.run(&device.stream(), args).unwrap();
+        });
     }
 }

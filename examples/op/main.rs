@@ -8,10 +8,13 @@
 //! sense (a wrong setting, tensor or dtype); 1: the op, the device or the output file failed; both with one line that
 //! says why.
 
+mod attention_merge;
+mod attention_prepare;
 mod philox_fill;
 mod request;
 mod runner;
 mod rvq_decode;
+mod scale_attention;
 mod tensors;
 
 use std::path::PathBuf;
@@ -24,7 +27,8 @@ use crate::runner::{DEVICES, Runner};
 use crate::tensors::Tensors;
 
 /// Every op. A new one is a file beside this and a line here.
-static OPS: &[&Op] = &[&rvq_decode::OP, &philox_fill::OP];
+static OPS: &[&Op] =
+    &[&rvq_decode::OP, &scale_attention::OP, &attention_merge::OP, &attention_prepare::OP, &philox_fill::OP];
 
 fn main() -> ExitCode {
     match answer() {
@@ -76,7 +80,7 @@ fn answer() -> Result<(), Failure> {
 
     if list {
         for op in OPS {
-            println!("{:<16}{}", op.name, op.about);
+            println!("{:<20}{}", op.name, op.about);
         }
         return Ok(());
     }

@@ -1,10 +1,16 @@
 // C entry of scale attention: refuse what the kernels cannot take, pick dtype and dim, combine the splits.
-#include "common/check.h"
+#include "attention/merge.h"
 #include "attention/scale_attention_sm90.cuh"
+#include "common/check.h"
 
 namespace nxs::attention {
 
-#define NXS_DECLARE(type, dim) template <> nxs_status scale_attention_sm90<type, dim>(const ScaleParams&, void*);
+// Of scale_attention_sm80.cuh.
+template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParams& p, void* stream);
+
+#define NXS_DECLARE(type, dim)                       \
+  template <> nxs_status scale_attention_sm80<type, dim>(const ScaleParams&, void*); \
+  template <> nxs_status scale_attention_sm90<type, dim>(const ScaleParams&, void*);
 NXS_DECLARE(bf16, 64)
 NXS_DECLARE(bf16, 96)
 NXS_DECLARE(bf16, 128)
@@ -14,10 +20,49 @@ NXS_DECLARE(f16, 128)
 #undef NXS_DECLARE
 
 template <typename T> static nxs_status for_dim(const ScaleParams& p, void* stream) {
-  if (p.variant != 1) return NXS_E_UNSUPPORTED;
+  if (p.variant == 0)
+    return p.dim <= 64   ? scale_attention_sm80<T, 64>(p, stream)
+           : p.dim <= 96 ? scale_attention_sm80<T, 96>(p, stream)
+                         : scale_attention_sm80<T, 128>(p, stream);
   return p.dim <= 64   ? scale_attention_sm90<T, 64>(p, stream)
          : p.dim <= 96 ? scale_attention_sm90<T, 96>(p, stream)
                        : scale_attention_sm90<T, 128>(p, stream);
+}
+
+// The parts that the splits have left in the workspace.
+static nxs_status combine(const ScaleParams& p, void* stream) {
+  const i64 rows = p.batch * p.heads * p.rows;
+  nxs_attention_merge_params m = {};
+  m.parts = p.parts_or_null;
+  m.lse = p.parts_or_null + p.splits * rows * p.dim;
+  m.out = p.out;
+  m.out_lse_or_null = p.lse_or_null;
+  m.gate_or_null = p.schedule + 3;
+  m.gate = p.digest;
+  m.parts_stride_part = rows * p.dim;
+  m.parts_stride_batch = p.heads * p.rows * p.dim;
+  m.parts_stride_head = p.rows * p.dim;
+  m.parts_stride_row = p.dim;
+  m.lse_stride_part = rows;
+  m.lse_stride_batch = p.heads * p.rows;
+  m.lse_stride_head = p.rows;
+  m.lse_stride_row = 1;
+  m.out_stride_batch = p.out_stride_batch;
+  m.out_stride_row = p.out_stride_row;
+  m.out_stride_head = p.out_stride_head;
+  m.out_lse_stride_batch = p.lse_stride_batch;
+  m.out_lse_stride_head = p.lse_stride_head;
+  m.out_lse_stride_row = p.lse_stride_row;
+  m.parts_count = p.splits;
+  m.batch = p.batch;
+  m.rows = p.rows;
+  m.heads = p.heads;
+  m.dim = p.dim;
+  m.parts_dtype = NXS_F32;
+  m.out_dtype = p.dtype;
+  m.vector = 1;
+  while (m.log2_lanes < 5 && (4 << m.log2_lanes) < p.dim) ++m.log2_lanes;
+  return merge(m, stream);
 }
 
 }  // namespace nxs::attention
@@ -46,6 +91,8 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
                            p.v_stride_batch, p.v_stride_row, p.v_stride_head, p.out_stride_batch, p.out_stride_row,
                            p.out_stride_head})
     NXS_REQUIRE(stride >= 0 && stride % 8 == 0, NXS_E_STRIDE);
+  NXS_REQUIRE(p.kv_rows <= 1 || (p.k_stride_row > 0 && p.v_stride_row > 0), NXS_E_STRIDE);
+  NXS_REQUIRE(p.kv_heads == 1 || (p.k_stride_head > 0 && p.v_stride_head > 0), NXS_E_STRIDE);
   for (const i64 stride : {p.lse_stride_batch, p.lse_stride_head, p.lse_stride_row, p.lengths_stride_index,
                            p.lengths_stride_batch, p.lengths_stride_head, p.row_index_stride_batch})
     NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);
@@ -57,8 +104,6 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   for (const void* pointer : {static_cast<const void*>(p.lse_or_null), static_cast<const void*>(p.lengths_or_null),
                               static_cast<const void*>(p.row_index_or_null), static_cast<const void*>(p.kv_offset_or_null)})
     NXS_REQUIRE(is_aligned(pointer, 4), NXS_E_ALIGNMENT);
-  if (p.kv_rows > 0) {
-    NXS_TRY(p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream));
-  }
-  return NXS_OK;
+  NXS_TRY(p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream));
+  return p.splits > 1 ? combine(p, stream) : NXS_OK;
 }

@@ -4,28 +4,34 @@
 //
 // Grid       persistent: block c takes works c, then 2 G - 1 - c, 2 G + c, ... of the G blocks: back and forth, as works come
 //            longest first.
-// Block      a producer warpgroup and kGroups consumer warpgroups. Warp 0 streams the chunks of K and V (TMA, kStages
-//            deep); warps 1 to 3 load the q tiles of the next work while this one is computed. Each consumer warpgroup owns
-//            a tile of 64 rows: S = Q K^T from shared memory, softmax in registers, O += P V with P from registers.
-// Overlap    S of the next chunk and P V of the last are in flight while the exponentials of a chunk are computed; and the
-//            warpgroups take turns to issue, so that one's exponentials run beside another's products.
-// Softmax    base 2, f32. The row's reference is its maximum at the last time that it grew by more than 2^8 (then O is
-//            rescaled), or a bound that the caller vouches for.
-// Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators.
-// Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: warp 0 overwrites them with
+// Block      a producer warpgroup and kGroups consumer warpgroups. Of the producer, warp 0 streams the chunks of K and V (TMA,
+//            kStages deep), warp 1 cleans the tails of V, warp 2 loads q tiles of works to come, warp 3 writes the results
+//            of works done. Each consumer warpgroup owns a tile of 64 rows: S = Q K^T from shared memory, softmax in
+//            registers, O += P V with P from registers. It leaves O where its q was.
+// Overlap    P V of one chunk is in flight while the exponentials of the next are computed, also from one work to the next;
+//            and the warpgroups take turns to issue, so that one's exponentials run beside another's products.
+// Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set, in the first chunk. It is
+//            raised, and O rescaled, only when exponentials grow large: their sum tells, so that no maximum is taken. Then
+//            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all. A bound that the caller
+//            vouches for may stand in for the first maximum.
+// Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators. Of a
+//            chunk of up to 64 keys only half the exponentials are taken.
+// Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: they are overwritten with
 //            zeroes before the consumers see them. K needs nothing, its logits are masked.
-// Shared     q: 2 slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][128][128 B];
+// Shared     q: kSlots slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][128][128 B];
 //            all with the 128-byte swizzle.
 // Bytes      q and out once; K and V once for each item and head, from L2 once a section's keys are there.
 // FLOPs      4 * kDim * 64 * 128 a tile and chunk.
 // Limits     dim <= kDim, a multiple of 8; sm_90a.
 #pragma once
-#include "attention/scale_schedule.cuh"
+#include "attention/scale_rows.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/bulk.cuh"
 #include "common/ptx/fence.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
+#include "common/ptx/matrix.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/tensor_map.cuh"
@@ -35,12 +41,8 @@
 namespace nxs::attention {
 
 constexpr u32 kGroupThreads = 128;
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
-// Log2 of how far a row's sum may run ahead of its reference before O is rescaled: P stays below 2^8, exact in both types.
-constexpr float kLazyRescale = 8.0f;
-// A row with no visible key yet.
-constexpr float kNothing = -__builtin_huge_valf();
-
+// Where no maximum is taken: of a thread's sum of 32 exponentials. None of them exceeds it then, nor what f16 can hold.
+constexpr float kMostSum = 4096.0f;
 // What the producer tells a consumer warpgroup of a chunk.
 struct ChunkInfo {
   u32 keys;  // valid ones, with the flags below
@@ -48,22 +50,32 @@ struct ChunkInfo {
 };
 constexpr u32 kChunkHidden = 1u << 16, kChunkLast = 1u << 17;
 
+// Use number `n` of a ring of kStages: its stage, and the parity that the consumer waits for; the producer
+// waits for the other.
+template <u32 kStages> NXS_DEVICE u32 stage_of(u32 n) { return n % kStages; }
+template <u32 kStages> NXS_DEVICE u32 parity_of(u32 n) { return n / kStages & 1; }
+
 template <int kDim, int kGroups> struct Sm90 {
-  static constexpr u32 kBlocks = (kDim + 63) / 64;                 // columns of 64 elements
-  static constexpr u32 kStages = kDim == 64 ? 4 : 2;
-  static constexpr u32 kTileBytes = kBlocks * kTileRows * 128;     // q of one group
+  static constexpr u32 kBlocks = (kDim + 63) / 64;  // columns of 64 elements
+  static constexpr u32 kStages = kDim == 64 ? 4 : 2;  // of K, and of V
+  static constexpr u32 kTileBytes = kBlocks * kTileRows * 128;  // q of one group
   static constexpr u32 kSlotBytes = kGroups * kTileBytes;
-  static constexpr u32 kChunkBytes = kBlocks * kChunk * 128;       // K or V of one chunk
+  static constexpr u32 kChunkBytes = kBlocks * kChunk * 128;  // K or V of one chunk
   static constexpr u32 kThreads = kGroupThreads * (kGroups + 1);
   static constexpr bool kTurns = kGroups > 1;
 
-  static constexpr u32 kQ = 0, kK = kQ + 2 * kSlotBytes, kV = kK + kStages * kChunkBytes,
-                       kInfo = kV + kStages * kChunkBytes, kHeader = kInfo + kStages * kGroups * sizeof(ChunkInfo),
-                       kHeaderBytes = 16 + 8 * kGroups, kBarriers = (kHeader + 2 * kHeaderBytes + 7) / 8 * 8;
-  // mbarriers, 8 bytes each
-  static constexpr u32 kQFull = kBarriers, kQEmpty = kQFull + 16, kKFull = kQEmpty + 16, kKEmpty = kKFull + 8 * kStages,
-                       kVFull = kKEmpty + 8 * kStages, kVEmpty = kVFull + 8 * kStages, kTail = kVEmpty + 8 * kStages,
-                       kSharedBytes = kTail + 8;
+  static constexpr u32 kSlots = 3;
+  static constexpr u32 kQ = 0, kK = kQ + kSlots * kSlotBytes, kV = kK + kStages * kChunkBytes,
+                       kInfo = kV + kStages * kChunkBytes,
+                       kHeader = (kInfo + kStages * kGroups * sizeof(ChunkInfo) + 15) / 16 * 16,
+                       kHeaderBytes = (16 + 8 * kGroups + 15) / 16 * 16,
+                       kInverse = kHeader + kSlots * kHeaderBytes,  // of the sums, f32 [kGroups][kTileRows]
+      kLse = kInverse + kGroups * kTileRows * 4,                    // f32 [kSlots][kGroups][kTileRows]
+      kBarriers = kLse + kSlots * kGroups * kTileRows * 4;
+  // mbarriers, 8 bytes each. Of a slot: q has come; the results lie there; they are written, the slot is free.
+  static constexpr u32 kQFull = kBarriers, kResults = kQFull + 8 * kSlots, kQEmpty = kResults + 8 * kSlots,
+                       kKFull = kQEmpty + 8 * kSlots, kKEmpty = kKFull + 8 * kStages, kVFull = kKEmpty + 8 * kStages,
+                       kVEmpty = kVFull + 8 * kStages, kTail = kVEmpty + 8 * kStages, kSharedBytes = kTail + 8 * kStages;
   static_assert(kSharedBytes <= 232448);
 };
 
@@ -78,79 +90,49 @@ NXS_DEVICE void multiply(float (&d)[kN / 2], const A& a, u64 b, bool accumulate)
   }
 }
 
-template <typename T> NXS_DEVICE u32 round_pair(float low, float high) {
-  return DType<T>::value == NXS_BF16 ? f32x2_to_bf16x2_bits(low, high) : f32x2_to_f16x2_bits(low, high);
-}
-
 // The n-th work of this block, or one beyond the last.
 NXS_DEVICE u32 nth_work(u32 n) {
   const u32 grid = grid_size_x();
   return n * grid + (n & 1 ? grid - 1 - block_index_x() : block_index_x());
 }
-NXS_DEVICE u32 all_works(const ScaleParams& p) {
-  return static_cast<u32>(p.items) * static_cast<u32>(p.batch) * static_cast<u32>(p.pack > 1 ? p.kv_heads : p.heads);
+// ---- producer
+
+// V of this chunk has rows that belong to others and lie within the tensor; what lies beyond it comes as zero.
+NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
+  return keys < kChunk && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
 }
-
-// A row of a work's tile in the tensors of the call.
-struct RowAt {
-  u32 row, head;
-};
-NXS_DEVICE RowAt row_at(const ScaleParams& p, u32 head, u32 row) {
-  if (p.pack <= 1) return {row, head};
-  const u32 pack = static_cast<u32>(p.pack), token = row / pack;
-  return {token, head * pack + row - token * pack};
-}
-
-// ---- producer: K and V, by one warp
-
+// Warp 0: K and V.
 template <int kDim, int kGroups>
-NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
+NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
   using C = Sm90<kDim, kGroups>;
-  const u32 lane = thread_index() % kWarpSize;
-  u32 use = 0, tails = 0;
-  u32 tail_stage = C::kStages, tail_keys = 0;  // V of a chunk that still has to be cleaned; kStages: none
-
-  const auto clean_tail = [&] {
-    if (tail_stage == C::kStages) return;
-    mbarrier_wait(shared + C::kTail, tails++ & 1);
-    const u32 tile = shared + C::kV + tail_stage * C::kChunkBytes;
-    for (u32 i = tail_keys * 8 + lane; i < kChunk * 8; i += kWarpSize)
-      for (u32 block = 0; block < C::kBlocks; ++block)
-        store_shared(tile + block * kChunk * 128 + i * 16, Vec<u32, 4>{});
-    fence_async_shared();
-    warp_sync();
-    if (lane == 1) mbarrier_arrive(shared + C::kVFull + 8 * tail_stage);
-    tail_stage = C::kStages;
-  };
-
-  const u32 works = all_works(p);
-  for (u32 n = 0; n * grid_size_x() < works; ++n) {
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  u32 chunk = 0;
+  for (u32 n = 0;; ++n) {
     const u32 index = nth_work(n);
-    if (index >= works) continue;
+    if (index >= works) break;
     const Work work = work_at(p, index);
     const i32 kv_head = static_cast<i32>(kv_head_of(p, work));
     const i32 batch_k = p.k_stride_batch ? static_cast<i32>(work.batch) : 0,
               batch_v = p.v_stride_batch ? static_cast<i32>(work.batch) : 0;
-    const u32 offset = p.kv_offset_or_null ? static_cast<u32>(load_global_nc(p.kv_offset_or_null + work.batch)) : 0;
-    ChunkWalk walk(p, work);
-    bool more = walk.next();
-    bool nothing = !more;
-    while (more || nothing) {
-      const u32 stage = use % C::kStages, parity = (use / C::kStages & 1) ^ 1;
+    KeyWalk<kChunk>::Of of;
+    KeyWalk<kChunk> walk(p, work, of);
+    u32 coming = walk.next(p, of);
+    bool nothing = coming == 0;  // a work without keys still has one chunk, hidden from all
+    while (coming > 0 || nothing) {
+      const u32 stage = stage_of<C::kStages>(chunk), parity = parity_of<C::kStages>(chunk) ^ 1;
       const u32 k_full = shared + C::kKFull + 8 * stage, v_full = shared + C::kVFull + 8 * stage;
-      const u32 key = nothing ? 0 : walk.first_key() + offset, keys = nothing ? 0 : walk.count();
-      u32 mask[kGroups];
-#pragma unroll
-      for (u32 g = 0; g < kGroups; ++g) mask[g] = nothing ? NXS_MASK_HIDDEN : walk.mask(g);
-      more = !nothing && walk.next();
+      const u32 key = walk.first_key(), keys = coming;
+      const Vec<u32, 4> mask = nothing ? Vec<u32, 4>{} : walk.masks(p);
+      coming = walk.next(p, of);
 
       mbarrier_wait(shared + C::kKEmpty + 8 * stage, parity);
       if (lane == 0) {
 #pragma unroll
         for (u32 g = 0; g < kGroups; ++g) {
+          const bool hidden = nothing || mask.data[g] == NXS_MASK_HIDDEN;
           ChunkInfo info;
-          info.keys = keys | (mask[g] == NXS_MASK_HIDDEN ? kChunkHidden : 0) | (more ? 0 : kChunkLast);
-          info.mask = mask[g] == NXS_MASK_HIDDEN ? 0 : mask[g];
+          info.keys = keys | (hidden ? kChunkHidden : 0) | (coming > 0 ? 0 : kChunkLast);
+          info.mask = hidden ? 0 : mask.data[g];
           store_shared(shared + C::kInfo + (stage * kGroups + g) * static_cast<u32>(sizeof(ChunkInfo)), info);
         }
         if (nothing) {
@@ -163,15 +145,13 @@ NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, cons
                         {static_cast<i32>(block * 64), static_cast<i32>(key), kv_head, batch_k});
         }
       }
-      // What lies beyond the end of the tensor is zero already.
-      const bool tail = !nothing && keys < kChunk && key + keys < static_cast<u64>(p.kv_rows);
-      if (tail) clean_tail();
+      const bool tail = !nothing && has_tail(p, key, keys);
       mbarrier_wait(shared + C::kVEmpty + 8 * stage, parity);
-      if (nothing) {
-        if (lane < 2) mbarrier_arrive(v_full);
-      } else {
-        const u32 loaded = tail ? shared + C::kTail : v_full;
-        if (lane == 0) {
+      if (lane == 0) {
+        if (nothing) {
+          mbarrier_arrive(v_full);
+        } else {
+          const u32 loaded = tail ? shared + C::kTail + 8 * stage : v_full;
           mbarrier_arrive_expect(loaded, C::kChunkBytes);
 #pragma unroll
           for (u32 block = 0; block < C::kBlocks; ++block)
@@ -179,98 +159,181 @@ NXS_DEVICE void stream_chunks(const ScaleParams& p, const TensorMap* map_k, cons
                         {static_cast<i32>(block * 64), static_cast<i32>(key), kv_head, batch_v});
           if (tail) mbarrier_arrive(v_full);
         }
-        if (!tail && lane == 1) mbarrier_arrive(v_full);
       }
-      // Only now: the loads of this chunk are under way while that of the last one is waited for.
-      if (!tail) clean_tail();
-      if (tail) tail_stage = stage, tail_keys = keys;
+      if (lane == 1 && !tail) mbarrier_arrive(v_full);  // nothing to clean
       nothing = false;
-      ++use;
+      ++chunk;
     }
   }
-  clean_tail();
 }
 
-// ---- producer: q, by three warps
-
-template <typename T, int kDim, int kGroups> NXS_DEVICE void load_queries(const ScaleParams& p, u32 shared) {
+// Warp 1: zeroes where V of a chunk is not its own. Walks as warp 0 does.
+template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleKernelParams& p, u32 shared) {
   using C = Sm90<kDim, kGroups>;
-  constexpr u32 kThreads = 3 * kWarpSize, kPieces = kDim / 8;  // of 16 bytes, in a row
-  const u32 t = thread_index() - kWarpSize, lane = t % kWarpSize;
-  const u32 works = all_works(p);
-  u32 turn = 0;
-  for (u32 n = 0; n * grid_size_x() < works; ++n) {
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  u32 chunk = 0, parities = 0;  // a bit for each stage
+  for (u32 n = 0;; ++n) {
     const u32 index = nth_work(n);
-    if (index >= works) continue;
+    if (index >= works) break;
     const Work work = work_at(p, index);
-    const u32 slot = turn & 1, to = shared + C::kQ + slot * C::kSlotBytes, header = shared + C::kHeader + slot * C::kHeaderBytes;
-    Vec<u32, 2> tile[kGroups];  // first row and rows
+    KeyWalk<kChunk>::Of of;
+    KeyWalk<kChunk> walk(p, work, of);
+    const u32 before = chunk;
+    for (u32 keys; (keys = walk.next(p, of)) > 0; ++chunk) {
+      const u32 stage = stage_of<C::kStages>(chunk);
+      if (!has_tail(p, walk.first_key(), keys)) continue;
+      mbarrier_wait(shared + C::kTail + 8 * stage, parities >> stage & 1);
+      parities ^= 1u << stage;
+      const u32 tile = shared + C::kV + stage * C::kChunkBytes;
+      for (u32 i = keys * 8 + lane; i < kChunk * 8; i += kWarpSize)
 #pragma unroll
-    for (u32 g = 0; g < kGroups; ++g)
-      tile[g] = load_global_nc(reinterpret_cast<const Vec<u32, 2>*>(p.schedule + work.item + 4 + 2 * g));
-    const Vec<u32, 4> item = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(p.schedule + work.item));
-#pragma unroll
-    for (u32 g = 0; g < kGroups; ++g)
-      if (item.data[3] != p.digest) tile[g].data[1] = 0;  // of another schedule: nothing is read or written
-    mbarrier_wait(shared + C::kQEmpty + 8 * slot, (turn / 2 & 1) ^ 1);
-    if (t == 0) {
-      store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
-#pragma unroll
-      for (u32 g = 0; g < kGroups; ++g) store_shared(header + 16 + 8 * g, tile[g]);
+        for (u32 block = 0; block < C::kBlocks; ++block) store_shared(tile + block * kChunk * 128 + i * 16, Vec<u32, 4>{});
+      fence_async_shared();
+      warp_sync();
+      if (lane == 0) mbarrier_arrive(shared + C::kVFull + 8 * stage);
     }
-    const T* q = static_cast<const T*>(p.q) + work.batch * p.q_stride_batch;
+    if (chunk == before) ++chunk;
+  }
+}
+
+// Warp 2: q of works to come, and headers that tell what the slots hold.
+template <typename T, int kDim, int kGroups>
+NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared) {
+  using C = Sm90<kDim, kGroups>;
+  constexpr u32 kPieces = kDim / 8;  // of 16 bytes, in a row
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  for (u32 n = 0;; ++n) {
+    const u32 index = nth_work(n);
+    if (index >= works) break;
+    const Work work = work_at(p, index);
+    const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
+    const u32 full = shared + C::kQFull + 8 * slot, tiles = shared + C::kQ + slot * C::kSlotBytes;
+    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4);
+    const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
+    const bool ours = item.data[3] == p.digest;  // else nothing is read or written
+    mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
+    const bool plain = p.pack <= 1 && !p.row_index_or_null;
+    if (lane == 0) {
+      store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
+      if (plain) mbarrier_expect(full, C::kSlotBytes);
+    }
 #pragma unroll
     for (u32 g = 0; g < kGroups; ++g) {
-      for (u32 i = t; i < kTileRows * kPieces; i += kThreads) {
+      const Vec<u32, 4>& pair = g < 2 ? tile01 : tile2;
+      Vec<u32, 2> tile{{pair.data[g % 2 * 2], pair.data[g % 2 * 2 + 1]}};
+      if (!ours) tile.data[1] = 0;
+      const u32 to = tiles + g * C::kTileBytes;
+      if (lane == 0) store_shared(header + 16 + 8 * g, tile);
+      if (plain) {
+        // Rows beyond the tile's are loaded too, and lead to nothing.
+        if (lane == 0)
+#pragma unroll
+          for (u32 block = 0; block < C::kBlocks; ++block)
+            tensor_load(to + block * kTileRows * 128, map_q, full,
+                        {static_cast<i32>(block * 64), static_cast<i32>(ours ? tile.data[0] : 0), static_cast<i32>(work.head),
+                         static_cast<i32>(p.q_stride_batch ? work.batch : 0)});
+        continue;
+      }
+#pragma unroll 1
+      for (u32 i = lane; i < kTileRows * kPieces; i += kWarpSize) {
         const u32 row = i / kPieces, piece = i % kPieces;
-        const bool valid = row < tile[g].data[1] && piece * 8 < static_cast<u32>(p.dim);
-        const T* from = q;
-        if (valid) {
-          const RowAt at = row_at(p, work.head, tile[g].data[0] + row);
-          i64 source = at.row;
-          if (p.row_index_or_null) {
-            source = load_global_nc(p.row_index_or_null + work.batch * p.row_index_stride_batch + at.row);
-            source = source < 0 ? 0 : source < p.q_rows ? source : p.q_rows - 1;
-          }
-          from += source * p.q_stride_row + at.head * p.q_stride_head + piece * 8;
-        }
-        const u32 plain = to + g * C::kTileBytes + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
-        copy_async<16>(swizzled(plain, Swizzle::k128), from, valid ? 16 : 0);
+        const bool valid = row < tile.data[1] && piece * 8 < static_cast<u32>(p.dim);
+        const T* from = static_cast<const T*>(p.q);
+        if (valid) from = query_at<T>(p, work.batch, row_at(p, work.head, tile.data[0] + row)) + piece * 8;
+        const u32 address = to + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
+        copy_async<16>(swizzled(address, Swizzle::k128), from, valid ? 16 : 0);
       }
     }
-    copy_async_commit();
-    copy_async_wait<0>();
-    fence_async_shared();
-    warp_sync();
-    if (lane == 0) mbarrier_arrive(shared + C::kQFull + 8 * slot);
-    ++turn;
+    if (!plain) {
+      copy_async_commit();
+      copy_async_wait<0>();
+      fence_async_shared();
+      warp_sync();
+    }
+    if (lane == 0) mbarrier_arrive(full);
   }
 }
 
-// ---- consumer: one warpgroup, one tile of 64 rows
+// Warp 3: the results that the consumers left in a slot. Parts they have written themselves.
+template <typename T, int kDim, int kGroups>
+NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
+  using C = Sm90<kDim, kGroups>;
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  // The items may have come with the params, but masks did not.
+  const bool ours = load_global_nc(p.schedule + 3) == p.digest;
+  for (u32 n = 0; nth_work(n) < works; ++n) {
+    const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
+    mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
+    const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
+    const u32 batch = work.data[0], head = work.data[1], split = work.data[2];
+#pragma unroll 1
+    for (u32 g = 0; g < kGroups; ++g) {
+      Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
+      if (!ours) tile.data[1] = 0;
+      if (p.splits > 1 || p.lse_or_null)
+#pragma unroll 1
+        for (u32 row = lane; row < tile.data[1]; row += kWarpSize) {
+          const RowAt at = row_at(p, head, tile.data[0] + row);
+          store_lse(p, split, batch, at,
+                    load_shared<float>(shared + C::kLse + ((slot * kGroups + g) * kTileRows + row) * 4));
+        }
+      if (p.splits > 1) continue;
+      const u32 from = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes;
+      // Eight rows a copy; the rest, and packed heads, in pieces of 16 bytes.
+      const u32 eights = p.pack <= 1 ? tile.data[1] / 8 : 0;
+      if (lane < eights)
+#pragma unroll
+        for (u32 block = 0; block < C::kBlocks; ++block)
+          tensor_store(map_out, from + block * kTileRows * 128 + lane * 1024,
+                       {static_cast<i32>(block * 64), static_cast<i32>(tile.data[0] + lane * 8), static_cast<i32>(head),
+                        static_cast<i32>(batch)});
+#pragma unroll 1
+      for (u32 i = eights * kDim + lane; i < tile.data[1] * (kDim / 8); i += kWarpSize) {
+        const u32 row = i / (kDim / 8), piece = i % (kDim / 8);
+        if (piece * 8 >= static_cast<u32>(p.dim)) continue;
+        const RowAt at = row_at(p, head, tile.data[0] + row);
+        const u32 address = from + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
+        T* out = static_cast<T*>(p.out) + batch * p.out_stride_batch + at.row * p.out_stride_row + at.head * p.out_stride_head;
+        store_global(reinterpret_cast<Vec<u32, 4>*>(out + piece * 8),
+                     load_shared<Vec<u32, 4>>(swizzled(address, Swizzle::k128)));
+      }
+    }
+    bulk_commit();
+    bulk_wait_read<0>();
+    fence_async_shared();  // q comes next by TMA
+    warp_sync();
+    if (lane == 0) mbarrier_arrive(shared + C::kQEmpty + 8 * slot);
+  }
+}
 
-template <typename T, int kDim, int kGroups, bool kBounded> struct Consumer {
+// ---- consumer: one warpgroup, one tile of 64 rows at a time
+
+template <typename T, int kDim, int kGroups> struct Consumer {
   using C = Sm90<kDim, kGroups>;
 
-  const ScaleParams& p;
+  const ScaleKernelParams& p;
   const u32 shared, group, warp, lane;
-  const float scale2;                 // of the logits, for base 2
-  u32 use = 0;                        // chunks of the stream so far
-  ChunkInfo info;                     // of chunk `use`
+  u32 work = 0;          // works begun
+  u32 chunk = 0;         // chunks whose K was released
+  ChunkInfo info;        // of that one
+  bool owed = false;     // P V of the chunk before is still to come, with `prob`
+  bool settled = false;  // all rows of the warp have a reference
 
   float o[kDim / 2];
   float s[kChunk / 2];
-  u32 prob[kChunk / 16][4];           // P, as the A operand of P V
+  u32 prob[kChunk / 16][4];            // P, as the A operand of P V
   float reference[2], sum[2], grow[2];  // of the thread's two rows: base-2 reference, sum, factor of the last rescale
 
-  NXS_DEVICE Consumer(const ScaleParams& p_, u32 shared_, u32 group_)
+  NXS_DEVICE Consumer(const ScaleKernelParams& p_, u32 shared_, u32 group_)
       : p(p_), shared(shared_), group(group_), warp(thread_index() % kGroupThreads / kWarpSize),
-        lane(thread_index() % kWarpSize), scale2(p_.scale * kLog2E) {}
+        lane(thread_index() % kWarpSize) {}
 
-  NXS_DEVICE u32 stage() const { return use % C::kStages; }
-  NXS_DEVICE u32 parity() const { return use / C::kStages & 1; }
+  NXS_DEVICE u32 slot() const { return stage_of<C::kSlots>(work); }
+  NXS_DEVICE u32 slot_before() const { return stage_of<C::kSlots>(work + C::kSlots - 1); }
+  NXS_DEVICE u32 stage() const { return stage_of<C::kStages>(chunk); }
   NXS_DEVICE bool hidden() const { return info.keys & kChunkHidden; }
   NXS_DEVICE bool last() const { return info.keys & kChunkLast; }
+  NXS_DEVICE u32 q_tile(u32 of_slot) const { return shared + C::kQ + of_slot * C::kSlotBytes + group * C::kTileBytes; }
 
   NXS_DEVICE void turn_begin() const {
     if constexpr (C::kTurns) barrier_sync(1 + group, 2 * kGroupThreads);
@@ -284,331 +347,466 @@ template <typename T, int kDim, int kGroups, bool kBounded> struct Consumer {
     if (lane == 0) mbarrier_arrive(barrier);
   }
 
-  // Waits for K of chunk `use`, and learns what the chunk is.
+  // Waits for K of the next chunk, and learns what the chunk is.
   NXS_DEVICE void wait_chunk() {
-    mbarrier_wait(shared + C::kKFull + 8 * stage(), parity());
+    mbarrier_wait(shared + C::kKFull + 8 * stage(), parity_of<C::kStages>(chunk));
     info = load_shared<ChunkInfo>(shared + C::kInfo + (stage() * kGroups + group) * static_cast<u32>(sizeof(ChunkInfo)));
   }
-  // Passes over a chunk of which this group sees nothing.
+  NXS_DEVICE void release_keys() {
+    release(shared + C::kKEmpty + 8 * stage());
+    ++chunk;
+  }
+  // V of the chunk before, whose K was released.
+  NXS_DEVICE void wait_values() const {
+    mbarrier_wait(shared + C::kVFull + 8 * stage_of<C::kStages>(chunk - 1), parity_of<C::kStages>(chunk - 1));
+  }
+  NXS_DEVICE void release_values(u32 of_chunk) const { release(shared + C::kVEmpty + 8 * stage_of<C::kStages>(of_chunk)); }
+  // Passes over a chunk of which this group sees nothing. No P V is owed: its V might be in the way of this one's.
   NXS_DEVICE void skip_chunk() {
     turn_begin();
     turn_end();
-    release(shared + C::kKEmpty + 8 * stage());
-    mbarrier_wait(shared + C::kVFull + 8 * stage(), parity());
-    release(shared + C::kVEmpty + 8 * stage());
-    ++use;
+    release_keys();
+    wait_values();
+    release_values(chunk - 1);
   }
 
-  // S = Q K^T of the chunk in `at`.
-  NXS_DEVICE void start_logits(u32 q_tile, u32 at) {
-    const u64 a = matrix_descriptor(q_tile, 16, 1024, Swizzle::k128);
-    const u64 b = matrix_descriptor(shared + C::kK + at * C::kChunkBytes, 16, 1024, Swizzle::k128);
+  // S = Q K^T
+  NXS_DEVICE void start_logits() {
+    keep_registers(s);
+    const u64 a = matrix_descriptor(q_tile(slot()), 16, 1024, Swizzle::k128);
+    const u64 b = matrix_descriptor(shared + C::kK + stage() * C::kChunkBytes, 16, 1024, Swizzle::k128);
     wgmma_fence();
 #pragma unroll
-    for (u32 k = 0; k < kDim / 16; ++k) {
-      const u32 block = k / 4, within = k % 4 * 32;
+    for (u32 i = 0; i < kDim / 16; ++i) {
+      const u32 block = i / 4, within = i % 4 * 32;
       const u64 step_a = (block * kTileRows * 128 + within) >> 4, step_b = (block * kChunk * 128 + within) >> 4;
-      multiply<T, kChunk, Major::kK>(s, a + step_a, b + step_b, k != 0);
+      multiply<T, kChunk, Major::kK>(s, a + step_a, b + step_b, i != 0);
     }
     wgmma_commit();
   }
-  // O += P V of the chunk in `at`.
-  NXS_DEVICE void start_sum(u32 at, bool accumulate) {
-    const u64 b = matrix_descriptor(shared + C::kV + at * C::kChunkBytes, kChunk * 128, 1024, Swizzle::k128);
+  // O += P V
+  NXS_DEVICE void start_sum() {
+    wait_values();
+    const u64 b = matrix_descriptor(shared + C::kV + stage_of<C::kStages>(chunk - 1) * C::kChunkBytes, kChunk * 128, 1024, Swizzle::k128);
     wgmma_fence();
 #pragma unroll
-    for (u32 k = 0; k < kChunk / 16; ++k) multiply<T, kDim, Major::kMN>(o, prob[k], b + (k * 2048 >> 4), accumulate || k != 0);
+    for (u32 i = 0; i < kChunk / 16; ++i) multiply<T, kDim, Major::kMN>(o, prob[i], b + (i * 2048 >> 4), true);
     wgmma_commit();
   }
 
   // Logits that are not to be seen become -inf.
-  NXS_DEVICE void mask_logits(const ChunkInfo& chunk) {
-    u64 bits = ~u64{0};
-    if (chunk.mask)
-      bits = load_global_nc(reinterpret_cast<const u64*>(p.schedule + chunk.mask) + thread_index() % kGroupThreads);
-    const u32 keys = chunk.keys & 0xffff;
+  NXS_DEVICE void mask_logits(bool half, u64 bits) {
+    if (info.mask != 0) {
+      const auto mask = [&](u32 first, u32 word) {
 #pragma unroll
-    for (u32 i = 0; i < kChunk / 2; ++i) {
-      const u32 key = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      if (!(bits >> i & 1) || key >= keys) s[i] = kNothing;
+        for (u32 j = 0; j < kChunk / 4; ++j)
+          if (!(word & 1u << j)) s[first + j] = kNothing;
+      };
+      mask(0, static_cast<u32>(bits));
+      if (!half) mask(kChunk / 4, static_cast<u32>(bits >> 32));
     }
+    const i32 left = static_cast<i32>(info.keys & 0xffff) - static_cast<i32>(2 * (lane % 4));
+    const auto mask = [&](u32 first) {
+#pragma unroll
+      for (u32 j = 0; j < kChunk / 4; ++j)
+        if (left <= static_cast<i32>(8 * ((first + j) / 4) + j % 2)) s[first + j] = kNothing;
+    };
+    if (half)
+      mask(0);
+    else
+      mask(kChunk / 4);  // more than 64 are left
   }
 
-  // Exponentials of S in place; references and sums follow.
-  NXS_DEVICE void exponentiate(bool first) {
+  // The maximum of each row decides of its reference; `forced` rows take it even if it grew little.
+  template <bool kForced> NXS_DEVICE void take_maximum(bool starts, bool half, const bool (&forced)[2]) {
+    float most[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
+    const auto look = [&](u32 first) {
+#pragma unroll
+      for (u32 j = 0; j < kChunk / 4; j += 4)
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r)
+#pragma unroll
+          for (u32 e = 0; e < 2; ++e) most[r][e] = fmaxf(most[r][e], s[first + j + 2 * r + e]);
+    };
+    look(0);
+    if (!half) look(kChunk / 4);
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-      if constexpr (kBounded) {
-        if (first) sum[r] = 0;
-      } else {
-        float most = s[2 * r];
-#pragma unroll
-        for (u32 i = 2 * r; i < kChunk / 2; i += 4) most = fmaxf(most, fmaxf(s[i], s[i + 1]));
-        most = fmaxf(most, shuffle_xor(most, 1));
-        most = fmaxf(most, shuffle_xor(most, 2)) * scale2;
-        const float before = first ? kNothing : reference[r];
-        const bool grows = most > before + kLazyRescale;
-        // A row that has seen nothing keeps 0: its exponentials are 2^(-inf).
-        reference[r] = grows ? most : before;
-        grow[r] = grows ? exp2_approx(before - most) : 1.0f;
-        sum[r] = first ? 0.0f : sum[r] * grow[r];
-      }
-      const float shift = reference[r] == kNothing ? 0.0f : reference[r];
-      float add = 0;
-#pragma unroll
-      for (u32 i = 2 * r; i < kChunk / 2; i += 4) {
-        s[i] = exp2_approx(fma(s[i], scale2, -shift));
-        s[i + 1] = exp2_approx(fma(s[i + 1], scale2, -shift));
-        add += s[i] + s[i + 1];
-      }
-      sum[r] += add;
+      float all = fmaxf(most[r][0], most[r][1]);
+      all = fmaxf(all, shuffle_xor(all, 1));
+      all = fmaxf(all, shuffle_xor(all, 2)) * p.scale;
+      const float before = starts ? kNothing : reference[r];
+      const bool grows = kForced ? forced[r] : all > before + kLazyRescale;
+      reference[r] = grows ? all : before;
+      grow[r] = grows ? exp2_approx(before - all) : 1.0f;
+      sum[r] = starts ? 0.0f : sum[r] * grow[r];
     }
   }
-  NXS_DEVICE void softmax(bool first) {
-    if (info.mask != 0 || (info.keys & 0xffff) < kChunk) mask_logits(info);
-    exponentiate(first);
-  }
-  NXS_DEVICE void rescale() {
-    if constexpr (!kBounded) {
-      if (warp_any(grow[0] != 1.0f || grow[1] != 1.0f))
+  // Exponentials in place; adds them up.
+  NXS_DEVICE void exponentiate(bool half, float (&add)[2]) {
+    float part[2][2] = {};
+    const float shift[2] = {reference[0] == kNothing ? 0.0f : reference[0], reference[1] == kNothing ? 0.0f : reference[1]};
+    const auto half_of = [&](u32 first) {
 #pragma unroll
-        for (u32 i = 0; i < kDim / 2; ++i) o[i] *= grow[i / 2 % 2];
+      for (u32 j = 0; j < kChunk / 4; j += 4)
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r)
+#pragma unroll
+          for (u32 e = 0; e < 2; ++e) {
+            float& x = s[first + j + 2 * r + e];
+            x = exp2_approx(fma(x, p.scale, -shift[r]));
+            part[r][e] += x;
+          }
+    };
+    half_of(0);
+    if (!half) half_of(kChunk / 4);
+    add[0] = part[0][0] + part[0][1];
+    add[1] = part[1][0] + part[1][1];
+  }
+  // The chunk's logits again, by mma.sync, each warp for itself.
+  NXS_DEVICE void logits_again() {
+    const u32 q = q_tile(slot()) + (warp * 16 + lane % 16) * 128 + lane / 16 * 16;
+    const u32 keys = shared + C::kK + stage() * C::kChunkBytes + (lane % 8 + lane / 16 * 8) * 128 + lane / 8 % 2 * 16;
+#pragma unroll
+    for (u32 i = 0; i < kChunk / 2; ++i) s[i] = 0;
+#pragma unroll
+    for (u32 step = 0; step < kDim / 16; ++step) {
+      u32 a[4];
+      load_matrix(a, swizzled(q + step / 4 * (kTileRows * 128) + step % 4 * 32, Swizzle::k128));
+#pragma unroll
+      for (u32 n = 0; n < kChunk / 16; ++n) {
+        u32 b[4];
+        load_matrix(b, swizzled(keys + step / 4 * (kChunk * 128) + step % 4 * 32 + n * 16 * 128, Swizzle::k128));
+        multiply_again(reinterpret_cast<float(&)[4]>(s[8 * n]), a, b[0], b[1]);
+        multiply_again(reinterpret_cast<float(&)[4]>(s[8 * n + 4]), a, b[2], b[3]);
+      }
     }
   }
-  NXS_DEVICE void round_probabilities() {
-#pragma unroll
-    for (u32 i = 0; i < kChunk / 4; ++i) prob[i / 4][i % 4] = round_pair<T>(s[2 * i], s[2 * i + 1]);
+  NXS_DEVICE static void multiply_again(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    if constexpr (DType<T>::value == NXS_BF16) mma_bf16(d, a, b0, b1);
+    else mma_f16(d, a, b0, b1);
   }
 
-  // All chunks of one work. False: no row of the tile sees anything.
-  NXS_DEVICE bool attend(u32 q_tile) {
-    wait_chunk();
-    while (hidden()) {
-      const bool end = last();
-      skip_chunk();
-      if (end) return false;
-      wait_chunk();
+  // Of a chunk that all rows see whole; returns whether O has to be rescaled.
+  NXS_DEVICE bool softmax_plain() {
+    float add[2];
+    bool raised = false;
+    if (__builtin_expect(settled, 1)) {
+      exponentiate(false, add);
+      bool over[2] = {add[0] > kMostSum, add[1] > kMostSum};
+      if (__builtin_expect(warp_any(over[0] || over[1]), 0)) {
+        // Each row by its own logits alone: a neighbour's do not change its result.
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r) over[r] = warp_ballot(over[r]) >> (lane & ~3u) & 15;
+        logits_again();
+        take_maximum<true>(false, false, over);
+        exponentiate(false, add);
+        raised = true;
+      }
+    } else {
+      take_maximum<false>(false, false, {});
+      exponentiate(false, add);
+      settle();
+      raised = warp_any(grow[0] != 1.0f || grow[1] != 1.0f);
     }
-    if constexpr (kBounded) reference[0] = reference[1] = p.logit_bound * kLog2E;
+    sum[0] += add[0];
+    sum[1] += add[1];
+    return raised;
+  }
+  // Of any chunk.
+  NXS_DEVICE void softmax(bool starts, bool half, u64 bits) {
+    float add[2];
+    if (!plain()) mask_logits(half, bits);
+    if (starts && p.logit_bound > 0) {
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) reference[r] = p.logit_bound, sum[r] = 0, grow[r] = 1;
+    } else {
+      take_maximum<false>(starts, half, {});
+    }
+    exponentiate(half, add);
+    settle();
+    sum[0] += add[0];
+    sum[1] += add[1];
+  }
+  NXS_DEVICE void settle() { settled = !warp_any(reference[0] == kNothing || reference[1] == kNothing); }
+  NXS_DEVICE void rescale() {
+#pragma unroll
+    for (u32 i = 0; i < kDim / 2; ++i) o[i] *= grow[i / 2 % 2];
+  }
+  NXS_DEVICE void round_probabilities(bool half) {
+    const auto half_of = [&](u32 first) {
+#pragma unroll
+      for (u32 j = 0; j < kChunk / 8; ++j) {
+        const u32 i = first + j;
+        prob[i / 4][i % 4] = round_pair<T>(s[2 * i], s[2 * i + 1]);
+      }
+    };
+    half_of(0);
+    if (half)
+#pragma unroll
+      for (u32 i = kChunk / 8; i < kChunk / 4; ++i) prob[i / 4][i % 4] = 0;
+    else
+      half_of(kChunk / 8);
+  }
+
+  // Logits and exponentials of the chunk in `k`, beside the P V that is owed; this chunk's P V is owed then.
+  NXS_DEVICE void take_chunk(bool starts) {
+    const bool half = (info.keys & 0xffff) <= kChunk / 2, ends = last();
+    u64 bits = 0;
+    if (info.mask != 0)
+      bits = load_global_nc(reinterpret_cast<const u64*>(p.schedule + info.mask) + thread_index() % kGroupThreads);
     turn_begin();
-    start_logits(q_tile, stage());
-    turn_end();
-    wgmma_wait<0>();
-    keep_registers(s);
-    release(shared + C::kKEmpty + 8 * stage());
-    softmax(true);
-    round_probabilities();
-    u32 value_stage = stage(), value_parity = parity();  // of the chunk whose P V is to come
-    bool end = last(), accumulate = false;
-    ++use;
-    if (!end) wait_chunk();
-    while (!end && !hidden()) {
-      turn_begin();
-      keep_registers(s);
-      start_logits(q_tile, stage());
-      mbarrier_wait(shared + C::kVFull + 8 * value_stage, value_parity);
-      start_sum(value_stage, accumulate);
+    start_logits();
+    if (owed) {
+      start_sum();
       turn_end();
       wgmma_wait<1>();
-      keep_registers(s);
-      release(shared + C::kKEmpty + 8 * stage());
-      softmax(false);
-      keep_registers(s);
-      const u32 done = value_stage;
-      value_stage = stage(), value_parity = parity();
-      end = last();
-      ++use;
-      if (!end) wait_chunk();  // also keeps the compiler from moving the wait below above the exponentials
+    } else {
+      turn_end();
       wgmma_wait<0>();
-      keep_registers(o);
-      release(shared + C::kVEmpty + 8 * done);
-      rescale();
-      round_probabilities();
-      accumulate = true;
     }
-    mbarrier_wait(shared + C::kVFull + 8 * value_stage, value_parity);
-    start_sum(value_stage, accumulate);
+    keep_registers(s);
+    release_keys();
+    if (starts && owed) close_sums(slot_before());
+    softmax(starts, half, bits);
+    keep_registers(s);
+    if (!ends) wait_chunk();  // also keeps the compiler from moving the wait below above the exponentials
     wgmma_wait<0>();
     keep_registers(o);
-    release(shared + C::kVEmpty + 8 * value_stage);
-    while (!end) {
-      end = last();
-      skip_chunk();
-      if (!end) wait_chunk();
+    if (owed) {
+      release_values(chunk - 2);
+      if (starts)
+        leave_tile(slot_before());
+      else
+        rescale();
     }
-    return true;
+    round_probabilities(half);
+    owed = true;
+  }
+  // The same for a chunk that all rows see whole and that starts no work: where the time goes.
+  NXS_DEVICE void take_plain_chunk() {
+    const bool ends = last();
+    turn_begin();
+    start_logits();
+    start_sum();
+    turn_end();
+    wgmma_wait<1>();
+    keep_registers(s);
+    const bool raised = softmax_plain();
+    keep_registers(s);
+    release_keys();  // not before: the logits may be needed again
+    if (!ends) wait_chunk();
+    wgmma_wait<0>();
+    keep_registers(o);
+    release_values(chunk - 2);
+    if (__builtin_expect(raised, 0)) rescale();
+    round_probabilities(false);
+  }
+  NXS_DEVICE bool plain() const { return info.mask == 0 && (info.keys & 0x1ffff) == kChunk; }
+  // The P V that is owed to the work in `of_slot`, without another chunk beside it.
+  NXS_DEVICE void pay(u32 of_slot) {
+    if (!owed) return;
+    keep_registers(o);
+    start_sum();
+    wgmma_wait<0>();
+    keep_registers(o);
+    release_values(chunk - 1);
+    close_sums(of_slot);
+    warp_sync();
+    leave_tile(of_slot);
+    owed = false;
   }
 
-  // Divides by the sums and writes the tile, in 16-byte pieces by way of the q tile, which no longer is needed.
-  NXS_DEVICE void finish(u32 q_tile, u32 header, bool any) {
-    const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
-    const Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * group);
-    const u32 batch = work.data[0], head = work.data[1], split = work.data[2], rows = tile.data[1];
-    float inverse[2];
+  // The sums of the owed work are whole: log-sum-exp, and what O has to be multiplied by.
+  NXS_DEVICE void close_sums(u32 of_slot) {
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-      float total = any ? sum[r] : 0.0f;
+      float total = sum[r];
       total += shuffle_xor(total, 1);
       total += shuffle_xor(total, 2);
-      inverse[r] = total > 0 ? 1.0f / total : 0.0f;
-      const u32 row = warp * 16 + lane / 4 + 8 * r;
-      if (lane % 4 == 0 && row < rows && (p.splits > 1 || p.lse_or_null)) {
-        const RowAt at = row_at(p, head, tile.data[0] + row);
-        const float lse = total > 0 ? (reference[r] + log2_approx(total)) * kLn2 : kNothing;
-        store_global(lse_at(split, batch, at), lse);
+      const bool none = total == 0;
+      if (lane % 4 == 0) {
+        store_shared(inverse_at(r), none ? 0.0f : reciprocal_approx(total));
+        store_shared(lse_at(of_slot, r), lse_of(reference[r], total));
       }
     }
-    if (!any)
-#pragma unroll
-      for (u32 i = 0; i < kDim / 2; ++i) o[i] = 0;
+  }
+  NXS_DEVICE u32 row_in_tile(u32 r) const { return warp * 16 + lane / 4 + 8 * r; }
+  NXS_DEVICE u32 inverse_at(u32 r) const { return shared + C::kInverse + (group * kTileRows + row_in_tile(r)) * 4; }
+  NXS_DEVICE u32 lse_at(u32 of_slot, u32 r) const {
+    return shared + C::kLse + ((of_slot * kGroups + group) * kTileRows + row_in_tile(r)) * 4;
+  }
+  // Leaves O of the owed work where its q was, for the producer to write, and begins a new one. Parts go to memory at once.
+  NXS_DEVICE void leave_tile(u32 of_slot) {
+    const float inverse[2] = {load_shared<float>(inverse_at(0)), load_shared<float>(inverse_at(1))};
     if (p.splits > 1) {
+      write_part(of_slot, inverse);
+    } else {
+      // Products of the other warps may still read the tile.
+      barrier_sync(1 + kGroups + group, kGroupThreads);
+      const u32 mine = q_tile(of_slot) + (warp * 16 + lane % 16) * 128 + lane / 16 * 16;
 #pragma unroll
-      for (u32 r = 0; r < 2; ++r) {
-        const u32 row = warp * 16 + lane / 4 + 8 * r;
-        if (row < rows) {
-          const RowAt at = row_at(p, head, tile.data[0] + row);
-          float* part = p.parts_or_null + part_row(split, batch, at) * p.dim;
+      for (u32 i = 0; i < kDim / 16; ++i) {
+        u32 registers[4];
 #pragma unroll
-          for (u32 i = 0; i < kDim / 8; ++i) {
-            const u32 column = 8 * i + 2 * (lane % 4);
-            if (column < static_cast<u32>(p.dim))
-              store_global(reinterpret_cast<Vec<float, 2>*>(part + column),
-                           Vec<float, 2>{{o[4 * i + 2 * r] * inverse[r], o[4 * i + 2 * r + 1] * inverse[r]}});
-          }
-        }
+        for (u32 j = 0; j < 4; ++j)
+          registers[j] = round_pair<T>(o[8 * i + 2 * j] * inverse[j % 2], o[8 * i + 2 * j + 1] * inverse[j % 2]);
+        store_matrix(registers, swizzled(mine + i / 4 * (kTileRows * 128) + i % 4 * 32, Swizzle::k128));
       }
-      return;
+      fence_async_shared();
     }
-    // Products of the other warps may still read the tile.
+    release(shared + C::kResults + 8 * of_slot);
+#pragma unroll
+    for (u32 i = 0; i < kDim / 2; ++i) o[i] = 0;
+  }
+  NXS_DEVICE void write_part(u32 of_slot, const float (&inverse)[2]) {
+    const u32 header = shared + C::kHeader + of_slot * C::kHeaderBytes;
+    const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
+    const Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * group);
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      if (row_in_tile(r) >= tile.data[1]) continue;
+      const RowAt at = row_at(p, work.data[1], tile.data[0] + row_in_tile(r));
+      store_part<kDim>(p, work.data[2], work.data[0], at, [&](u32 i) { return o[2 * i + 2 * r - i % 2] * inverse[r]; });
+    }
+  }
+  // The tile in `slot` sees nothing: zeroes, and -inf, which keeps parts from being read.
+  NXS_DEVICE void leave_nothing() {
+    for (u32 r = 0; r < 2; ++r)
+      if (lane % 4 == 0) store_shared(lse_at(slot(), r), float{kNothing});
     barrier_sync(1 + kGroups + group, kGroupThreads);
-    const u32 mine = q_tile + warp * 16 * 128;  // this warp's 16 rows of each block of columns
-#pragma unroll
-    for (u32 i = 0; i < kDim / 8; ++i)
-#pragma unroll
-      for (u32 r = 0; r < 2; ++r) {
-        const u32 plain = mine + i / 8 * (kTileRows * 128) + (lane / 4 + 8 * r) * 128 + i % 8 * 16 + lane % 4 * 4;
-        store_shared(swizzled(plain, Swizzle::k128), round_pair<T>(o[4 * i + 2 * r] * inverse[r], o[4 * i + 2 * r + 1] * inverse[r]));
-      }
-    warp_sync();
-    constexpr u32 kPieces = kDim / 8;
-    for (u32 i = lane; i < 16 * kPieces; i += kWarpSize) {
-      const u32 row = i / kPieces, piece = i % kPieces;
-      if (warp * 16 + row >= rows || piece * 8 >= static_cast<u32>(p.dim)) continue;
-      const u32 plain = mine + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
-      const Vec<u32, 4> value = load_shared<Vec<u32, 4>>(swizzled(plain, Swizzle::k128));
-      const RowAt at = row_at(p, head, tile.data[0] + warp * 16 + row);
-      T* out = static_cast<T*>(p.out) + batch * p.out_stride_batch + at.row * p.out_stride_row + at.head * p.out_stride_head;
-      store_global(reinterpret_cast<Vec<u32, 4>*>(out + piece * 8), value);
-    }
-  }
-  NXS_DEVICE i64 part_row(u32 split, u32 batch, const RowAt& at) const {
-    return ((split * p.batch + batch) * p.heads + at.head) * p.rows + at.row;
-  }
-  NXS_DEVICE float* lse_at(u32 split, u32 batch, const RowAt& at) const {
-    if (p.splits > 1) return p.parts_or_null + p.splits * p.batch * p.heads * p.rows * p.dim + part_row(split, batch, at);
-    return p.lse_or_null + batch * p.lse_stride_batch + at.head * p.lse_stride_head + at.row * p.lse_stride_row;
+    for (u32 i = thread_index() % kGroupThreads; i < C::kTileBytes / 16; i += kGroupThreads)
+      store_shared(q_tile(slot()) + i * 16, Vec<u32, 4>{});
+    fence_async_shared();
+    release(shared + C::kResults + 8 * slot());
   }
 
   NXS_DEVICE void run() {
     if constexpr (C::kTurns)
       if (group == kGroups - 1) barrier_arrive(1, 2 * kGroupThreads);  // the first turn is group 0's
+#pragma unroll
+    for (u32 i = 0; i < kDim / 2; ++i) o[i] = 0;
     const u32 works = all_works(p);
-    u32 turn = 0;
-    for (u32 n = 0; n * grid_size_x() < works; ++n) {
-      if (nth_work(n) >= works) continue;
-      const u32 slot = turn & 1, header = shared + C::kHeader + slot * C::kHeaderBytes;
-      const u32 q_tile = shared + C::kQ + slot * C::kSlotBytes + group * C::kTileBytes;
-      mbarrier_wait(shared + C::kQFull + 8 * slot, turn / 2 & 1);
-      const bool any = attend(q_tile);
-      finish(q_tile, header, any);
-      release(shared + C::kQEmpty + 8 * slot);
-      ++turn;
+    for (; nth_work(work) < works; ++work) {
+      mbarrier_wait(shared + C::kQFull + 8 * slot(), parity_of<C::kSlots>(work));
+      wait_chunk();
+      bool starts = true, ends = false;
+      do {
+        ends = last();
+        if (hidden()) {  // before the first visible chunk, or after the last
+          pay(starts ? slot_before() : slot());
+          skip_chunk();
+          if (!ends) wait_chunk();
+        } else if (starts || !plain()) {
+          take_chunk(starts);
+          starts = false;
+        } else {
+          take_plain_chunk();
+        }
+      } while (!ends);
+      if (starts) leave_nothing();
     }
+    pay(slot_before());
     if constexpr (C::kTurns)
       if (group == 0) barrier_sync(1, 2 * kGroupThreads);  // absorbs the last arrival
   }
 };
 
-template <typename T, int kDim, int kGroups, bool kBounded>
+template <typename T, int kDim, int kGroups>
 __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
-    scale_attention_sm90_kernel(const __grid_constant__ ScaleParams p, const __grid_constant__ TensorMap map_k,
-                                const __grid_constant__ TensorMap map_v) {
+    scale_attention_sm90_kernel(const __grid_constant__ ScaleKernelParams p, const __grid_constant__ TensorMap map_q,
+                                const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v,
+                                const __grid_constant__ TensorMap map_out) {
+  // p.scale and p.logit_bound come times log2(e).
   using C = Sm90<kDim, kGroups>;
   const u32 shared = dynamic_shared(), t = thread_index();
   if (t == 0) {
+    prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);
     prefetch_tensor_map(&map_v);
-    for (u32 slot = 0; slot < 2; ++slot) {
-      mbarrier_init(shared + C::kQFull + 8 * slot, 3);            // warps 1 to 3
-      mbarrier_init(shared + C::kQEmpty + 8 * slot, 4 * kGroups);  // consumer warps
+    prefetch_tensor_map(&map_out);
+    for (u32 slot = 0; slot < C::kSlots; ++slot) {
+      mbarrier_init(shared + C::kQFull + 8 * slot, 1);
+      mbarrier_init(shared + C::kResults + 8 * slot, 4 * kGroups);  // consumer warps
+      mbarrier_init(shared + C::kQEmpty + 8 * slot, 1);
     }
     for (u32 stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared + C::kKFull + 8 * stage, 1);
       mbarrier_init(shared + C::kKEmpty + 8 * stage, 4 * kGroups);
+    }
+    for (u32 stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared + C::kVFull + 8 * stage, 2);  // the copy, and that nothing of it is left to clean
       mbarrier_init(shared + C::kVEmpty + 8 * stage, 4 * kGroups);
+      mbarrier_init(shared + C::kTail + 8 * stage, 1);
     }
-    mbarrier_init(shared + C::kTail, 1);
     fence_mbarrier_init();
   }
   block_sync();
   if (t < kGroupThreads) {
-    if constexpr (kGroups == 2) lower_registers<40>();
+    if constexpr (kGroups == 2) lower_registers<56>();
     if constexpr (kGroups == 3) lower_registers<32>();
     if (t < kWarpSize)
       stream_chunks<kDim, kGroups>(p, &map_k, &map_v, shared);
+    else if (t < 2 * kWarpSize)
+      clean_tails<kDim, kGroups>(p, shared);
+    else if (t < 3 * kWarpSize)
+      load_queries<T, kDim, kGroups>(p, &map_q, shared);
     else
-      load_queries<T, kDim, kGroups>(p, shared);
+      write_results<T, kDim, kGroups>(p, &map_out, shared);
   } else {
-    if constexpr (kGroups == 2) raise_registers<232>();
+    if constexpr (kGroups == 2) raise_registers<224>();
     if constexpr (kGroups == 3) raise_registers<160>();
-    Consumer<T, kDim, kGroups, kBounded>(p, shared, t / kGroupThreads - 1).run();
+    Consumer<T, kDim, kGroups>(p, shared, t / kGroupThreads - 1).run();
   }
 }
 
-template <typename T, int kDim, int kGroups, bool kBounded>
-nxs_status scale_attention_sm90_launch(const ScaleParams& p, void* stream) {
+template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_launch(const ScaleParams& p, void* stream) {
   using C = Sm90<kDim, kGroups>;
-  TensorMap maps[2];
+  TensorMap maps[4];
   const struct {
     const void* address;
-    i64 row, head, batch;
-  } views[2] = {{p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch}, {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch}};
-  for (int i = 0; i < 2; ++i) {
+    i64 row, head, batch, rows, heads;
+    u32 box_rows;
+  } views[4] = {
+      {p.q, p.q_stride_row, p.q_stride_head, p.q_stride_batch, p.q_rows, p.heads, kTileRows},
+      {p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch, p.kv_rows, p.kv_heads, kChunk},
+      {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch, p.kv_rows, p.kv_heads, kChunk},
+      {p.out, p.out_stride_row, p.out_stride_head, p.out_stride_batch, p.rows, p.heads, 8},
+  };
+  for (int i = 0; i < 4; ++i) {
     TensorShape shape;
     shape.dtype = DType<T>::value;
     shape.rank = 4;
-    shape.address = views[i].address;
+    // Without rows nothing is loaded; a map wants an address and sizes all the same.
+    const bool none = views[i].rows == 0;
+    shape.address = none ? p.q : views[i].address;
     shape.size[0] = static_cast<u64>(p.dim);
-    shape.size[1] = static_cast<u64>(p.kv_rows);
-    shape.size[2] = static_cast<u64>(p.kv_heads);
-    shape.size[3] = static_cast<u64>(views[i].batch ? p.batch : 1);
+    shape.size[1] = static_cast<u64>(none ? 1 : views[i].rows);
+    shape.size[2] = static_cast<u64>(none ? 1 : views[i].heads);
+    shape.size[3] = static_cast<u64>(!none && views[i].batch ? p.batch : 1);  // else all entries share the memory
     // A dimension of one element may have any stride; a map wants a valid one.
     const auto bytes = [](i64 stride) { return static_cast<u64>(stride ? stride : 8) * sizeof(T); };
     shape.stride_bytes[0] = bytes(views[i].row);
     shape.stride_bytes[1] = bytes(views[i].head);
     shape.stride_bytes[2] = bytes(views[i].batch);
     shape.box[0] = 64;
-    shape.box[1] = kChunk;
+    shape.box[1] = views[i].box_rows;
     shape.swizzle = Swizzle::k128;
     NXS_TRY(encode_tensor_map(&maps[i], shape));
   }
-  const auto kernel = scale_attention_sm90_kernel<T, kDim, kGroups, kBounded>;
+  const auto kernel = scale_attention_sm90_kernel<T, kDim, kGroups>;
   NXS_TRY(allow_dynamic_smem(kernel, C::kSharedBytes));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(p.blocks));
   shape.block = C::kThreads;
   shape.dynamic_smem = C::kSharedBytes;
-  return launch(kernel, shape, stream, p, maps[0], maps[1]);
+  ScaleKernelParams base2(p);
+  base2.scale *= kLog2E;
+  base2.logit_bound *= kLog2E;
+  return launch(kernel, shape, stream, base2, maps[0], maps[1], maps[2], maps[3]);
 }
 
 // One instantiation file for each dtype and dim (scale_attention_sm90_<dtype>_d<dim>.cu) picks the rest.
 template <typename T, int kDim> nxs_status scale_attention_sm90(const ScaleParams& p, void* stream);
-
-template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_bound(const ScaleParams& p, void* stream) {
-  if constexpr (DType<T>::value == NXS_BF16)
-    if (p.logit_bound > 0) return scale_attention_sm90_launch<T, kDim, kGroups, true>(p, stream);
-  return scale_attention_sm90_launch<T, kDim, kGroups, false>(p, stream);
-}
 
 }  // namespace nxs::attention

@@ -25,10 +25,9 @@
 // Determinism bitwise: one addition order, no atomics but the flag.
 // Limits     levels <= 65536, dim <= 2^20, entries < 2^31, bytes between entries < 2^32, rows < 2^31.
 #pragma once
-#include "common/dtype.cuh"
+#include "common/chunk.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
-#include "common/ptx/memory.cuh"
 #include "common/ptx/warp.cuh"
 
 namespace nxs::quantization {
@@ -102,32 +101,6 @@ NXS_DEVICE void add_all_levels(const nxs_rvq_decode_params& p, const Code* codes
   if (p.levels & 1) add_levels<1, kNull>(p, codes, books, level, sum, clamped);
 }
 
-// Rounds sums: those of 16 bits in pairs, one instruction for two.
-template <typename O, int kCount> NXS_DEVICE Vec<O, kCount> round_sums(const float* sum) {
-  Vec<O, kCount> rounded;
-  if constexpr (sizeof(O) == 2 && kCount % 2 == 0) {
-    u32 pair[kCount / 2];
-#pragma unroll
-    for (int k = 0; k < kCount / 2; ++k)
-      pair[k] = DType<O>::value == NXS_BF16 ? f32x2_to_bf16x2_bits(sum[2 * k], sum[2 * k + 1])
-                                            : f32x2_to_f16x2_bits(sum[2 * k], sum[2 * k + 1]);
-    memcpy(&rounded, pair, sizeof(rounded));
-  } else {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) rounded.data[k] = from_f32<O>(sum[k]);
-  }
-  return rounded;
-}
-
-// Writes a chunk of rounded sums where `there`.
-template <typename O, int kVec> NXS_DEVICE void store_chunk_if(O* out, const float (&sum)[kVec], bool there) {
-  // kVec outputs are up to 32 bytes (f32 from a 16-bit codebook): store them 16 bytes at a time.
-  constexpr int kStore = kVec * sizeof(O) > 16 ? 16 / sizeof(O) : kVec;
-#pragma unroll
-  for (int j = 0; j < kVec; j += kStore)
-    store_global_streaming_if(reinterpret_cast<Vec<O, kStore>*>(out + j), round_sums<O, kStore>(sum + j), there);
-}
-
 template <typename Code, typename E, typename O, int kVec>
 __global__ void __launch_bounds__(kRowsThreads, 6)
     rvq_decode_rows_kernel(const __grid_constant__ nxs_rvq_decode_params p) {
@@ -150,7 +123,7 @@ __global__ void __launch_bounds__(kRowsThreads, 6)
     else
       add_all_levels<false>(p, codes, books, sum, clamped);
 
-    store_chunk_if(out + d, sum, true);
+    store_chunk<true>(out + d, sum);
   }
   if (clamped && p.flags_or_null) atomic_or_global(p.flags_or_null, NXS_FLAG_CODE_CLAMPED);
 }
@@ -253,7 +226,7 @@ __global__ void __launch_bounds__(kTilesThreads<kRows>, kTilesWarps<kRows, kLeve
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
     const u32 row = at.row + j * (kWarpSize >> p.log2_lanes);
-    store_chunk_if(reinterpret_cast<O*>(out + row * p.out_stride_row), sum[j], column < p.dim && row < p.rows);
+    store_chunk_streaming_if(reinterpret_cast<O*>(out + row * p.out_stride_row), sum[j], column < p.dim && row < p.rows);
   }
   if (clamped && p.flags_or_null) atomic_or_global(p.flags_or_null, NXS_FLAG_CODE_CLAMPED);
 }

@@ -31,8 +31,8 @@ impl Segment {
         Segment { frames, height, width, length: None }
     }
 
-    /// As keys, only the first `lengths[index]` tokens exist: a prompt with a length of its own in each batch entry, a cache
-    /// that was pruned head by head. The lengths are an operand of the run.
+    /// As keys, only the first `lengths[index]` tokens exist: a prompt with a length of its own in each batch entry, a
+    /// cache that was pruned head by head. The lengths are an operand of the run.
     pub const fn with_length(mut self, index: u32) -> Self {
         self.length = Some(index);
         self
@@ -53,10 +53,36 @@ impl Segment {
         self.length
     }
 
+    /// Numbers of frames, rows and columns.
+    const fn shape(&self) -> [u32; 3] {
+        [self.frames, self.height, self.width]
+    }
+
     /// Frame, row and column of a token.
     const fn place(&self, token: u32) -> [u32; 3] {
         let area = self.height * self.width;
         [token / area, token % area / self.width, token % self.width]
+    }
+}
+
+/// Tokens in a line.
+impl From<u32> for Segment {
+    fn from(tokens: u32) -> Self {
+        Segment::tokens(tokens)
+    }
+}
+
+/// A grid: height, width.
+impl From<(u32, u32)> for Segment {
+    fn from((height, width): (u32, u32)) -> Self {
+        Segment::grid(height, width)
+    }
+}
+
+/// A video: frames, height, width.
+impl From<(u32, u32, u32)> for Segment {
+    fn from((frames, height, width): (u32, u32, u32)) -> Self {
+        Segment::video(frames, height, width)
     }
 }
 
@@ -70,11 +96,15 @@ pub enum Rule {
     Full,
     /// Query i sees keys 0 to i, both counted from the start of their segments: text, raster order.
     Causal,
-    /// The query at column x and row y sees the columns before x whole, and of column x the rows up to y: raster order of the
-    /// transposed grid. Frames before the query's are seen whole, later ones not at all. Both grids have the same shape.
+    /// The query at column x and row y sees the columns before x whole, and of column x the rows up to y: raster order
+    /// of the transposed grid. Frames before the query's are seen whole, later ones not at all. Both grids have the
+    /// same shape.
     ColumnCausal,
-    /// The query's place is projected to the grid of the keys, `floor((place + 1/2) * keys / queries)` along each axis, and
-    /// what lies within so many frames, rows and columns of it is seen, as far as the grid goes.
+    /// The query sees the keys whose frame + row + column is at most its own: an image that grows from a corner, one
+    /// diagonal at a time (NAR, arXiv 2503.10696). No other rule has it while tokens lie in raster order.
+    DiagonalCausal,
+    /// The query's place is projected to the grid of the keys, `floor((place + 1/2) * keys / queries)` along each axis,
+    /// and what lies within so many frames, rows and columns of it is seen, as far as the grid goes.
     Window {
         /// Frames to either side.
         frames: u32,
@@ -94,7 +124,8 @@ struct Sight {
 
 /// Segments of queries, segments of keys, and which sees which.
 ///
-/// Queries and keys are counted through all of their segments, in order. Nothing of the size of queries x keys is ever made.
+/// Queries and keys are counted through all of their segments, in order. Nothing of the size of queries x keys is ever
+/// made.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Visibility {
     queries: Vec<Segment>,
@@ -121,20 +152,30 @@ fn starts(arg: &'static str, segments: &[Segment]) -> Result<Vec<u32>> {
     Ok(starts)
 }
 
+/// Empty segments share their start with the next: the last one that starts there has the token.
+fn segment_at(starts: &[u32], token: u32) -> usize {
+    starts.partition_point(|&start| start <= token) - 1
+}
+
+/// The place among the keys, along one axis, at which a query's is looked for.
+fn projected(place: [u32; 3], queries: &Segment, keys: &Segment, axis: usize) -> u32 {
+    let (of, grid) = (u64::from(queries.shape()[axis]), u64::from(keys.shape()[axis]));
+    ((2 * u64::from(place[axis]) + 1) * grid / (2 * of)) as u32
+}
+
 impl Visibility {
     /// Any rules: `rule(q, k)` is asked for each pair of a segment of queries and one of keys.
     ///
     /// # Errors
-    /// [`Error::Size`] for 2^31 tokens or more; [`Error::Unsupported`] for [`Rule::ColumnCausal`] between grids of different
-    /// shape.
+    /// [`Error::Size`] for 2^31 tokens or more; [`Error::Unsupported`] for [`Rule::ColumnCausal`] between grids of
+    /// different shape.
     pub fn new(queries: &[Segment], keys: &[Segment], rule: impl Fn(usize, usize) -> Rule) -> Result<Self> {
         let mut sights = Vec::with_capacity(queries.len());
         for (q, query) in queries.iter().enumerate() {
             let mut seen: Vec<Sight> = Vec::new();
             for (k, key) in keys.iter().enumerate() {
                 let rule = rule(q, k);
-                let shape = |segment: &Segment| (segment.frames, segment.height, segment.width);
-                if rule == Rule::ColumnCausal && shape(query) != shape(key) {
+                if rule == Rule::ColumnCausal && query.shape() != key.shape() {
                     return Err(Error::Unsupported { arg: "rule", what: "ColumnCausal is for grids of one shape" });
                 }
                 match seen.last_mut() {
@@ -163,30 +204,59 @@ impl Visibility {
     }
 
     /// The queries of the segments in `range` alone, with all keys.
+    ///
+    /// # Panics
+    /// If there are no such segments.
     pub fn of_queries(&self, range: Range<usize>) -> Self {
         let queries = &self.queries[range.clone()];
         Visibility {
             query_starts: starts("queries", queries).expect("fewer tokens than before"),
+            key_starts: self.key_starts.clone(),
             queries: queries.to_vec(),
+            keys: self.keys.clone(),
             sights: self.sights[range].to_vec(),
-            ..self.clone()
         }
     }
 
-    /// One step of generation: the queries of segment `k`, and the keys of the segments up to it. For layouts whose queries
-    /// and keys are the same segments.
+    /// One step of generation: the queries of segment `k`, and the keys of the segments up to it. For layouts whose
+    /// queries and keys are the same segments.
     ///
     /// # Panics
     /// If there is no such segment.
     pub fn step(&self, k: usize) -> Self {
-        let mut step = self.of_queries(k..k + 1);
-        step.keys.truncate(k + 1);
-        step.key_starts.truncate(k + 2);
-        for sight in &mut step.sights[0] {
-            sight.keys.end = sight.keys.end.min(k as u32 + 1);
+        self.steps(k..k + 1)
+    }
+
+    /// Several steps at once, as for scales that were drafted and are verified together: the queries of the segments in
+    /// `range`, and the keys of the segments up to its last. For layouts whose queries and keys are the same segments.
+    ///
+    /// # Panics
+    /// If there are no such segments.
+    pub fn steps(&self, range: Range<usize>) -> Self {
+        let end = range.end;
+        let mut steps = self.of_queries(range);
+        steps.keys.truncate(end);
+        steps.key_starts.truncate(end + 1);
+        for sights in &mut steps.sights {
+            for sight in &mut *sights {
+                sight.keys.end = sight.keys.end.min(end as u32);
+            }
+            sights.retain(|sight| !sight.keys.is_empty());
         }
-        step.sights[0].retain(|sight| sight.keys.start < sight.keys.end);
-        step
+        steps
+    }
+
+    /// The same queries with the keys of those segments alone that any of them sees, and the numbers of these segments.
+    /// For caches that keep segments apart and join what a step needs, or drop what no later step does (InfinityStar).
+    pub fn seen_keys(&self) -> (Self, Vec<usize>) {
+        let mut seen = vec![false; self.keys.len()];
+        for sight in self.sights.iter().flatten() {
+            seen[sight.keys.start as usize..sight.keys.end as usize].fill(true);
+        }
+        let kept: Vec<usize> = (0..seen.len()).filter(|&k| seen[k]).collect();
+        let keys: Vec<Segment> = kept.iter().map(|&k| self.keys[k]).collect();
+        let seen = Self::new(&self.queries, &keys, |q, k| self.rule(q, kept[k])).expect("a part of what there was");
+        (seen, kept)
     }
 
     /// The segments of queries.
@@ -226,14 +296,37 @@ impl Visibility {
 
     /// What segment `q` of the queries sees of segment `k` of the keys.
     pub fn rule(&self, q: usize, k: usize) -> Rule {
-        let sight = self.sights[q].iter().find(|sight| sight.keys.contains(&(k as u32)));
-        sight.map_or(Rule::Hidden, |sight| sight.rule)
+        let k = k as u32;
+        let sight = self.sights[q].get(self.sights[q].partition_point(|sight| sight.keys.end <= k));
+        sight.filter(|sight| sight.keys.start <= k).map_or(Rule::Hidden, |sight| sight.rule)
+    }
+
+    /// Whether a query sees a key, lengths left aside.
+    ///
+    /// # Panics
+    /// If there is no such query or key.
+    pub fn sees(&self, query: u32, key: u32) -> bool {
+        assert!(query < self.query_count() && key < self.key_count(), "no query {query} or no key {key}");
+        let (q, k) = (segment_at(&self.query_starts, query), segment_at(&self.key_starts, key));
+        let (query, key) = (query - self.query_starts[q], key - self.key_starts[k]);
+        let (queries, keys) = (&self.queries[q], &self.keys[k]);
+        let (from, at) = (queries.place(query), keys.place(key));
+        match self.rule(q, k) {
+            Rule::Hidden => false,
+            Rule::Full => true,
+            Rule::Causal => key <= query,
+            Rule::ColumnCausal => [at[0], at[2], at[1]] <= [from[0], from[2], from[1]],
+            Rule::DiagonalCausal => at.iter().sum::<u32>() <= from.iter().sum(),
+            Rule::Window { frames, rows, columns } => {
+                let reach = [frames, rows, columns];
+                (0..3).all(|axis| at[axis].abs_diff(projected(from, queries, keys, axis)) <= reach[axis])
+            }
+        }
     }
 
     /// The segment of a query.
     pub(super) fn segment_of(&self, query: u32) -> usize {
-        // Empty segments share their start with the next: the last one that starts there has the token.
-        self.query_starts.partition_point(|&start| start <= query) - 1
+        segment_at(&self.query_starts, query)
     }
 
     /// Whether the rows of a segment of queries see different keys.
@@ -241,14 +334,17 @@ impl Visibility {
         self.sights[q].iter().any(|sight| sight.rule != Rule::Full)
     }
 
-    /// The keys that a query sees, as ranges in ascending order that neither overlap nor need be apart. Lengths are left to
-    /// the caller.
+    /// The keys that a query sees, as ranges in ascending order that are not empty, and neither overlap nor need be
+    /// apart. Lengths are left to the caller.
     pub(super) fn for_each_range(&self, query: u32, mut range: impl FnMut(Range<u32>)) {
         let q = self.segment_of(query);
         let token = query - self.query_starts[q];
         for sight in &self.sights[q] {
             if sight.rule == Rule::Full {
-                range(self.key_starts[sight.keys.start as usize]..self.key_starts[sight.keys.end as usize]);
+                let keys = self.key_starts[sight.keys.start as usize]..self.key_starts[sight.keys.end as usize];
+                if !keys.is_empty() {
+                    range(keys);
+                }
                 continue;
             }
             for k in sight.keys.clone() {
@@ -281,16 +377,22 @@ impl Visibility {
                     range(first..first + column + u32::from(y <= row));
                 }
             }
+            Rule::DiagonalCausal => {
+                let most: u32 = queries.place(token).iter().sum();
+                for t in 0..keys.frames {
+                    for y in 0..keys.height {
+                        let first = t * area + y * keys.width;
+                        range(first..first + (most + 1).saturating_sub(t + y).min(keys.width));
+                    }
+                }
+            }
             Rule::Window { frames, rows, columns } => {
                 let place = queries.place(token);
-                let of = [queries.frames, queries.height, queries.width];
-                let grid = [keys.frames, keys.height, keys.width];
                 let reach = [frames, rows, columns];
                 let [t, y, x] = core::array::from_fn(|axis| {
-                    let centre =
-                        ((2 * u64::from(place[axis]) + 1) * u64::from(grid[axis]) / (2 * u64::from(of[axis]))) as u32;
+                    let centre = projected(place, queries, keys, axis);
                     centre.saturating_sub(reach[axis])
-                        ..centre.saturating_add(reach[axis]).saturating_add(1).min(grid[axis])
+                        ..centre.saturating_add(reach[axis]).saturating_add(1).min(keys.shape()[axis])
                 });
                 for t in t {
                     for y in y.clone() {
@@ -302,8 +404,8 @@ impl Visibility {
         }
     }
 
-    /// Pairs of a query and a key that it sees, lengths left aside: 4 x dim x this are the useful floating-point operations
-    /// of one head.
+    /// Pairs of a query and a key that it sees, lengths left aside: 4 x dim x this are the useful floating-point
+    /// operations of one head.
     pub fn visible_pairs(&self) -> u64 {
         let mut pairs = 0;
         for q in 0..self.queries.len() {

@@ -39,11 +39,13 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
     let batch_stride = |stride| if plan.packed_keys { 0 } else { stride };
     let params = ffi::nxs_scale_attention_params {
         q: args.q.span().address as *const _,
-        k: args.k.span().address as *const _,
-        v: args.v.span().address as *const _,
+        // The launcher looks at every address that it gets, also at those of which nothing is needed.
+        k: if plan.k_len > 0 { args.k.span().address as *const _ } else { null() },
+        v: if plan.v_len > 0 { args.v.span().address as *const _ } else { null() },
         out: args.out.span().address as *mut _,
         lse_or_null: args.lse.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
         schedule: args.schedule.span().address as *const _,
+        schedule_head_or_null: plan.schedule.words().as_ptr(),
         lengths_or_null: args.lengths.as_ref().map_or(null(), |view| view.span().address as *const _),
         row_index_or_null: args
             .row_index
@@ -55,7 +57,11 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
             .as_ref()
             .filter(|_| plan.packed_keys)
             .map_or(null(), |view| view.span().address as *const _),
-        parts_or_null: args.workspace.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
+        parts_or_null: args
+            .workspace
+            .as_ref()
+            .filter(|_| plan.workspace_bytes > 0)
+            .map_or(null_mut(), |view| view.span().address as *mut _),
         q_stride_batch,
         q_stride_row,
         q_stride_head,
@@ -88,6 +94,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
         groups: plan.schedule.groups() as i32,
         section: plan.section as i32,
         length_count: plan.length_count as i32,
+        schedule_head_words: plan.schedule.head_words() as i32,
         digest: plan.schedule.digest(),
         dtype: T::DTYPE as i32,
         variant: i32::from(plan.variant == Variant::Hopper),

@@ -46,10 +46,13 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut ScaleAttentionArgs<'_, T>) -
             for g in 0..kv_heads {
                 let most = i64::from(keys.end - keys.start);
                 let exist = segment.length().map_or(most, |index| length(index, b, g));
-                let last = first_key(b) + i64::from(keys.start) + exist;
-                if !(0..=most).contains(&exist) || first_key(b) < 0 || last > kv_rows as i64 {
-                    let arg = if plan.packed_keys { "kv_offset" } else { "lengths" };
-                    return Err(Error::CodeOutOfRange { arg, at: b, code: exist, entries: most as u64 });
+                if !(0..=most).contains(&exist) {
+                    let at = plan.lengths.offset([segment.length().unwrap_or(0).into(), b, g]);
+                    return Err(Error::CodeOutOfRange { arg: "lengths", at, code: exist, entries: most as u64 });
+                }
+                let first = first_key(b);
+                if first < 0 || (exist > 0 && first + i64::from(keys.start) + exist > kv_rows as i64) {
+                    return Err(Error::CodeOutOfRange { arg: "kv_offset", at: b, code: first, entries: kv_rows });
                 }
             }
         }

@@ -42,13 +42,16 @@ use crate::view::{In, Out};
 /// 64, 96 and 128; others run as the next of these). Strides of `q`, `k`, `v` and `out` are multiples of 8 elements and their
 /// addresses of 16 bytes.
 ///
-/// **Semantics.** The log-sum-exp is a natural logarithm, of the scaled logits. A query that sees nothing gives 0, and -inf as
-/// its log-sum-exp, never NaN. Keys and values that no query of their batch entry sees may hold anything, NaN included, in
-/// `k` as in `v`; a NaN in a value that is seen may also reach queries of the same 64 rows that do not see it.
+/// **Semantics.** The log-sum-exp is a natural logarithm, of the scaled logits. A query that sees nothing gives 0, and
+/// -inf as its log-sum-exp, never NaN. A logit of -inf is as good as not seen; +inf or NaN makes the query's whole row
+/// NaN. Keys and values that no query of their batch entry sees may hold anything, NaN included, in `k` as in `v`;
+/// infinity or NaN in a value that is seen may also reach queries of the same [`Schedule::groups`] x 64 rows that do
+/// not see it.
 ///
-/// **Arithmetic.** Products of 16-bit factors are summed in f32; the softmax is in f32; probabilities are rounded to `T` before
-/// they weigh the values; the result is rounded once. The host path computes in f64 and rounds once. Bitwise repeatable, and
-/// the same whatever else is in the batch.
+/// **Arithmetic.** Products of 16-bit factors are summed in f32; the softmax is in f32; probabilities are rounded to
+/// `T` before they weigh the values; the result is rounded once. The host path computes in f64 and rounds once. Bitwise
+/// repeatable, and the same whatever else is in the batch, where it is cut alike: by the size of the problem the plan
+/// chooses groups, splits, and whether heads are packed, unless they are forced.
 ///
 /// **Lengths** live in device memory, so that a captured graph replays with others. Out-of-range lengths are clamped; row
 /// indices too; a schedule that is not this plan's is noticed, and nothing is written.

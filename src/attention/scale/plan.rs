@@ -133,6 +133,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
     }
 
     /// Strides of `k` in elements, `[batch, row, head]`, and of `v`: contiguous `[batch, kv_rows, kv_heads, dim]` if not given.
+    /// A batch stride of 0 is one `k` for all entries.
     pub fn kv_strides(mut self, k: [i64; 3], v: [i64; 3]) -> Self {
         (self.k, self.v) = (Some(k), Some(v));
         self
@@ -151,8 +152,8 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         /// What the logits are multiplied by; 1 / sqrt(dim) if not given. 1 for models that normalise q and k.
         softmax_scale(scale: f32);
         /// The caller vouches that no scaled logit exceeds this in magnitude, as with l2-normalised q and k, where it is the
-        /// head's multiplier: then no maximum is taken. For bf16, at most 40. A logit beyond it is no error until exp(logit -
-        /// bound) overflows; rows whose logits are all 80 below it lose precision.
+        /// head's multiplier: then no maximum is looked for at first. For bf16, at most 40. A logit beyond it is no error;
+        /// rows whose logits are all 80 below it lose precision.
         logit_bound(logit_bound: f32);
         /// Forces how many tiles of 64 rows share their keys: 1 to 3, 1 for [`Variant::Portable`].
         tiles_an_item(groups: u32);
@@ -239,10 +240,19 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let kv_shape = [if self.packed_keys { 1 } else { self.batch }, kv_rows, self.kv_heads, self.dim];
         let k = layout("k", kv_shape, self.k)?;
         let v = layout("v", kv_shape, self.v)?;
+        for (arg, layout) in [("k", &k), ("v", &v)] {
+            // A tensor copy may have no stride of 0; the batch's is left out of it.
+            for dim in [1, 2] {
+                if layout.shape()[dim] > 1 && layout.strides()[dim] == 0 {
+                    return Err(Error::Stride { arg, dim, got: 0, need: "of rows and of heads not 0" });
+                }
+            }
+        }
         let out = layout("out", shape(rows, self.heads), self.out)?;
         out.require_disjoint("out")?;
         let lse_shape = [self.batch, self.heads, rows];
         let lse = self.lse.map_or(Layout::contiguous(lse_shape), |strides| Layout::strided(lse_shape, strides));
+        let lse_len = lse.required_len("lse")?;
         lse.require_disjoint("lse")?;
         let lengths_shape = [u64::from(length_count), self.batch, self.kv_heads];
         let lengths =
@@ -280,15 +290,18 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         } else {
             2
         };
-        let groups = match self.groups {
+        let candidates = match self.groups {
             Some(groups) => {
                 size("tiles_an_item", u64::from(groups), 1, widest)?;
-                groups
+                groups..=groups
             }
-            None => choose_groups(widest as u32, tiles * heads_taken, sms),
+            None => 1..=widest as u32,
         };
-        let mut cut = Cut { groups, splits: 1, pack };
-        let mut schedule = schedule::schedule(visibility, cut);
+        let mut schedule = candidates
+            .map(|groups| schedule::schedule(visibility, Cut { groups, splits: 1, pack }))
+            .min_by_key(|schedule| estimated_cycles(schedule, heads_taken, self.dim, sms))
+            .expect("there is a candidate");
+        let mut cut = schedule.cut();
         cut.splits = match self.splits {
             Some(splits) => {
                 size("splits", u64::from(splits), 1, u64::from(MOST_SPLITS))?;
@@ -316,7 +329,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             k_len: k.required_len("k")?,
             v_len: v.required_len("v")?,
             out_len,
-            lse_len: lse.required_len("lse")?,
+            lse_len,
             lengths_len: lengths.required_len("lengths")?,
             row_index_len: row_index.required_len("row_index")?,
             kv_offset_len: if self.packed_keys { self.batch } else { 0 },
@@ -336,7 +349,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             blocks: works.min(u64::from(sms)) as u32,
             section,
             workspace_bytes,
-            useful_flops: 4 * self.dim * self.batch * self.heads * visibility.visible_pairs(),
+            useful_flops: (4 * self.dim * self.batch * self.heads).saturating_mul(visibility.visible_pairs()),
             schedule,
             visibility: self.visibility,
         };
@@ -353,9 +366,26 @@ impl<T: Float> ScaleAttentionBuilder<T> {
     }
 }
 
-/// As few tiles a block as leave no multiprocessor idle; with many, as many as share keys best.
-fn choose_groups(widest: u32, tiles: u64, sms: u32) -> u32 {
-    if tiles <= u64::from(sms) { 1 } else { widest.min(2) }
+/// Cycles that the Hopper kernel takes for all works of a schedule: a model fitted to an H200.
+fn estimated_cycles(schedule: &Schedule, heads: u64, dim: u64, sms: u32) -> u64 {
+    // Of a block, for a work and for each chunk of it, with 1, 2 and 3 tiles.
+    const NARROW: [(u64, u64); 3] = [(2000, 1600), (2840, 2140), (2430, 2950)];
+    const WIDE: [(u64, u64); 2] = [(2500, 2190), (3300, 2910)];
+    const MOST_SIMULATED: u64 = 1 << 14;
+    let (work, chunk) =
+        if dim <= 64 { NARROW[schedule.groups() as usize - 1] } else { WIDE[schedule.groups() as usize - 1] };
+    let costs: Vec<u64> = schedule.lengths().map(|length| work + chunk * u64::from(length)).collect();
+    let blocks = u64::from(sms);
+    if costs.len() as u64 * heads > MOST_SIMULATED {
+        return costs.iter().sum::<u64>() * heads / blocks + costs[0] / 2;
+    }
+    // Works go to the blocks back and forth.
+    let mut loads = vec![0u64; sms as usize];
+    for (i, cost) in costs.iter().flat_map(|&cost| (0..heads).map(move |_| cost)).enumerate() {
+        let (round, at) = (i as u64 / blocks, i as u64 % blocks);
+        loads[if round % 2 == 0 { at } else { blocks - 1 - at } as usize] += cost;
+    }
+    loads.into_iter().max().unwrap_or(0)
 }
 
 /// Splits fill idle multiprocessors, as long as each has a few chunks.

@@ -71,6 +71,7 @@ pub struct Schedule {
     chunks: u64,
     longest: u32,
     digest: u32,
+    head_words: u32,
     cut: Cut,
 }
 
@@ -100,6 +101,18 @@ impl Schedule {
         self.cut.pack
     }
 
+    pub(super) fn cut(&self) -> Cut {
+        self.cut
+    }
+
+    /// Chunks of each item, longest first.
+    pub(super) fn lengths(&self) -> impl Iterator<Item = u32> + '_ {
+        self.words.chunks_exact(ITEM_WORDS).take(self.items as usize).map(|item| {
+            let runs = self.words[item[0] as usize..].chunks_exact(RUN_WORDS).take(item[1] as usize);
+            runs.map(|run| run[1].div_ceil(CHUNK)).sum()
+        })
+    }
+
     /// Chunks of 128 keys that the items of one head read.
     pub fn chunks(&self) -> u64 {
         self.chunks
@@ -108,6 +121,12 @@ impl Schedule {
     /// Chunks of the longest item.
     pub fn longest(&self) -> u32 {
         self.longest
+    }
+
+    /// The words before the masks.
+    #[cfg_attr(not(nxs_kernels), allow(dead_code))]
+    pub(super) fn head_words(&self) -> u32 {
+        self.head_words
     }
 
     #[cfg_attr(not(nxs_kernels), allow(dead_code))]
@@ -141,6 +160,9 @@ fn tiles(visibility: &Visibility, pack: u32) -> Vec<Tile> {
     for q in 0..visibility.queries().len() {
         let tokens = visibility.query_range(q);
         let (mut first, mut rows) = (tokens.start * pack, (tokens.end - tokens.start) * pack);
+        if rows == 0 {
+            continue;
+        }
         if let (true, Some(last)) = (open, tiles.last_mut())
             && last.rows + rows <= TILE_ROWS
         {
@@ -208,6 +230,9 @@ impl<'a> Lowering<'a> {
         let mut zones: Vec<Zone> = Vec::new();
         for (k, segment) in visibility.keys().iter().enumerate() {
             let range = visibility.key_range(k);
+            if range.is_empty() {
+                continue;
+            }
             let length = segment.length().map(|index| (index, range.start));
             match zones.last_mut() {
                 Some((last, None)) if length.is_none() => last.end = range.end,
@@ -407,6 +432,7 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
         longest: items.first().map_or(0, length),
         words: words.into(),
         digest,
+        head_words: masks_at as u32,
         cut,
     }
 }
