@@ -74,9 +74,11 @@ fn bad_plans_are_refused() {
     stride(builder().lse_strides([51, 13, 1]), "lse", 0);
     stride(builder().lse_strides([52, 13, -1]), "lse", 2);
     // One row or head for all would be a tensor of fewer.
+    stride(builder().q_strides([13 * 256, 0, 64]), "q", 1);
+    stride(builder().q_strides([13 * 256, 256, 0]), "q", 2);
     stride(builder().kv_strides([13 * 128, 0, 64], kv), "k", 1);
     stride(builder().kv_strides(kv, [13 * 128, 128, 0]), "v", 2);
-    assert_eq!(build(builder().q_strides([0; 3]).kv_strides([0, 128, 64], [0, 128, 64])), Ok(()));
+    assert_eq!(build(builder().q_strides([0, 256, 64]).kv_strides([0, 128, 64], [0, 128, 64])), Ok(()));
     let huge = [(1 << 38) - 8; 3];
     let many = || builder().heads(1, 1).batch((1 << 26) - 1);
     size(many().q_strides(huge), "q");
