@@ -9,7 +9,7 @@ Modes, each a median:
     cold   one call between two events after 256 MiB were written, which leaves nothing of the inputs in L2; the GPU is
            kept busy until the call is enqueued, so that the time is the GPU's, not Python's
 
-Every peer is checked against the f32-sequential reference first, in fresh memory full of NaN, and again after its graph
+Every peer is checked against the op's reference first, in fresh memory full of NaN, and again after its graph
 was replayed. One that fails is recorded with the error in place of a time.
 
 peers.json: {"machine": {torch, cuda, gpu, driver, copy_gbps}, "rows": [{op, case, peer, mode, us} or
@@ -28,12 +28,22 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from nextscale_ref import rvq
+from nextscale_ref import attention, rvq
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 MODES = ["graph", "eager", "cold"]
 CALLS = 20
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+COMPILERS = [("default", "compile"), ("max-autotune-no-cudagraphs", "compile max-autotune")]
+
+
+def compiled(expression, mode):
+    """The expression as torch.compile makes it."""
+    # Else the compiler would give up after a few shapes and run the expression as it is.
+    torch._dynamo.reset()
+    return torch.compile(expression, mode=mode, dynamic=False)
 
 
 # ---- rvq_decode
@@ -73,7 +83,7 @@ class RvqDecode:
             yield f"gather and sum ({index})", lambda i=index: self.call(self.gather_sum, i)
             yield f"embedding_bag ({index})", lambda i=index: self.call(self.embedding_bag, i)
             yield f"embedding_bag, flat indices given ({index})", lambda i=index: self.prepared_bag(i)
-        for mode, name in [("default", "compile"), ("max-autotune-no-cudagraphs", "compile max-autotune")]:
+        for mode, name in COMPILERS:
             for expression, what in [
                 (self.embedding_sum, "embedding per level, summed"),
                 (self.gather_sum, "gather and sum"),
@@ -87,9 +97,7 @@ class RvqDecode:
         dtype = {"i32": torch.int32, "i64": torch.int64}[index]
         codes, offsets = self.codes.to(dtype), self.offsets.to(dtype)
         if compile_mode:
-            # Else the compiler would give up after a few shapes and run the expression as it is.
-            torch._dynamo.reset()
-            expression = torch.compile(expression, mode=compile_mode, dynamic=False)
+            expression = compiled(expression, compile_mode)
         return lambda: expression(codes, offsets, self.books, self.flat)
 
     def levels_first(self, codes):
@@ -119,19 +127,173 @@ class RvqDecode:
         return lambda: F.embedding_bag(bags, self.flat, mode="sum").view(*shape, self.dim).to(self.out_dtype)
 
 
-OPS = {"rvq_decode": RvqDecode}
+# ---- attention_merge
+
+
+class AttentionMerge:
+    """Inputs of one case and the expressions that compute it."""
+
+    def __init__(self, case, device):
+        self.accumulate, self.out_dtype = case["accumulate"], DTYPES[case["out"]]
+        generator = torch.Generator(device).manual_seed(0)
+        shape = [case["batch"], case["rows"], case["heads"], case["dim"]]
+        rows = [case["batch"], case["heads"], case["rows"]]
+
+        def random(shape):
+            return torch.randn(shape, generator=generator, device=device)
+
+        self.parts, self.lse = random([case["parts"], *shape]).to(DTYPES[case["in"]]), random([case["parts"], *rows])
+        self.old = (random(shape).to(self.out_dtype), random(rows)) if self.accumulate else None
+
+    def reference(self):
+        out, lse, bound, lse_bound = attention.merge(self.parts, self.lse, self.old)
+        epsilon = max(torch.finfo(self.parts.dtype).eps, torch.finfo(self.out_dtype).eps)
+        # A peer may compute in the dtype of its inputs.
+        magnitude = self.parts.double().abs().amax(0) + (self.old[0].double().abs() if self.old else 0)
+        return (out.to(self.out_dtype), lse.float()), (bound + 8 * epsilon * magnitude, lse_bound + 1e-5)
+
+    def peers(self):
+        """Yields (name, a function that makes the call)."""
+        if self.accumulate:
+            # As ring attention's users write it.
+            yield "sigmoid update", lambda: lambda: self.update(self.parts[0], self.lse[0], *self.old)
+            for mode, name in COMPILERS:
+                yield f"{name}: sigmoid update", lambda m=mode: self.call(self.update, m, self.parts[0], self.lse[0], *self.old)
+        else:
+            yield "softmax and sum", lambda: lambda: self.weighted(self.parts, self.lse)
+            for mode, name in COMPILERS:
+                yield f"{name}: softmax and sum", lambda m=mode: self.call(self.weighted, m, self.parts, self.lse)
+
+    def call(self, expression, mode, *arguments):
+        expression = compiled(expression, mode)
+        return lambda: expression(*arguments)
+
+    def weighted(self, parts, lse):
+        weights = lse.softmax(0).transpose(-1, -2)[..., None]
+        return (weights * parts).sum(0).to(self.out_dtype), lse.logsumexp(0)
+
+    def update(self, part, part_lse, out, lse):
+        share = torch.sigmoid(part_lse - lse).transpose(-1, -2)[..., None]
+        merged = out + share * (part.float() - out.float())
+        return merged.to(self.out_dtype), lse - F.logsigmoid(lse - part_lse)
+
+
+# ---- attention_prepare
+
+
+class AttentionPrepare:
+    """Inputs of one case, views of one packed projection, and the expressions that models write."""
+
+    def __init__(self, case, device):
+        self.case, self.out_dtype = case, DTYPES[case["out"]]
+        self.norm, self.rope = case["norm"], case["rope"]
+        generator = torch.Generator(device).manual_seed(0)
+        batch, rows, dim, kv_heads = case["batch"], case["rows"], case["dim"], case["kv_heads"]
+        self.at, self.rows = case["append_at"], rows
+
+        def random(shape):
+            return torch.randn(shape, generator=generator, device=device)
+
+        heads = [case["heads"], kv_heads, kv_heads]
+        packed = random([batch, rows, sum(heads), dim]).to(DTYPES[case["in"]])
+        self.qkv = packed.split(heads, 2)
+        self.caches = random([2, batch, case["cache_rows"], kv_heads, dim]).to(self.out_dtype)
+        self.weights = random([2, dim]) if self.norm == "rms" else None
+        self.multiplier = random([case["heads"], 1]).exp() if self.norm == "l2" else None
+        self.table = None
+        if self.rope != "none":
+            angles = random([case["cache_rows"], dim if case["full_table"] else dim // 2])[self.at : self.at + rows]
+            self.table = torch.stack([angles.cos(), angles.sin()])
+
+    def reference(self):
+        how = dict(norm=self.norm, eps={"l2": 1e-12, "rms": 1e-6}.get(self.norm, 0))
+        if self.table is not None:
+            how |= dict(rope=self.rope + ("-full" if self.case["full_table"] else ""), cos=self.table[0], sin=self.table[1])
+        weights = [None, None] if self.weights is None else self.weights
+        multiplier = None if self.multiplier is None else self.multiplier[:, 0]
+        q, k, v = self.qkv
+        exact = [
+            attention.prepare(q, weight=weights[0], multiplier=multiplier, **how),
+            attention.prepare(k, weight=weights[1], **how),
+            attention.prepare(v),
+        ]
+        # A peer may round to the dtype of its inputs after each step.
+        epsilon = max(torch.finfo(q.dtype).eps, torch.finfo(self.out_dtype).eps)
+        return tuple(x.to(self.out_dtype) for x, _ in exact), tuple((b * 2**19 + 1e-6) * 8 * epsilon for _, b in exact)
+
+    def peers(self):
+        """Yields (name, a function that makes the call). All return the new rows, queries first."""
+        arguments = (*self.qkv, *self.caches, self.weights, self.multiplier, self.table)
+        yield "as written, concatenated", lambda: lambda: self.concatenated(*arguments)
+        yield "as written, copied into a cache", lambda: lambda: self.copied(*arguments)
+        for mode, name in COMPILERS:
+            for expression, what in [(self.concatenated, "concatenated"), (self.copied, "copied into a cache")]:
+                yield f"{name}: {what}", lambda e=expression, m=mode: self.call(e, m, arguments)
+
+    def call(self, expression, mode, arguments):
+        expression = compiled(expression, mode)
+        return lambda: expression(*arguments)
+
+    def turn(self, x, table):
+        cos, sin = table[:, :, None]
+        x = x.float()
+        if self.rope == "interleaved":
+            even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([cos * even - sin * odd, sin * even + cos * odd], -1).flatten(-2)
+        if not self.case["full_table"]:
+            cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    def steps(self, q, k, v, weights, multiplier, table):
+        if self.norm == "l2":
+            q = F.normalize(q.float(), dim=-1) * multiplier
+            k = F.normalize(k.float(), dim=-1)
+        elif self.norm == "rms":
+            q, k = (F.rms_norm(x.float(), x.shape[-1:], weight, 1e-6) for x, weight in zip((q, k), weights))
+        if table is not None:
+            q, k = self.turn(q, table), self.turn(k, table)
+        return (x.to(self.out_dtype) for x in (q, k, v))
+
+    def concatenated(self, q, k, v, k_cache, v_cache, weights, multiplier, table):
+        q, k, v = self.steps(q, k, v, weights, multiplier, table)
+        k, v = torch.cat([k_cache[:, : self.at], k], 1), torch.cat([v_cache[:, : self.at], v], 1)
+        return q, k[:, self.at :], v[:, self.at :]
+
+    def copied(self, q, k, v, k_cache, v_cache, weights, multiplier, table):
+        q, k, v = self.steps(q, k, v, weights, multiplier, table)
+        new = slice(self.at, self.at + self.rows)
+        k_cache[:, new].copy_(k)
+        v_cache[:, new].copy_(v)
+        return q, k_cache[:, new], v_cache[:, new]
+
+
+OPS = {"attention_merge": AttentionMerge, "attention_prepare": AttentionPrepare, "rvq_decode": RvqDecode}
 
 
 def smaller(case):
     """A version of a case for checking only."""
-    return case | {"rows": min(case["rows"], 33), "batch": min(case["batch"], 3), "entries": min(case["entries"], 100)}
+    most = {"rows": 33, "batch": 3, "entries": 100, "cache_rows": 99, "append_at": 7}
+    return case | {size: min(case[size], most[size]) for size in most if size in case}
 
 
 # ---- checking and timing
 
 
-def check(out, want, tolerance):
-    """Whether `out` equals `want` in every bit. Raises if it is not even close."""
+def tensors(result):
+    """A result as a tuple of tensors."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check(results, wanted, tolerances):
+    """Whether the results equal the wanted ones in every bit. Raises if they are not even close."""
+    results, wanted = tensors(results), tensors(wanted)
+    if len(results) != len(wanted):
+        raise AssertionError(f"wrong result: {len(results)} tensors")
+    return all([check_one(*three) for three in zip(results, wanted, tensors(tolerances))])
+
+
+def check_one(out, want, tolerance):
     if out.shape != want.shape or out.dtype != want.dtype:
         raise AssertionError(f"wrong result: {out.dtype} {list(out.shape)}")
     # Written so that a NaN fails.
@@ -143,7 +305,8 @@ def check(out, want, tolerance):
 
 def poison(like):
     """Memory that a call may get for its output holds NaN afterwards."""
-    torch.full_like(like, float("nan"))
+    for tensor in tensors(like):
+        torch.full_like(tensor, float("nan"))
 
 
 def milliseconds(work):
@@ -174,7 +337,8 @@ def time_graph(call, want, tolerance):
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
             out = call()
-    out.fill_(float("nan"))
+    for tensor in tensors(out):
+        tensor.fill_(float("nan"))
     graph.replay()
     check(out, want, tolerance)
     return median_us(graph.replay) / CALLS

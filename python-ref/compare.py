@@ -3,8 +3,8 @@
 
     python compare.py --op path/to/op --device cuda
 
-Cases are random: all dtypes, odd sizes, layouts, both ways of memory access. Results must equal the f32-sequential
-reference bit for bit, and lie within the stated bound of the f64 reference. Ends with `N passed, N failed`.
+Cases are random: all dtypes, odd sizes, layouts, both ways of memory access. Results must lie within the stated bound of
+the f64 reference, and equal the f32-sequential one bit for bit where an op promises that. Ends with `N passed, N failed`.
 """
 
 import argparse
@@ -18,11 +18,12 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from nextscale_ref import philox, rvq
+from nextscale_ref import attention, philox, rvq
 
 DTYPES = {
     "u16": torch.uint16,
     "u32": torch.uint32,
+    "i32": torch.int32,
     "i64": torch.int64,
     "f32": torch.float32,
     "f16": torch.float16,
@@ -135,6 +136,178 @@ def rvq_decode(program, number, rng):
     return what, None, share
 
 
+def within(name, out, exact, bound, dtype):
+    """(None or why not, worst error as a share of the bound). `bound` is that before rounding to `dtype`."""
+    if out.dtype != dtype or out.shape != exact.shape:
+        return f"{name} is {out.dtype} {list(out.shape)}", 0.0
+    bound = bound + attention.rounding(exact.abs() + bound, dtype)
+    # Infinities are equal; a NaN is close to nothing.
+    difference = torch.where(out.double() == exact, 0, (out.double() - exact).abs())
+    if not (difference <= bound).all():
+        return f"{name} is outside the bound around the f64 reference", 0.0
+    return None, torch.where(bound > 0, difference / bound, 0).max().item() if out.numel() else 0.0
+
+
+FLOATS = ["f32", "f16", "bf16"]
+
+
+def attention_merge(program, number, rng):
+    # Consecutive numbers walk all combinations: 10 and their number, 27, have no common divisor.
+    combinations = list(itertools.product(["narrow", "wide", "auto"], FLOATS, FLOATS))
+    access, out_t, parts_t = combinations[number * 10 % len(combinations)]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+
+    vec = 16 // DTYPES[parts_t].itemsize
+    dim = rng.choice([1, 3, 33, 64, 127, 128, rng.randint(1, 1024)])
+    if access == "wide":
+        dim = vec * rng.choice([1, 3, 8, 16, 17, 33])
+    parts = rng.choice([1, 2, 3, 4, 5, 8, 9, 17, rng.randint(1, 256)])
+    batch, rows, heads = rng.choice([1, 2, 3]), rng.choice([0, 1, 2, 9, 33]), rng.choice([1, 2, 5])
+    values = torch.randn([parts, batch, rows, heads, dim], generator=generator).to(DTYPES[parts_t])
+    spread = rng.choice([1, 10, 200])
+    empty = rng.choice([0, 0, 0.4, 1])
+
+    def random_lse(shape):
+        lse = torch.randn(shape, generator=generator) * spread
+        return lse.masked_fill(torch.rand(shape, generator=generator) < empty, -torch.inf)
+
+    lse = random_lse([parts, batch, heads, rows])
+    # What has no weight may be anything.
+    values = values.masked_fill((lse == -torch.inf).transpose(-1, -2)[..., None], torch.nan)
+    inputs, old = {"parts": values, "lse": lse}, None
+    if rng.random() < 0.4:
+        old = (torch.randn([batch, rows, heads, dim], generator=generator).to(DTYPES[out_t]),
+               random_lse([batch, heads, rows]))
+        inputs |= {"old_out": old[0], "old_lse": old[1]}
+    what = (f"{parts_t}->{out_t} {access} {parts} parts of {batch}x{rows}x{heads}x{dim} spread {spread} "
+            f"empty {empty}{' accumulated' if old else ''}")
+    settings = {"out_dtype": out_t, "access": access}
+    exit_code, outputs, error = program("attention_merge", inputs, settings, repeat=2 if number % 5 == 0 else 1)
+    if exit_code != 0:
+        return what, f"exit code {exit_code}: {error}", 0.0
+    out, out_lse, out_bound, lse_bound = attention.merge(values, lse, old)
+    problem, share = within("out", outputs["out"], out, out_bound, DTYPES[out_t])
+    lse_problem, lse_share = within("out_lse", outputs["out_lse"], out_lse, lse_bound, torch.float32)
+    return what, problem or lse_problem, max(share, lse_share)
+
+
+def attention_prepare(program, number, rng):
+    combinations = list(itertools.product(["narrow", "wide", "auto"], FLOATS, FLOATS, FLOATS))
+    access, in_t, out_t, cache_t = combinations[number * 38 % len(combinations)]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+
+    def random_like(shape):
+        return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-3, 4, shape, generator=generator)
+
+    vec = 16 // DTYPES[in_t].itemsize
+    rope = rng.choice(["none", "interleaved", "interleaved-full", "half", "half", "half-full"])
+    axes = rng.choice([1, 1, 2, 3]) if rope.startswith("half") else 1
+    # Every half of an axis is a multiple of this.
+    unit = vec if access == "wide" else 1
+    most = 256 // (2 * axes * unit)
+    rotary = 2 * axes * unit * rng.choice([1, most, rng.randint(1, most), rng.randint(1, most)])
+    dim = rotary if rng.random() < 0.5 else rotary + unit * rng.randint(0, (256 - rotary) // unit)
+    batch, rows = rng.choice([1, 2, 3]), rng.choice([0, 1, 2, 7, 20])
+    heads, kv_heads = rng.choice([1, 2, 5, 8]), rng.choice([1, 2, 3])
+    cache_rows = rows + rng.choice([0, 1, 30])
+    present = rng.choice(["qkv", "qkv", "qkv", "q", "kv", "v"])
+    norm = rng.choice(["none", "l2", "rms"])
+    eps = {"none": 0.0, "l2": rng.choice([1e-12, 0.5]), "rms": 1e-6}[norm]
+    sizes = {"q": heads, "k": kv_heads, "v": kv_heads}
+    tensors = {name: random_like([batch, rows, sizes[name], dim]).to(DTYPES[in_t]) for name in present}
+    caches = {f"{name}_cache": random_like([batch, cache_rows, kv_heads, dim]).to(DTYPES[cache_t])
+              for name in present if name != "q"}
+    inputs, settings = tensors | caches, {"access": access, "out_dtype": out_t, "norm": norm}
+    if norm != "none":
+        settings["eps"] = eps
+    weights = {}
+    if norm == "rms" and rng.random() < 0.7:
+        weights = {name: random_like([dim]) for name in present if name != "v"}
+        inputs |= {f"{name}_weight": weight for name, weight in weights.items()}
+    multiplier = random_like([heads]) if "q" in present and rng.random() < 0.5 else None
+    if multiplier is not None:
+        inputs["q_multiplier"] = multiplier
+
+    beyond = rng.random() < 0.3
+    append_at = torch.tensor([rng.randint(0, cache_rows - rows) for _ in range(batch)], dtype=torch.int32)
+    if rng.random() < 0.5:
+        if beyond:
+            append_at[rng.randrange(batch)] = rng.choice([-1, cache_rows - rows + 1, 2**31 - 1, -(2**31)])
+        inputs["append_at"] = append_at
+    else:
+        append_at[:] = append_at[0]
+        settings["append_at"] = int(append_at[0])
+    token = torch.arange(rows)
+    place = append_at.long()[:, None] + token
+    flags = 2 * int(present != "q" and bool(((place < 0) | (place >= cache_rows)).any()))
+    known = False
+    rows_of_table, columns = {}, {}
+    if rope != "none":
+        table_rows = max(rows, 1) + rng.choice([0, 40])
+        columns = rotary if rope.endswith("full") else rotary // 2
+        angles = torch.rand([table_rows, columns], generator=generator) * 6.3
+        cos, sin = angles.cos(), angles.sin()
+        inputs |= {"cos": cos, "sin": sin}
+        settings |= {"rope": rope.split("-")[0], "axes": axes, "full_table": str(rope.endswith("full")).lower()}
+        kind = rng.choice(["from", "append", "rows", "batch"])
+        if kind == "from":
+            settings["position"] = rng.randint(0, table_rows - rows)
+            position = (settings["position"] + token).expand(batch, rows)
+        elif kind == "append":
+            settings["position_at_append"] = "true"
+            position = place
+        else:
+            shape = [rows] if kind == "rows" else [batch, rows]
+            position = torch.randint(0, table_rows, shape, generator=generator).to(torch.int32)
+            if beyond and position.numel():
+                position.view(-1)[rng.randrange(position.numel())] = rng.choice([-1, table_rows, 2**31 - 1])
+            inputs["positions"] = position
+            position = position.long().expand(batch, rows)
+        outside = bool(((position < 0) | (position >= table_rows)).any())
+        # A number is checked before anything is launched.
+        known = outside and kind == "append" and "append_at" not in inputs
+        flags += 4 * int(outside and present != "v")
+        position = position.clamp(0, table_rows - 1)
+        rows_of_table = {"cos": cos[position], "sin": sin[position]}
+        beyond = flags > 0 or outside
+    else:
+        beyond = flags > 0
+
+    what = (f"{in_t}->{out_t},{cache_t} {access} {present} {batch}x{rows}x{heads},{kv_heads}x{dim} {norm} {rope}"
+            f"{f' {rotary} in {axes}' if rope != 'none' else ''}{' out of range' if beyond else ''}")
+    exit_code, outputs, error = program("attention_prepare", inputs, settings, repeat=2 if number % 5 == 0 else 1)
+    if known or (beyond and program.device == "host"):
+        refused = exit_code == 1 and "rows" in error
+        return what, None if refused else f"not refused: exit code {exit_code} {error}", 0.0
+    if exit_code != 0:
+        return what, f"exit code {exit_code}: {error}", 0.0
+
+    worst = 0.0
+    for name, x in tensors.items():
+        how = {}
+        if name != "v":
+            how = dict(norm=norm, eps=eps, weight=weights.get(name), rope=rope, axes=axes) | rows_of_table
+        if name == "q":
+            how["multiplier"] = multiplier
+        exact, bound = attention.prepare(x, **how)
+        dtype, key = DTYPES[out_t], "q_out"
+        if name != "q":
+            dtype, key = DTYPES[cache_t], f"{name}_cache"
+            # Rows that were there stay as they are, bit for bit.
+            bound = attention.append(torch.zeros(caches[key].shape, dtype=torch.float64), bound, append_at.tolist())
+            untouched = attention.append(torch.ones(caches[key].shape), torch.zeros_like(x).float(), append_at.tolist()) > 0
+            if not same_bits(outputs[key][untouched], caches[key][untouched]):
+                return what, f"{key}: rows of others were written", 0.0
+            exact = attention.append(caches[key].double(), exact, append_at.tolist())
+        problem, share = within(key, outputs[key], exact, bound, dtype)
+        if problem:
+            return what, problem, 0.0
+        worst = max(worst, share)
+    if program.device != "host" and outputs["flags"].tolist() != [flags]:
+        return what, f"flags are {outputs['flags'].tolist()} instead of {flags}", 0.0
+    return what, None, worst
+
+
 def philox_fill(program, number, rng):
     positions = rng.choice([0, 1, 255, 256, 257, rng.randint(1, 2000)])
     first = rng.choice([0, 2**32 - 3, 2**64 - 5, rng.getrandbits(64)])
@@ -149,7 +322,12 @@ def philox_fill(program, number, rng):
     return what, None if same_bits(outputs["out"], want) else "differs from the reference", 0.0
 
 
-OPS = {"rvq_decode": rvq_decode, "philox_fill": philox_fill}
+OPS = {
+    "attention_merge": attention_merge,
+    "attention_prepare": attention_prepare,
+    "rvq_decode": rvq_decode,
+    "philox_fill": philox_fill,
+}
 
 
 def main():
@@ -180,7 +358,7 @@ def main():
                     what, problem, share = f"case {number}", f"{type(error).__name__}: {error}", 0.0
                 passed, failed = passed + (problem is None), failed + (problem is not None)
                 verdict = "ok    " if problem is None else "FAILED"
-                print(f"{verdict} {name:<12} {number:>4}  {what}  error/bound {share:.2f}"
+                print(f"{verdict} {name:<18} {number:>4}  {what}  error/bound {share:.2f}"
                       f"{f'  {problem}' if problem else ''}", flush=True)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)

@@ -22,6 +22,25 @@
   and the known answers published with Random123:
     known.counter u32 [n, 4], known.key u32 [n, 2], known.words u32 [n, 4]
 
+`attention_merge.safetensors`. Metadata: `cases`, a JSON list, one object a case:
+    name, parts, batch, rows, heads, dim, in, out: sizes and dtypes; accumulate: bool: old_out and old_lse are there
+  Tensors of a case:
+    <name>.parts  [parts, batch, rows, heads, dim], <name>.lse f32 [parts, batch, heads, rows]
+    <name>.old_out [batch, rows, heads, dim] of out's dtype, <name>.old_lse f32 [batch, heads, rows]
+    <name>.exact, <name>.exact_lse    f64, the result
+    <name>.bound, <name>.bound_lse    f64, how far from it one may be, the rounding to out's dtype not counted
+
+`attention_prepare.safetensors`. Metadata: `cases`, a JSON list, one object a case:
+    name, batch, rows, heads, kv_heads, dim, cache_rows, append_at, in, out, cache: sizes and dtypes
+    norm ("none", "l2", "rms"), eps, rope ("none", "interleaved", "half"), axes, full_table, rotary_dim
+    position: of row 0, or null: they are in <name>.positions
+  Tensors of a case:
+    <name>.q [batch, rows, heads, dim], <name>.k and <name>.v [batch, rows, kv_heads, dim]
+    <name>.cos and <name>.sin f32 [table_rows, columns], <name>.positions i32 [batch, rows]; with a rope
+    <name>.q_weight and <name>.k_weight f32 [dim] with "rms"; <name>.q_multiplier f32 [heads] with "l2"
+    <name>.exact_q, <name>.exact_k, <name>.exact_v    f64, the new rows
+    <name>.bound_q, <name>.bound_k    f64, as above; v is exact but for its rounding
+
 The same bytes every time: seeds are fixed, and random values are drawn from Philox itself, not from a library whose
 generator may change.
 """
@@ -33,7 +52,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from nextscale_ref import philox, rvq
+from nextscale_ref import attention, philox, rvq
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 LARGEST = 64 * 1024
@@ -75,6 +94,29 @@ PHILOX_CASES = [
     ("far", 16, 42, 2**40 + 12345, 7, 3),
     ("carry", 8, 42, 2**32 - 4, 1, 0),
     ("wraps", 8, 2**64 - 1, 2**64 - 4, 2**32 - 1, 2**32 - 1),
+]
+
+
+# name, parts, batch, rows, heads, dim, in, out, spread of the lse, accumulate
+MERGE_CASES = [
+    ("split", 4, 2, 3, 2, 16, "f32", "bf16", 8, False),
+    ("intervals", 2, 1, 4, 2, 24, "bf16", "bf16", 3, False),
+    ("ring", 1, 2, 3, 2, 16, "bf16", "f32", 6, True),
+    ("many", 19, 1, 2, 2, 8, "f32", "f32", 40, False),
+    ("odd", 3, 1, 3, 1, 13, "f16", "f16", 5, True),
+    ("far_apart", 3, 1, 4, 2, 8, "f32", "f32", 150, False),
+]
+
+# name, batch, rows, heads, kv_heads, dim, cache_rows, append_at, in, out, cache, norm, rope, and what is special.
+PREPARE_CASES = [
+    ("var", 2, 2, 2, 2, 16, 4, 1, "f16", "f16", "f16", "l2", "none", {}),
+    ("infinity", 1, 3, 2, 2, 16, 4, 1, "bf16", "bf16", "bf16", "l2", "interleaved", {}),
+    ("infinity_star", 1, 3, 4, 1, 16, 4, 0, "bf16", "f32", "bf16", "rms", "interleaved", {}),
+    ("acdit", 1, 2, 2, 2, 16, 3, 1, "f32", "f32", "f32", "rms", "half", {"full_table": True}),
+    ("llama", 2, 1, 4, 2, 16, 5, 3, "bf16", "bf16", "bf16", "none", "half", {}),
+    ("axes", 1, 2, 2, 1, 24, 3, 1, "f32", "bf16", "f16", "none", "half", {"axes": 3}),
+    ("partial", 1, 2, 2, 1, 20, 3, 0, "f16", "f32", "f32", "rms", "half", {"rotary_dim": 12}),
+    ("gathered", 2, 2, 2, 1, 8, 3, 0, "f32", "f32", "f32", "l2", "interleaved", {"gather": True}),
 ]
 
 
@@ -120,6 +162,87 @@ def rvq_golden():
     return tensors, cases
 
 
+def random_lse(shape, spread, domain):
+    """[*shape] f32 within `spread` of 0, about a sixth of them -inf."""
+    lse = (random_values(shape, domain) * spread / 64).float()
+    return lse.masked_fill(random_codes(shape, 6, domain) == 0, -torch.inf)
+
+
+def merge_golden():
+    tensors, cases = {}, []
+    for number, (name, parts, batch, rows, heads, dim, in_t, out_t, spread, accumulate) in enumerate(MERGE_CASES):
+        domain = 2000 + 10 * number
+        values = random_values([parts, batch, rows, heads, dim], domain).to(DTYPES[in_t])
+        lse = random_lse([parts, batch, heads, rows], spread, domain + 1)
+        tensors |= {f"{name}.parts": values, f"{name}.lse": lse}
+        old = None
+        if accumulate:
+            old = (
+                random_values([batch, rows, heads, dim], domain + 2).to(DTYPES[out_t]),
+                random_lse([batch, heads, rows], spread, domain + 3),
+            )
+            tensors |= {f"{name}.old_out": old[0], f"{name}.old_lse": old[1]}
+        out, out_lse, bound, lse_bound = attention.merge(values, lse, old)
+        tensors |= {f"{name}.exact": out, f"{name}.bound": bound}
+        tensors |= {f"{name}.exact_lse": out_lse, f"{name}.bound_lse": lse_bound}
+        sizes = dict(parts=parts, batch=batch, rows=rows, heads=heads, dim=dim)
+        cases.append(dict(name=name) | sizes | {"in": in_t, "out": out_t, "accumulate": accumulate})
+    return tensors, cases
+
+
+def prepare_golden():
+    tensors, cases = {}, []
+    for number, (name, batch, rows, heads, kv_heads, dim, cache_rows, at, *dtypes, norm, rope, special) in enumerate(
+        PREPARE_CASES
+    ):
+        in_t, out_t, cache_t = dtypes
+        domain = 3000 + 20 * number
+        full, axes = special.get("full_table", False), special.get("axes", 1)
+        rotary = special.get("rotary_dim", dim)
+        case = dict(name=name, batch=batch, rows=rows, heads=heads, kv_heads=kv_heads, dim=dim, cache_rows=cache_rows)
+        case |= {"append_at": at, "in": in_t, "out": out_t, "cache": cache_t, "norm": norm, "rope": rope, "axes": axes}
+        case |= {"full_table": full, "rotary_dim": rotary, "position": None, "eps": {"l2": 1e-12, "rms": 1e-6}.get(norm, 0)}
+        how = dict(norm=norm, eps=case["eps"])
+        if rope != "none":
+            table_rows = rows + 4
+            angles = random_values([table_rows, rotary // (1 if full else 2)], domain) / 20
+            cos, sin = angles.cos().float(), angles.sin().float()
+            tensors |= {f"{name}.cos": cos, f"{name}.sin": sin}
+            if special.get("gather"):
+                positions = random_codes([batch, rows], table_rows, domain + 1)
+                tensors[f"{name}.positions"] = positions.to(torch.int32)
+            else:
+                case["position"] = 2
+                positions = torch.arange(2, 2 + rows)
+            how |= dict(rope=rope + ("-full" if full else ""), axes=axes, cos=cos[positions], sin=sin[positions])
+        for of, (tensor, count) in enumerate([("q", heads), ("k", kv_heads), ("v", kv_heads)]):
+            x = random_values([batch, rows, count, dim], domain + 2 + of).to(DTYPES[in_t])
+            tensors[f"{name}.{tensor}"] = x
+            extra = {}
+            if norm == "rms" and tensor != "v":
+                extra["weight"] = random_values([dim], domain + 6 + of).float()
+                tensors[f"{name}.{tensor}_weight"] = extra["weight"]
+            if norm == "l2" and tensor == "q":
+                extra["multiplier"] = random_values([heads], domain + 9).abs().float()
+                tensors[f"{name}.q_multiplier"] = extra["multiplier"]
+            exact, bound = attention.prepare(x) if tensor == "v" else attention.prepare(x, **how, **extra)
+            tensors[f"{name}.exact_{tensor}"] = exact
+            if tensor != "v":
+                tensors[f"{name}.bound_{tensor}"] = bound
+        cases.append(case)
+    return tensors, cases
+
+
+def golden():
+    """(tensors, cases) of every file, by name."""
+    return {
+        "attention_merge": merge_golden(),
+        "attention_prepare": prepare_golden(),
+        "rvq_decode": rvq_golden(),
+        "philox": philox_golden(),
+    }
+
+
 def philox_golden():
     def words(rows):
         return torch.tensor(rows, dtype=torch.int64).to(torch.uint32)
@@ -139,7 +262,7 @@ def philox_golden():
 def main():
     folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else GOLDEN
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (tensors, cases) in {"rvq_decode": rvq_golden(), "philox": philox_golden()}.items():
+    for name, (tensors, cases) in golden().items():
         path = folder / f"{name}.safetensors"
         # One key of metadata only: safetensors does not keep the order of several.
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"cases": json.dumps(cases)})

@@ -112,6 +112,18 @@ pub enum Error {
         /// Number of entries in the codebook.
         entries: u64,
     },
+    /// A row that is not there: a position outside its table, or a place outside a cache. (A kernel that learns it from
+    /// device memory clamps it or leaves it out, and sets a flag.)
+    RowOutOfRange {
+        /// The argument.
+        arg: &'static str,
+        /// Position in the buffer, in elements; 0 for a number.
+        at: u64,
+        /// The row.
+        row: i64,
+        /// How many there are.
+        rows: u64,
+    },
     /// A dtype that is known only when the program runs does not suit.
     DType {
         /// The argument.
@@ -152,6 +164,9 @@ impl fmt::Display for Error {
             Error::Workspace { need, got } => write!(f, "workspace: {got} bytes, {need} needed"),
             Error::CodeOutOfRange { arg, at, code, entries } => {
                 write!(f, "{arg}: code {code} at element {at}, but the codebook has {entries} entries")
+            }
+            Error::RowOutOfRange { arg, at, row, rows } => {
+                write!(f, "{arg}: row {row} by element {at}, but there are {rows} rows")
             }
             Error::DType { arg, what } => write!(f, "{arg}: wrong dtype; {what}"),
             Error::Launch { op, code, name } => write!(f, "{op}: {name} ({code})"),

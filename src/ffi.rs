@@ -22,6 +22,8 @@ pub const NXS_I32: u32 = 7;
 pub const NXS_U32: u32 = 8;
 pub const NXS_I64: u32 = 9;
 pub const NXS_FLAG_CODE_CLAMPED: u32 = 1;
+pub const NXS_FLAG_APPEND_SKIPPED: u32 = 2;
+pub const NXS_FLAG_POSITION_CLAMPED: u32 = 4;
 pub const NXS_SCHEDULE_ITEM_WORDS: u32 = 12;
 pub const NXS_SCHEDULE_RUN_WORDS: u32 = 8;
 pub const NXS_SCHEDULE_MASK_WORDS: u32 = 256;
@@ -29,6 +31,12 @@ pub const NXS_SCHEDULE_TILE_ROWS: u32 = 64;
 pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
 pub const NXS_MASK_NONE: u32 = 0;
 pub const NXS_MASK_HIDDEN: u32 = 1;
+pub const NXS_NORM_NONE: u32 = 0;
+pub const NXS_NORM_L2: u32 = 1;
+pub const NXS_NORM_RMS: u32 = 2;
+pub const NXS_ROPE_NONE: u32 = 0;
+pub const NXS_ROPE_INTERLEAVED: u32 = 1;
+pub const NXS_ROPE_HALF: u32 = 2;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -255,6 +263,270 @@ impl Default for nxs_scale_attention_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct nxs_attention_merge_params {
+    pub parts: *const ::core::ffi::c_void,
+    pub lse: *const f32,
+    pub out: *mut ::core::ffi::c_void,
+    pub out_lse_or_null: *mut f32,
+    pub gate_or_null: *const u32,
+    pub parts_stride_part: i64,
+    pub parts_stride_batch: i64,
+    pub parts_stride_row: i64,
+    pub parts_stride_head: i64,
+    pub lse_stride_part: i64,
+    pub lse_stride_batch: i64,
+    pub lse_stride_head: i64,
+    pub lse_stride_row: i64,
+    pub out_stride_batch: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub out_lse_stride_batch: i64,
+    pub out_lse_stride_head: i64,
+    pub out_lse_stride_row: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub parts_count: i32,
+    pub heads: i32,
+    pub dim: i32,
+    pub parts_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+    pub gate: u32,
+    pub accumulate: i32,
+    pub vector: i32,
+    pub log2_lanes: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_attention_merge_params"][::core::mem::size_of::<nxs_attention_merge_params>() - 208usize];
+    ["Alignment of nxs_attention_merge_params"][::core::mem::align_of::<nxs_attention_merge_params>() - 8usize];
+    ["Offset of field: nxs_attention_merge_params::parts"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts) - 0usize];
+    ["Offset of field: nxs_attention_merge_params::lse"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse) - 8usize];
+    ["Offset of field: nxs_attention_merge_params::out"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out) - 16usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_or_null"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_or_null) - 24usize];
+    ["Offset of field: nxs_attention_merge_params::gate_or_null"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, gate_or_null) - 32usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_part"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_part) - 40usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_batch) - 48usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_row) - 56usize];
+    ["Offset of field: nxs_attention_merge_params::parts_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_stride_head) - 64usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_part"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_part) - 72usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_batch) - 80usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_head) - 88usize];
+    ["Offset of field: nxs_attention_merge_params::lse_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, lse_stride_row) - 96usize];
+    ["Offset of field: nxs_attention_merge_params::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_batch) - 104usize];
+    ["Offset of field: nxs_attention_merge_params::out_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_row) - 112usize];
+    ["Offset of field: nxs_attention_merge_params::out_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_stride_head) - 120usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_batch) - 128usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_head) - 136usize];
+    ["Offset of field: nxs_attention_merge_params::out_lse_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_lse_stride_row) - 144usize];
+    ["Offset of field: nxs_attention_merge_params::batch"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, batch) - 152usize];
+    ["Offset of field: nxs_attention_merge_params::rows"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, rows) - 160usize];
+    ["Offset of field: nxs_attention_merge_params::parts_count"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_count) - 168usize];
+    ["Offset of field: nxs_attention_merge_params::heads"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, heads) - 172usize];
+    ["Offset of field: nxs_attention_merge_params::dim"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, dim) - 176usize];
+    ["Offset of field: nxs_attention_merge_params::parts_dtype"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, parts_dtype) - 180usize];
+    ["Offset of field: nxs_attention_merge_params::out_dtype"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, out_dtype) - 184usize];
+    ["Offset of field: nxs_attention_merge_params::gate"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, gate) - 188usize];
+    ["Offset of field: nxs_attention_merge_params::accumulate"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, accumulate) - 192usize];
+    ["Offset of field: nxs_attention_merge_params::vector"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, vector) - 196usize];
+    ["Offset of field: nxs_attention_merge_params::log2_lanes"]
+        [::core::mem::offset_of!(nxs_attention_merge_params, log2_lanes) - 200usize];
+};
+impl Default for nxs_attention_merge_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_attention_prepare_tensor {
+    pub input: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub weight_or_null: *const f32,
+    pub head_scale_or_null: *const f32,
+    pub input_stride_batch: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_batch: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub out_rows: i64,
+    pub heads: i32,
+    pub out_dtype: nxs_dtype,
+    pub norm: i32,
+    pub norm_eps: f32,
+    pub rotate: i32,
+    pub append: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_attention_prepare_tensor"][::core::mem::size_of::<nxs_attention_prepare_tensor>() - 112usize];
+    ["Alignment of nxs_attention_prepare_tensor"][::core::mem::align_of::<nxs_attention_prepare_tensor>() - 8usize];
+    ["Offset of field: nxs_attention_prepare_tensor::input"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, input) - 0usize];
+    ["Offset of field: nxs_attention_prepare_tensor::out"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, out) - 8usize];
+    ["Offset of field: nxs_attention_prepare_tensor::weight_or_null"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, weight_or_null) - 16usize];
+    ["Offset of field: nxs_attention_prepare_tensor::head_scale_or_null"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, head_scale_or_null) - 24usize];
+    ["Offset of field: nxs_attention_prepare_tensor::input_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, input_stride_batch) - 32usize];
+    ["Offset of field: nxs_attention_prepare_tensor::input_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, input_stride_row) - 40usize];
+    ["Offset of field: nxs_attention_prepare_tensor::input_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, input_stride_head) - 48usize];
+    ["Offset of field: nxs_attention_prepare_tensor::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, out_stride_batch) - 56usize];
+    ["Offset of field: nxs_attention_prepare_tensor::out_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, out_stride_row) - 64usize];
+    ["Offset of field: nxs_attention_prepare_tensor::out_stride_head"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, out_stride_head) - 72usize];
+    ["Offset of field: nxs_attention_prepare_tensor::out_rows"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, out_rows) - 80usize];
+    ["Offset of field: nxs_attention_prepare_tensor::heads"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, heads) - 88usize];
+    ["Offset of field: nxs_attention_prepare_tensor::out_dtype"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, out_dtype) - 92usize];
+    ["Offset of field: nxs_attention_prepare_tensor::norm"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, norm) - 96usize];
+    ["Offset of field: nxs_attention_prepare_tensor::norm_eps"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, norm_eps) - 100usize];
+    ["Offset of field: nxs_attention_prepare_tensor::rotate"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, rotate) - 104usize];
+    ["Offset of field: nxs_attention_prepare_tensor::append"]
+        [::core::mem::offset_of!(nxs_attention_prepare_tensor, append) - 108usize];
+};
+impl Default for nxs_attention_prepare_tensor {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_attention_prepare_params {
+    pub tensor: [nxs_attention_prepare_tensor; 3usize],
+    pub cos_or_null: *const f32,
+    pub sin_or_null: *const f32,
+    pub positions_or_null: *const i32,
+    pub append_at_or_null: *const i32,
+    pub flags_or_null: *mut u32,
+    pub table_stride_row: i64,
+    pub positions_stride_batch: i64,
+    pub positions_stride_row: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub table_rows: i64,
+    pub append_at: i64,
+    pub position: i64,
+    pub dim: i32,
+    pub rope: i32,
+    pub rotary_dim: i32,
+    pub rope_block: i32,
+    pub table_full: i32,
+    pub position_at_append: i32,
+    pub in_dtype: nxs_dtype,
+    pub vector: i32,
+    pub log2_lanes: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_attention_prepare_params"][::core::mem::size_of::<nxs_attention_prepare_params>() - 480usize];
+    ["Alignment of nxs_attention_prepare_params"][::core::mem::align_of::<nxs_attention_prepare_params>() - 8usize];
+    ["Offset of field: nxs_attention_prepare_params::tensor"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, tensor) - 0usize];
+    ["Offset of field: nxs_attention_prepare_params::cos_or_null"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, cos_or_null) - 336usize];
+    ["Offset of field: nxs_attention_prepare_params::sin_or_null"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, sin_or_null) - 344usize];
+    ["Offset of field: nxs_attention_prepare_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, positions_or_null) - 352usize];
+    ["Offset of field: nxs_attention_prepare_params::append_at_or_null"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, append_at_or_null) - 360usize];
+    ["Offset of field: nxs_attention_prepare_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, flags_or_null) - 368usize];
+    ["Offset of field: nxs_attention_prepare_params::table_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, table_stride_row) - 376usize];
+    ["Offset of field: nxs_attention_prepare_params::positions_stride_batch"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, positions_stride_batch) - 384usize];
+    ["Offset of field: nxs_attention_prepare_params::positions_stride_row"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, positions_stride_row) - 392usize];
+    ["Offset of field: nxs_attention_prepare_params::batch"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, batch) - 400usize];
+    ["Offset of field: nxs_attention_prepare_params::rows"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, rows) - 408usize];
+    ["Offset of field: nxs_attention_prepare_params::table_rows"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, table_rows) - 416usize];
+    ["Offset of field: nxs_attention_prepare_params::append_at"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, append_at) - 424usize];
+    ["Offset of field: nxs_attention_prepare_params::position"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, position) - 432usize];
+    ["Offset of field: nxs_attention_prepare_params::dim"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, dim) - 440usize];
+    ["Offset of field: nxs_attention_prepare_params::rope"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, rope) - 444usize];
+    ["Offset of field: nxs_attention_prepare_params::rotary_dim"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, rotary_dim) - 448usize];
+    ["Offset of field: nxs_attention_prepare_params::rope_block"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, rope_block) - 452usize];
+    ["Offset of field: nxs_attention_prepare_params::table_full"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, table_full) - 456usize];
+    ["Offset of field: nxs_attention_prepare_params::position_at_append"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, position_at_append) - 460usize];
+    ["Offset of field: nxs_attention_prepare_params::in_dtype"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, in_dtype) - 464usize];
+    ["Offset of field: nxs_attention_prepare_params::vector"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, vector) - 468usize];
+    ["Offset of field: nxs_attention_prepare_params::log2_lanes"]
+        [::core::mem::offset_of!(nxs_attention_prepare_params, log2_lanes) - 472usize];
+};
+impl Default for nxs_attention_prepare_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct nxs_rvq_decode_params {
     pub codes: *const ::core::ffi::c_void,
     pub codebooks: *const ::core::ffi::c_void,
@@ -345,6 +617,14 @@ unsafe extern "C" {
     pub fn nxs_philox_fill(params: *const nxs_philox_fill_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_scale_attention(
         params: *const nxs_scale_attention_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_attention_merge(
+        params: *const nxs_attention_merge_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_attention_prepare(
+        params: *const nxs_attention_prepare_params,
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;

@@ -39,6 +39,13 @@ impl<'s> Operands<'s> {
         Ok(self)
     }
 
+    pub(crate) fn input_if<T: Element>(self, arg: &'static str, view: &Option<In<'_, T>>, need: u64) -> Result<Self> {
+        match view {
+            Some(view) => self.input(arg, view, need),
+            None => Ok(self),
+        }
+    }
+
     pub(crate) fn output<T: Element>(mut self, arg: &'static str, view: &Out<'_, T>, need: u64) -> Result<Self> {
         self.add(arg, view.span(), T::DTYPE.size(), need, true)?;
         Ok(self)

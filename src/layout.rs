@@ -99,6 +99,18 @@ impl<const N: usize> Layout<N> {
     }
 }
 
+/// How a kernel reaches memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Access {
+    /// Wide where layouts and addresses allow it, else narrow.
+    #[default]
+    Auto,
+    /// One element at a time.
+    Narrow,
+    /// 16 bytes at a time; refused where layouts or addresses do not allow it.
+    Wide,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

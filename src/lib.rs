@@ -26,7 +26,7 @@ mod plan;
 pub use device::{Device, DeviceInfo, driver_present};
 pub use dtype::{DType, F8E4M3, bf16, f16};
 pub use error::{Error, Result};
-pub use layout::Layout;
+pub use layout::{Access, Layout};
 pub use stream::{AsStream, Stream};
 pub use view::{In, Out};
 

@@ -1,19 +1,25 @@
 //! Every device against what PyTorch answered: `python-ref/make_golden.py` wrote the files and describes them.
 
-#![cfg(feature = "quantization")]
+#![cfg(all(feature = "attention", feature = "quantization"))]
 
 mod support;
 
+use nextscale::attention::{AppendAt, Merge, MergeArgs, Norm, Positions, Prepare, PrepareArgs, Rope};
 use nextscale::dtype::{Code, Float};
 use nextscale::philox::PhiloxFill;
 use nextscale::quantization::{RvqDecode, RvqDecodeArgs};
 use nextscale::{DType, DeviceInfo, philox};
 use safetensors::SafeTensors;
 use serde_json::Value;
-use support::{Buffer, ForDTypes, TestDevice, Tolerance, dtype, for_dtypes};
+use support::{
+    Buffer, ForDTypes, ForFloats, ForThreeFloats, TestDevice, Tolerance, dtype, for_dtypes, for_floats,
+    for_three_floats, rounding,
+};
 
 // Embedded, so that a test binary can run on a machine that has nothing else.
 const RVQ_DECODE: &[u8] = include_bytes!("golden/rvq_decode.safetensors");
+const ATTENTION_MERGE: &[u8] = include_bytes!("golden/attention_merge.safetensors");
+const ATTENTION_PREPARE: &[u8] = include_bytes!("golden/attention_prepare.safetensors");
 const PHILOX: &[u8] = include_bytes!("golden/philox.safetensors");
 
 fn open(file: &[u8]) -> (SafeTensors<'_>, Vec<Value>) {
@@ -76,6 +82,156 @@ fn check<C: Code, E: Float, O: Float>(file: &SafeTensors<'_>, case: &Value) {
         let actual: Vec<f64> = out.iter().map(|x| f64::from(x.to_f32())).collect();
         // Terms that cancel leave the rounding of the larger sums before them.
         Tolerance { atol: 1e-4, ..Tolerance::rounded_to(bits) }.check(&actual, &exact).unwrap();
+    }
+}
+
+/// Within the bound and the rounding to the type; infinities are equal.
+fn compare<T: Float>(what: &str, actual: &[T], exact: &[f64], bound: &[f64]) {
+    assert_eq!(actual.len(), exact.len(), "{what}");
+    for (i, ((actual, exact), bound)) in actual.iter().zip(exact).zip(bound).enumerate() {
+        let actual = f64::from(actual.to_f32());
+        let bound = bound + rounding::<T>(exact.abs() + bound);
+        assert!(
+            actual == *exact || (actual - exact).abs() <= bound,
+            "{what}: element {i}: {actual} instead of {exact}"
+        );
+    }
+}
+
+impl ForFloats for Check<'_> {
+    fn call<P: Float, O: Float>(self) {
+        let Check { file, case } = self;
+        let [of_parts, batch, rows, heads, dim] =
+            ["parts", "batch", "rows", "heads", "dim"].map(|name| case[name].as_u64().unwrap() as usize);
+        let accumulate = case["accumulate"].as_bool().unwrap();
+        let mut builder = Merge::<P, O>::builder(of_parts, heads, dim).batch(batch).rows(rows);
+        if accumulate {
+            builder = builder.accumulate();
+        }
+        let plan = builder.build(&DeviceInfo::H200).unwrap();
+        let real = |name| tensor::<f64>(file, case, name);
+        for device in TestDevice::all() {
+            let parts = Buffer::<P>::of(&device, &tensor(file, case, "parts"), 0);
+            let lse = Buffer::<f32>::of(&device, &tensor(file, case, "lse"), 0);
+            let (mut out, mut out_lse) = if accumulate {
+                let old: (Vec<O>, Vec<f32>) = (tensor(file, case, "old_out"), tensor(file, case, "old_lse"));
+                (Buffer::of(&device, &old.0, 0), Buffer::of(&device, &old.1, 0))
+            } else {
+                let items = batch * rows * heads;
+                (Buffer::poisoned(&device, items * dim, 0), Buffer::poisoned(&device, items, 0))
+            };
+            let args = MergeArgs {
+                parts: parts.input(),
+                lse: lse.input(),
+                out: out.output(),
+                out_lse: Some(out_lse.output()),
+            };
+            plan.run(&device.stream(), args).unwrap();
+            let what = |name| format!("{name} of {case} on {device:?}");
+            compare(&what("out"), &out.read(), &real("exact"), &real("bound"));
+            compare(&what("out_lse"), &out_lse.read(), &real("exact_lse"), &real("bound_lse"));
+        }
+    }
+}
+
+#[test]
+fn attention_merge() {
+    let (file, cases) = open(ATTENTION_MERGE);
+    assert!(cases.len() >= 5);
+    for case in &cases {
+        let [parts, out] = ["in", "out"].map(|name| dtype(case[name].as_str().unwrap()));
+        for_floats(parts, out, Check { file: &file, case });
+    }
+}
+
+impl ForThreeFloats for Check<'_> {
+    fn call<I: Float, O: Float, C: Float>(self) {
+        let Check { file, case } = self;
+        let number = |name: &str| case[name].as_u64().unwrap() as usize;
+        let [batch, rows, heads, kv_heads, dim] = ["batch", "rows", "heads", "kv_heads", "dim"].map(number);
+        let (cache_rows, append_at) = (number("cache_rows"), number("append_at"));
+        let eps = case["eps"].as_f64().unwrap() as f32;
+        let norm = match case["norm"].as_str().unwrap() {
+            "l2" => Norm::L2 { eps },
+            "rms" => Norm::Rms { eps },
+            _ => Norm::None,
+        };
+        let full = case["full_table"].as_bool().unwrap();
+        let columns = number("rotary_dim") / if full { 1 } else { 2 };
+        let turns = case["rope"] != "none";
+        let cos: Vec<f32> = if turns { tensor(file, case, "cos") } else { Vec::new() };
+        let sin: Vec<f32> = if turns { tensor(file, case, "sin") } else { Vec::new() };
+        let mut builder = Prepare::<I, O, C>::builder(dim).batch(batch).rows(rows).norm(norm);
+        builder = builder.q(heads).k(kv_heads, cache_rows).v(kv_heads, cache_rows);
+        builder = builder.positions_strides([rows as i64, 1]);
+        if turns {
+            let table_rows = cos.len() / columns;
+            let rope = match case["rope"].as_str().unwrap() {
+                "interleaved" => Rope::interleaved(table_rows),
+                _ => Rope::half(table_rows).axes(number("axes")),
+            };
+            let rope = rope.rotary_dim(number("rotary_dim"));
+            builder = builder.rope(if full { rope.full_table() } else { rope });
+        }
+        let plan = builder.build(&DeviceInfo::H200).unwrap();
+        let optional =
+            |name: &str, there: bool| -> Vec<f32> { if there { tensor(file, case, name) } else { Vec::new() } };
+        let (rms, l2) = (matches!(norm, Norm::Rms { .. }), matches!(norm, Norm::L2 { .. }));
+        let gathered = turns && case["position"].is_null();
+        let positions: Vec<i32> = if gathered { tensor(file, case, "positions") } else { Vec::new() };
+        for device in TestDevice::all() {
+            let [q, k, v] = ["q", "k", "v"].map(|name| Buffer::<I>::of(&device, &tensor(file, case, name), 0));
+            let [q_weight, k_weight] =
+                ["q_weight", "k_weight"].map(|name| Buffer::of(&device, &optional(name, rms), 0));
+            let multiplier = Buffer::of(&device, &optional("q_multiplier", l2), 0);
+            let (cos, sin) = (Buffer::of(&device, &cos, 0), Buffer::of(&device, &sin, 0));
+            let positions = Buffer::of(&device, &positions, 0);
+            let mut q_out = Buffer::<O>::poisoned(&device, batch * rows * heads * dim, 0);
+            let cache = batch * cache_rows * kv_heads * dim;
+            let [mut k_cache, mut v_cache] = [0, 1].map(|_| Buffer::<C>::poisoned(&device, cache, 0));
+            let args = PrepareArgs {
+                q: Some(q.input()),
+                k: Some(k.input()),
+                v: Some(v.input()),
+                q_out: Some(q_out.output()),
+                k_cache: Some(k_cache.output()),
+                v_cache: Some(v_cache.output()),
+                q_weight: rms.then(|| q_weight.input()),
+                k_weight: rms.then(|| k_weight.input()),
+                q_multiplier: l2.then(|| multiplier.input()),
+                cos: turns.then(|| cos.input()),
+                sin: turns.then(|| sin.input()),
+                positions: match case["position"].as_u64() {
+                    None if gathered => Positions::Of(positions.input()),
+                    first => Positions::From(first.unwrap_or(0)),
+                },
+                append_at: AppendAt::Row(append_at as u64),
+                flags: None,
+            };
+            plan.run(&device.stream(), args).unwrap();
+            let what = |name| format!("{name} of {case} on {device:?}");
+            let real = |name| tensor::<f64>(file, case, name);
+            compare(&what("q"), &q_out.read(), &real("exact_q"), &real("bound_q"));
+            // The new rows of each batch entry.
+            let token = kv_heads * dim;
+            let new = |cache: Vec<C>| -> Vec<C> {
+                let entries = cache.chunks(cache_rows * token);
+                entries.flat_map(|entry| entry[append_at * token..][..rows * token].to_vec()).collect()
+            };
+            compare(&what("k"), &new(k_cache.read()), &real("exact_k"), &real("bound_k"));
+            let exact = real("exact_v");
+            compare(&what("v"), &new(v_cache.read()), &exact, &vec![0.0; exact.len()]);
+        }
+    }
+}
+
+#[test]
+fn attention_prepare() {
+    let (file, cases) = open(ATTENTION_PREPARE);
+    assert!(cases.len() >= 8);
+    for case in &cases {
+        let [input, out, cache] = ["in", "out", "cache"].map(|name| dtype(case[name].as_str().unwrap()));
+        for_three_floats(input, out, cache, Check { file: &file, case });
     }
 }
 

@@ -102,3 +102,33 @@ fn scale_attention_allocates_nothing() {
         });
     }
 }
+
+#[cfg(feature = "attention")]
+#[test]
+fn merge_and_prepare_allocate_nothing() {
+    use nextscale::attention::{Merge, MergeArgs, Norm, Prepare, PrepareArgs, Rope};
+    for device in TestDevice::all() {
+        let merge = Merge::<f32, f32>::builder(2, 2, 8).rows(3).build(&DeviceInfo::A100).unwrap();
+        let prepare = Prepare::<f32, f32, f32>::builder(8).rows(3).q(2).k(2, 3).v(2, 3);
+        let prepare = prepare.norm(Norm::L2 { eps: 1e-12 }).rope(Rope::half(3)).build(&DeviceInfo::A100).unwrap();
+        let ones = Buffer::of(&device, &[1f32; 96], 0);
+        let mut outs = [0, 1, 2].map(|_| Buffer::<f32>::poisoned(&device, 48, 0));
+        assert_allocates_nothing(&device, || {
+            let [q_out, k_cache, v_cache] = &mut outs;
+            let args = MergeArgs { parts: ones.input(), lse: ones.input(), out: q_out.output(), out_lse: None };
+            merge.run(&device.stream(), args).unwrap();
+            let args = PrepareArgs {
+                q: Some(ones.input()),
+                k: Some(ones.input()),
+                v: Some(ones.input()),
+                q_out: Some(q_out.output()),
+                k_cache: Some(k_cache.output()),
+                v_cache: Some(v_cache.output()),
+                cos: Some(ones.input()),
+                sin: Some(ones.input()),
+                ..PrepareArgs::default()
+            };
+            prepare.run(&device.stream(), args).unwrap();
+        });
+    }
+}

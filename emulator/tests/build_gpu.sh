@@ -9,9 +9,9 @@ mkdir -p "$out"
 cd "$root"
 # A toolkit from PyPI keeps its libraries in lib/, where nvcc does not look.
 libraries=$(dirname "$(dirname "$(command -v "$nvcc")")")/lib
-for name in cluster library mma_tile simt wgmma_tile wrappers; do
+for name in attention cluster library mma_tile simt wgmma_tile wrappers; do
   sources=emulator/tests/$name.cpp
-  [ "$name" = library ] && sources="$sources $(echo kernels/*/*.cu)"
+  case $name in attention | library) sources="$sources $(echo kernels/*/*.cu)" ;; esac
   echo "compile $name"
   # shellcheck disable=SC2086
   "$nvcc" -std=c++17 -O3 -Wno-deprecated-gpu-targets -gencode=arch=compute_90a,code=sm_90a -gencode=arch=compute_80,code=sm_80 \

@@ -8,6 +8,8 @@
 //! sense (a wrong setting, tensor or dtype); 1: the op, the device or the output file failed; both with one line that
 //! says why.
 
+mod attention_merge;
+mod attention_prepare;
 mod philox_fill;
 mod request;
 mod runner;
@@ -24,7 +26,7 @@ use crate::runner::{DEVICES, Runner};
 use crate::tensors::Tensors;
 
 /// Every op. A new one is a file beside this and a line here.
-static OPS: &[&Op] = &[&rvq_decode::OP, &philox_fill::OP];
+static OPS: &[&Op] = &[&rvq_decode::OP, &attention_merge::OP, &attention_prepare::OP, &philox_fill::OP];
 
 fn main() -> ExitCode {
     match answer() {
@@ -76,7 +78,7 @@ fn answer() -> Result<(), Failure> {
 
     if list {
         for op in OPS {
-            println!("{:<16}{}", op.name, op.about);
+            println!("{:<20}{}", op.name, op.about);
         }
         return Ok(());
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use nextscale::DType;
+use nextscale::{Access, DType};
 
 use crate::runner::Runner;
 use crate::tensors::Tensors;
@@ -109,7 +109,7 @@ macro_rules! integers {
         }
     )*};
 }
-integers!(u32 => "a 32-bit unsigned integer", u64 => "a 64-bit unsigned integer", i64 => "a 64-bit integer");
+integers!(usize => "a size", u32 => "a 32-bit unsigned integer", u64 => "a 64-bit unsigned integer", i64 => "a 64-bit integer");
 
 impl Setting for bool {
     const WHAT: &'static str = "true or false";
@@ -118,10 +118,36 @@ impl Setting for bool {
     }
 }
 
+impl Setting for f32 {
+    const WHAT: &'static str = "a number";
+    fn parse(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl Setting for String {
+    const WHAT: &'static str = "a word";
+    fn parse(text: &str) -> Option<Self> {
+        Some(text.to_owned())
+    }
+}
+
 impl Setting for DType {
     const WHAT: &'static str = "a dtype";
     fn parse(text: &str) -> Option<Self> {
         crate::tensors::DTYPES.iter().map(|&(dtype, _)| dtype).find(|dtype| dtype.to_string() == text)
+    }
+}
+
+impl Setting for Access {
+    const WHAT: &'static str = "auto, narrow or wide";
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "auto" => Some(Access::Auto),
+            "narrow" => Some(Access::Narrow),
+            "wide" => Some(Access::Wide),
+            _ => None,
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 use nextscale::dtype::{Code, Float};
-use nextscale::quantization::{Access, RvqDecode, RvqDecodeArgs};
+use nextscale::quantization::{RvqDecode, RvqDecodeArgs};
 use nextscale::{bf16, f16};
 
-use crate::request::{Failure, Op, Setting, SettingHelp, Settings, TensorHelp};
+use crate::request::{Failure, Op, SettingHelp, Settings, TensorHelp};
 use crate::runner::Runner;
 use crate::tensors::{Tensor, Tensors, with_type};
 
@@ -124,16 +124,4 @@ fn decode<C: Code, E: Float, O: Float>(
     let outputs = Tensors::default().with("out", Tensor::new(&shape, &out.download()?));
     // The host refuses what a kernel would flag.
     Ok(if runner.is_host() { outputs } else { outputs.with("flags", Tensor::new(&[1], &flags.download()?)) })
-}
-
-impl Setting for Access {
-    const WHAT: &'static str = "auto, narrow or wide";
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "auto" => Some(Access::Auto),
-            "narrow" => Some(Access::Narrow),
-            "wide" => Some(Access::Wide),
-            _ => None,
-        }
-    }
 }

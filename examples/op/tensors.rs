@@ -45,6 +45,23 @@ impl Tensor {
     }
 }
 
+impl Tensor {
+    /// The sizes of a tensor of `N` dimensions.
+    pub(crate) fn shape_of<const N: usize>(&self, name: &str) -> Result<[usize; N], Failure> {
+        let wrong = |_| Failure::request(format!("{name}: shape {:?} has not {N} dimensions", self.shape));
+        self.shape.clone().try_into().map_err(wrong)
+    }
+
+    /// The elements of a tensor that has to have this dtype and shape.
+    pub(crate) fn expect<T: Element>(&self, name: &str, shape: &[usize]) -> Result<Vec<T>, Failure> {
+        if self.dtype != T::DTYPE || self.shape != shape {
+            let (have, want) = (self.dtype, T::DTYPE);
+            return Err(Failure::request(format!("{name}: {have} {:?} instead of {want} {shape:?}", self.shape)));
+        }
+        Ok(self.elements())
+    }
+}
+
 impl safetensors::View for &Tensor {
     fn dtype(&self) -> Dtype {
         let known = DTYPES.iter().find(|(ours, _)| *ours == self.dtype);
@@ -93,6 +110,11 @@ impl Tensors {
             Some(name) => Err(Failure::request(format!("{} reads no tensor {name:?}", op.name))),
             None => Ok(()),
         }
+    }
+
+    /// `None` if it is not there.
+    pub(crate) fn get(&self, name: &str) -> Option<&Tensor> {
+        self.0.get(name)
     }
 
     pub(crate) fn require(&self, name: &str) -> Result<&Tensor, Failure> {

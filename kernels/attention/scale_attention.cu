@@ -1,6 +1,7 @@
 // C entry of scale attention: refuse what the kernels cannot take, pick dtype and dim, combine the splits.
-#include "common/check.h"
+#include "attention/merge.h"
 #include "attention/scale_attention_sm90.cuh"
+#include "common/check.h"
 
 namespace nxs::attention {
 
@@ -18,6 +19,42 @@ template <typename T> static nxs_status for_dim(const ScaleParams& p, void* stre
   return p.dim <= 64   ? scale_attention_sm90<T, 64>(p, stream)
          : p.dim <= 96 ? scale_attention_sm90<T, 96>(p, stream)
                        : scale_attention_sm90<T, 128>(p, stream);
+}
+
+// The parts that the splits have left in the workspace.
+static nxs_status combine(const ScaleParams& p, void* stream) {
+  const i64 rows = p.batch * p.heads * p.rows;
+  nxs_attention_merge_params m = {};
+  m.parts = p.parts_or_null;
+  m.lse = p.parts_or_null + p.splits * rows * p.dim;
+  m.out = p.out;
+  m.out_lse_or_null = p.lse_or_null;
+  m.gate_or_null = p.schedule + 3;
+  m.gate = p.digest;
+  m.parts_stride_part = rows * p.dim;
+  m.parts_stride_batch = p.heads * p.rows * p.dim;
+  m.parts_stride_head = p.rows * p.dim;
+  m.parts_stride_row = p.dim;
+  m.lse_stride_part = rows;
+  m.lse_stride_batch = p.heads * p.rows;
+  m.lse_stride_head = p.rows;
+  m.lse_stride_row = 1;
+  m.out_stride_batch = p.out_stride_batch;
+  m.out_stride_row = p.out_stride_row;
+  m.out_stride_head = p.out_stride_head;
+  m.out_lse_stride_batch = p.lse_stride_batch;
+  m.out_lse_stride_head = p.lse_stride_head;
+  m.out_lse_stride_row = p.lse_stride_row;
+  m.parts_count = p.splits;
+  m.batch = p.batch;
+  m.rows = p.rows;
+  m.heads = p.heads;
+  m.dim = p.dim;
+  m.parts_dtype = NXS_F32;
+  m.out_dtype = p.dtype;
+  m.vector = 1;
+  while (m.log2_lanes < 5 && (4 << m.log2_lanes) < p.dim) ++m.log2_lanes;
+  return merge(m, stream);
 }
 
 }  // namespace nxs::attention
@@ -60,5 +97,6 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   for (const void* pointer : {static_cast<const void*>(p.lse_or_null), static_cast<const void*>(p.lengths_or_null),
                               static_cast<const void*>(p.row_index_or_null), static_cast<const void*>(p.kv_offset_or_null)})
     NXS_REQUIRE(is_aligned(pointer, 4), NXS_E_ALIGNMENT);
-  return p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream);
+  NXS_TRY(p.dtype == NXS_BF16 ? for_dim<bf16>(p, stream) : for_dim<f16>(p, stream));
+  return p.splits > 1 ? combine(p, stream) : NXS_OK;
 }

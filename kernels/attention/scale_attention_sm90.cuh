@@ -10,9 +10,9 @@
 //            registers, O += P V with P from registers. It leaves O where its q was.
 // Overlap    P V of one chunk is in flight while the exponentials of the next are computed, also from one work to the next;
 //            and the warpgroups take turns to issue, so that one's exponentials run beside another's products.
-// Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set. It is raised, and O
-//            rescaled, only when exponentials would grow large. With kOptimistic no maximum is taken for that: large sums
-//            tell, and then the warp computes the chunk's logits again (mma.sync) and takes the maximum after all.
+// Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set, in the first chunk. It is
+//            raised, and O rescaled, only when exponentials grow large: their sum tells, so that no maximum is taken. Then
+//            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all.
 // Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators. Of a
 //            chunk of up to 64 keys only half the exponentials are taken.
 // Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: they are overwritten with
@@ -68,8 +68,6 @@ template <int kDim, int kGroups> struct Sm90 {
   static constexpr u32 kChunkBytes = kBlocks * kChunk * 128;  // K or V of one chunk
   static constexpr u32 kThreads = kGroupThreads * (kGroups + 1);
   static constexpr bool kTurns = kGroups > 1;
-  // Worth it where exponentials, not products, are the limit.
-  static constexpr bool kOptimistic = kDim == 64;
 
   static constexpr u32 kSlots = 3;
   static constexpr u32 kQ = 0, kK = kQ + kSlots * kSlotBytes, kV = kK + kStages * kChunkBytes,
@@ -300,6 +298,8 @@ template <typename T, int kDim, int kGroups>
 NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
   using C = Sm90<kDim, kGroups>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  // The items may have come with the params, but masks did not.
+  const bool ours = load_global_nc(p.schedule + 3) == p.digest;
   for (u32 n = 0; nth_work(n) < works; ++n) {
     const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
     mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
@@ -307,7 +307,8 @@ NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_o
     const u32 batch = work.data[0], head = work.data[1], split = work.data[2];
 #pragma unroll 1
     for (u32 g = 0; g < kGroups; ++g) {
-      const Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
+      Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
+      if (!ours) tile.data[1] = 0;
       if (p.splits > 1 || p.lse_or_null)
 #pragma unroll 1
         for (u32 row = lane; row < tile.data[1]; row += kWarpSize) {
@@ -533,7 +534,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   NXS_DEVICE bool softmax_plain() {
     float add[2];
     bool raised = false;
-    if (C::kOptimistic && __builtin_expect(settled, 1)) {
+    if (__builtin_expect(settled, 1)) {
       exponentiate(false, add);
       bool over[2] = {add[0] > kMostSum, add[1] > kMostSum};
       if (__builtin_expect(warp_any(over[0] || over[1]), 0)) {
@@ -629,15 +630,14 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     turn_end();
     wgmma_wait<1>();
     keep_registers(s);
-    if constexpr (!C::kOptimistic) release_keys();
     const bool raised = softmax_plain();
     keep_registers(s);
-    if constexpr (C::kOptimistic) release_keys();
+    release_keys();  // not before: the logits may be needed again
     if (!ends) wait_chunk();
     wgmma_wait<0>();
     keep_registers(o);
     release_values(chunk - 2);
-    if (C::kOptimistic ? __builtin_expect(raised, 0) : raised) rescale();
+    if (__builtin_expect(raised, 0)) rescale();
     round_probabilities(false);
   }
   NXS_DEVICE bool plain() const { return info.mask == 0 && (info.keys & 0x1ffff) == kChunk; }

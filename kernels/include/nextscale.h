@@ -52,7 +52,9 @@ typedef int32_t nxs_dtype;
 #define NXS_I64 9
 
 /* Bits that a kernel ORs into the device word that a caller passes as `flags_or_null`. */
-#define NXS_FLAG_CODE_CLAMPED 1u /* a code was outside its codebook and was clamped to the nearest entry */
+#define NXS_FLAG_CODE_CLAMPED 1u     /* a code was outside its codebook and was clamped to the nearest entry */
+#define NXS_FLAG_APPEND_SKIPPED 2u   /* a row had no place in the cache and was not written */
+#define NXS_FLAG_POSITION_CLAMPED 4u /* a position was outside its table and was clamped to the nearest row */
 
 /* The version this library was built with. */
 uint32_t nxs_abi_version(void);
@@ -162,6 +164,110 @@ typedef struct nxs_scale_attention_params {
 } nxs_scale_attention_params;
 
 nxs_status nxs_scale_attention(const nxs_scale_attention_params *params, void *stream);
+
+/*
+ * Merge of partial attention outputs by their log-sum-exps: split keys, ring attention, rows of several intervals.
+ *   m = max over i of lse[i, b, h, r];  w_i = exp(lse[i, b, h, r] - m);  s = sum over i ascending of w_i
+ *   out[b, r, h, :] = round(sum over i ascending of w_i * parts[i, b, r, h, :] / s);  out_lse[b, h, r] = m + ln(s)
+ * in f32, rounded once to out_dtype (nearest even). With accumulate, out and out_lse are read first, as the part before
+ * part 0.
+ * A part with lse = -inf adds nothing, whatever it holds; if all have, out is 0 and out_lse -inf. An lse of NaN or +inf
+ * makes the row's out and out_lse NaN.
+ * |out_lse - exact| <= 2^-24 (|exact| + parts + 64); |out - exact| <= 2^-24 / s * (sum over i of
+ * (2 parts + 64 + 3 (m - lse_i)) w_i |parts_i|), and the rounding to out_dtype. Weights below 2^-126 count as 0.
+ */
+typedef struct nxs_attention_merge_params {
+  const void *parts;        /* [parts, batch, rows, heads, dim] parts_dtype */
+  const float *lse;         /* [parts, batch, heads, rows], natural logarithm, every dimension strided */
+  void *out;                /* [batch, rows, heads, dim] out_dtype; rows must not overlap */
+  float *out_lse_or_null;   /* [batch, heads, rows], every dimension strided; required with accumulate */
+  const uint32_t *gate_or_null; /* [1] in device memory: unless it equals `gate`, nothing is written */
+  int64_t parts_stride_part, parts_stride_batch, parts_stride_row, parts_stride_head;
+  int64_t lse_stride_part, lse_stride_batch, lse_stride_head, lse_stride_row;
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t out_lse_stride_batch, out_lse_stride_head, out_lse_stride_row;
+  int64_t batch, rows;
+  int32_t parts_count;      /* 1 to 256 */
+  int32_t heads;
+  int32_t dim;              /* 1 to 1024 */
+  nxs_dtype parts_dtype;    /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype out_dtype;      /* NXS_F32, NXS_F16 or NXS_BF16 */
+  uint32_t gate;
+  int32_t accumulate;       /* 1: out and out_lse are the part before part 0. A 16-bit out is rounded at every call. */
+  int32_t vector;           /* 1: 16-byte reads of parts. dim and the strides of parts and out are multiples of
+                               16 / sizeof(parts_dtype), parts is 16-byte aligned, and out is aligned to min(16, that many
+                               output elements). 0: one element at a time, no demands. */
+  int32_t log2_lanes;       /* 2^log2_lanes threads share a row of dim elements: 0 to 5. Every value is correct. Fastest: the
+                               least one with 2^log2_lanes * (elements a read) >= dim, or 5. */
+} nxs_attention_merge_params;
+
+nxs_status nxs_attention_merge(const nxs_attention_merge_params *params, void *stream);
+
+/* How the elements of a row are normalised, in f32. */
+#define NXS_NORM_NONE 0
+#define NXS_NORM_L2 1  /* x / max(sqrt(sum of x^2), eps); eps from 1e-18 on */
+#define NXS_NORM_RMS 2 /* x / sqrt(mean of x^2 + eps) */
+
+/* Which two elements a < b of a row are rotated together. */
+#define NXS_ROPE_NONE 0
+#define NXS_ROPE_INTERLEAVED 1 /* 2 j and 2 j + 1 */
+#define NXS_ROPE_HALF 2        /* of each rope_block elements, j and j + rope_block / 2 */
+
+/* One tensor that is prepared. With heads = 0 it is absent, and nothing else of it is looked at. */
+typedef struct nxs_attention_prepare_tensor {
+  const void *input;               /* [batch, rows, heads, dim] in_dtype */
+  void *out;                       /* [batch, out_rows, heads, dim] out_dtype; rows must not overlap */
+  const float *weight_or_null;     /* [dim]: factors of the elements, after the norm */
+  const float *head_scale_or_null; /* [heads]: factors of the heads, after the norm */
+  int64_t input_stride_batch, input_stride_row, input_stride_head;
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t out_rows;                /* without append: rows */
+  int32_t heads;
+  nxs_dtype out_dtype;             /* NXS_F32, NXS_F16 or NXS_BF16 */
+  int32_t norm;                    /* NXS_NORM_* */
+  float norm_eps;
+  int32_t rotate;                  /* 1: with the rope */
+  int32_t append;                  /* 1: row i goes to row append_at + i of out, 0: to row i */
+} nxs_attention_prepare_tensor;
+
+/*
+ * What queries, keys and values go through before attention, in one pass: norm, rotary position embedding, cache append.
+ *   y = norm(x) * weight * head_scale
+ *   y[a], y[b] = y[a] cos[p, A] - y[b] sin[p, A], y[b] cos[p, B] + y[a] sin[p, B]   for the pairs below rotary_dim
+ *   out = round(y)
+ * in f32, rounded once to out_dtype (nearest even). p is the row's position; A = B is the number of the pair, counted block
+ * by block, or with table_full A = a and B = b.
+ * Row i of batch entry b has position positions[b, i], or append_at + i with position_at_append, or position + i. A position
+ * outside [0, table_rows) is clamped to the nearest one, and NXS_FLAG_POSITION_CLAMPED is OR-ed into *flags_or_null.
+ * A row with append whose place is outside [0, out_rows) is not written, and NXS_FLAG_APPEND_SKIPPED is OR-ed in.
+ */
+typedef struct nxs_attention_prepare_params {
+  nxs_attention_prepare_tensor tensor[3]; /* the queries, keys and values */
+  const float *cos_or_null, *sin_or_null; /* [table_rows, rotary_dim / 2], with table_full [table_rows, rotary_dim] */
+  const int32_t *positions_or_null;       /* [batch, rows], every dimension strided */
+  const int32_t *append_at_or_null;       /* [batch] */
+  uint32_t *flags_or_null;                /* [1]; only ever OR-ed into: the caller clears it */
+  int64_t table_stride_row;
+  int64_t positions_stride_batch, positions_stride_row;
+  int64_t batch, rows, table_rows;
+  int64_t append_at;                      /* if append_at_or_null is null */
+  int64_t position;
+  int32_t dim;                            /* 1 to 256 */
+  int32_t rope;                           /* NXS_ROPE_* */
+  int32_t rotary_dim;                     /* even, at most dim: elements from there on are not rotated */
+  int32_t rope_block;                     /* NXS_ROPE_HALF: even, divides rotary_dim; rotary_dim for the usual halves */
+  int32_t table_full;
+  int32_t position_at_append;
+  nxs_dtype in_dtype;                     /* NXS_F32, NXS_F16 or NXS_BF16 */
+  int32_t vector;                         /* 1: chunks of 16 bytes of input. dim, rotary_dim, half of rope_block and the
+                                             strides of input and out are multiples of v = 16 / sizeof(in_dtype),
+                                             table_stride_row of 4; input, cos, sin and weights are 16-byte aligned, out is
+                                             to min(16, v output elements). 0: one element at a time, no demands. */
+  int32_t log2_lanes;                     /* 2^log2_lanes threads share a row: 0 to 5, with at most (vector ? 1 : 4) pairs of
+                                             chunks each. */
+} nxs_attention_prepare_params;
+
+nxs_status nxs_attention_prepare(const nxs_attention_prepare_params *params, void *stream);
 
 /* ---- quantization ------------------------------------------------------------------------------------------- */
 

@@ -22,9 +22,8 @@
 // Determinism bitwise: one addition order, no atomics but the flag.
 // Limits     levels <= 65536, dim <= 2^20, entries < 2^31, bytes between entries < 2^32, rows < 2^31.
 #pragma once
-#include "common/dtype.cuh"
+#include "common/chunk.cuh"
 #include "common/ptx/launch.cuh"
-#include "common/ptx/memory.cuh"
 #include "common/ptx/warp.cuh"
 
 namespace nxs::quantization {
@@ -83,19 +82,6 @@ NXS_DEVICE void add_all_levels(const nxs_rvq_decode_params& p, const Code* codes
   if (p.levels & 1) add_levels<1, kNull>(p, codes, books, level, sum, clamped);
 }
 
-// Rounds a chunk of sums and writes it.
-template <typename O, int kVec> NXS_DEVICE void store_chunk(O* out, const float (&sum)[kVec]) {
-  // kVec outputs are up to 32 bytes (f32 from a 16-bit codebook): store them 16 bytes at a time.
-  constexpr int kStore = kVec * sizeof(O) > 16 ? 16 / sizeof(O) : kVec;
-#pragma unroll
-  for (int j = 0; j < kVec; j += kStore) {
-    Vec<O, kStore> rounded;
-#pragma unroll
-    for (int k = 0; k < kStore; ++k) rounded.data[k] = from_f32<O>(sum[j + k]);
-    store_global_streaming(reinterpret_cast<Vec<O, kStore>*>(out + j), rounded);
-  }
-}
-
 // A row of the whole batch as batch entry and row of it. 64-bit division costs a hundred instructions, and rows fit in 32.
 struct BatchRow {
   u32 batch, row;
@@ -125,7 +111,7 @@ __global__ void __launch_bounds__(kRowsThreads, 6)
     else
       add_all_levels<false>(p, codes, books, sum, clamped);
 
-    store_chunk(out + d, sum);
+    store_chunk<true>(out + d, sum);
   }
   if (clamped && p.flags_or_null) atomic_or_global(p.flags_or_null, NXS_FLAG_CODE_CLAMPED);
 }
@@ -199,7 +185,7 @@ __global__ void __launch_bounds__(kTilesThreads, kTilesWarps<E, O> * 32 / kTiles
     const u32 row = first + j * rows_a_pass;
     if (inside && row < rows) {
       const BatchRow at = split_row(p, row);
-      store_chunk(static_cast<O*>(p.out) + at.batch * p.out_stride_batch + at.row * p.out_stride_row + d, sum[j]);
+      store_chunk<true>(static_cast<O*>(p.out) + at.batch * p.out_stride_batch + at.row * p.out_stride_row + d, sum[j]);
     }
   }
   if (clamped && p.flags_or_null) atomic_or_global(p.flags_or_null, NXS_FLAG_CODE_CLAMPED);

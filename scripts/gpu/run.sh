@@ -48,6 +48,10 @@ run_sanitize() {
     # Kernels are what is under test: one thread, few cases.
     NXS_SMALL=1 NXS_CASES=6 step "sanitize-$tool-rvq_decode" "$sanitizer" --tool $tool --error-exitcode 1 \
       tests/rvq_decode --test-threads=1 kernels_agree bitwise edges graphs streams wide
+    for op in attention_merge attention_prepare; do
+      NXS_SMALL=1 NXS_CASES=6 step "sanitize-$tool-$op" "$sanitizer" --tool $tool --error-exitcode 1 \
+        "tests/$op" --test-threads=1 kernels_agree bitwise edges graphs wide
+    done
     NXS_SMALL=1 step "sanitize-$tool-philox" "$sanitizer" --tool $tool --error-exitcode 1 tests/philox --test-threads=1
   done
 }

@@ -2,4 +2,5 @@
 
 mod rvq_decode;
 
-pub use rvq_decode::{Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Traffic, Variant};
+pub use crate::layout::Access;
+pub use rvq_decode::{RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Traffic, Variant};

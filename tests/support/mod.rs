@@ -130,6 +130,43 @@ pub fn for_dtypes(codes: DType, input: DType, output: DType, work: impl ForDType
     }
 }
 
+/// Something to be done for two floats that are known only at run time: an input and an output.
+pub trait ForFloats {
+    fn call<E: Float, O: Float>(self);
+}
+
+/// Calls `work` with the types of two dtypes.
+pub fn for_floats(input: DType, output: DType, work: impl ForFloats) {
+    struct IgnoringCodes<W>(W);
+    impl<W: ForFloats> ForDTypes for IgnoringCodes<W> {
+        fn call<C: Code, E: Float, O: Float>(self) {
+            self.0.call::<E, O>();
+        }
+    }
+    for_dtypes(DType::U32, input, output, IgnoringCodes(work));
+}
+
+/// Something to be done for three floats that are known only at run time.
+pub trait ForThreeFloats {
+    fn call<A: Float, B: Float, C: Float>(self);
+}
+
+/// Calls `work` with the types of three dtypes.
+pub fn for_three_floats(first: DType, second: DType, third: DType, work: impl ForThreeFloats) {
+    struct WithThird<W>(DType, W);
+    impl<W: ForThreeFloats> ForFloats for WithThird<W> {
+        fn call<A: Float, B: Float>(self) {
+            match self.0 {
+                DType::F32 => self.1.call::<A, B, f32>(),
+                DType::F16 => self.1.call::<A, B, f16>(),
+                DType::BF16 => self.1.call::<A, B, bf16>(),
+                other => panic!("{other} is no float"),
+            }
+        }
+    }
+    for_floats(first, second, WithThird(third, work));
+}
+
 pub const CODES: [DType; 3] = [DType::U16, DType::U32, DType::I64];
 pub const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -149,6 +186,21 @@ const CANARY: usize = 256;
 const CANARY_BYTE: u8 = 0xA5;
 /// NaN in every float type, the greatest value or -1 in every integer type.
 pub const POISON_BYTE: u8 = 0xFF;
+
+/// The element that a poisoned buffer is full of.
+pub fn poison<T: Element>() -> T {
+    bytemuck::pod_read_unaligned(&vec![POISON_BYTE; size_of::<T>()])
+}
+
+/// How far rounding to `T` moves a value of a magnitude at most: half a unit in the last place.
+pub fn rounding<T: Float>(magnitude: f64) -> f64 {
+    let (bits, smallest) = match T::DTYPE {
+        DType::F32 => (24, -149),
+        DType::F16 => (11, -24),
+        _ => (8, -133),
+    };
+    (magnitude * 0.5f64.powi(bits)).max(2f64.powi(smallest - 1))
+}
 
 /// A device buffer between two canaries. It starts `shift` elements off its 256-byte alignment.
 pub struct Buffer<T> {
@@ -259,6 +311,23 @@ impl<T: Element> Buffer<T> {
             }
             #[cfg(feature = "cudarc-0_19")]
             Storage::Cuda(_) => unreachable!("a device buffer has an address"),
+        }
+    }
+
+    /// Overwrites the elements, in the order of the stream.
+    pub fn write(&mut self, elements: &[T]) {
+        let payload: &[u8] = bytemuck::cast_slice(elements);
+        assert_eq!(elements.len(), self.len);
+        let range = self.start..self.start + payload.len();
+        match &mut self.storage {
+            Storage::Host(lines) => bytemuck::cast_slice_mut::<_, u8>(lines)[range].copy_from_slice(payload),
+            #[cfg(feature = "cudarc-0_19")]
+            Storage::Cuda(slice) => match &self.device {
+                TestDevice::Cuda(stream) => {
+                    stream.memcpy_htod(payload, &mut slice.slice_mut(range)).expect("a copy to the device");
+                }
+                _ => unreachable!("a device buffer has a device"),
+            },
         }
     }
 

@@ -101,6 +101,18 @@ impl Schedule {
         self.cut.pack
     }
 
+    pub(super) fn cut(&self) -> Cut {
+        self.cut
+    }
+
+    /// Chunks of each item, longest first.
+    pub(super) fn lengths(&self) -> impl Iterator<Item = u32> + '_ {
+        self.words.chunks_exact(ITEM_WORDS).take(self.items as usize).map(|item| {
+            let runs = self.words[item[0] as usize..].chunks_exact(RUN_WORDS).take(item[1] as usize);
+            runs.map(|run| run[1].div_ceil(CHUNK)).sum()
+        })
+    }
+
     /// Chunks of 128 keys that the items of one head read.
     pub fn chunks(&self) -> u64 {
         self.chunks

@@ -12,8 +12,8 @@ pub(super) fn run<C: Code, E: Float, O: Float>(
     stream: &Stream<'_>,
     args: &RvqDecodeArgs<'_, C, E, O>,
 ) -> Result<()> {
-    use super::plan::Access;
     use crate::ffi;
+    use crate::layout::Access;
 
     let (codes, codebooks, out) = (args.codes.span(), args.codebooks.span(), args.out.span());
     // Wide access is a matter of the addresses too; narrow access is the fallback for a view at an odd offset.

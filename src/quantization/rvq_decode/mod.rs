@@ -4,7 +4,7 @@ mod cuda;
 mod host;
 mod plan;
 
-pub use plan::{Access, RvqDecodeBuilder, Schedule, Traffic, Variant};
+pub use plan::{RvqDecodeBuilder, Schedule, Traffic, Variant};
 
 use core::marker::PhantomData;
 

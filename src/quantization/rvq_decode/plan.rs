@@ -7,7 +7,7 @@ use super::RvqDecode;
 use crate::device::{Arch, DeviceInfo};
 use crate::dtype::{Code, Float};
 use crate::error::{Error, Result};
-use crate::layout::Layout;
+use crate::layout::{Access, Layout};
 
 const MOST_LEVELS: u64 = 65_536;
 const MOST_ENTRIES: u64 = i32::MAX as u64;
@@ -21,18 +21,6 @@ const ROWS_THREADS: u32 = 128;
 const TILES_THREADS: u32 = 64;
 /// Fewer warps than this on a multiprocessor hide less latency than the tiles' long stretches of loads gain.
 const TILES_WARPS_PER_SM: u64 = 8;
-
-/// How the kernel reaches memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Access {
-    /// Wide where layouts and addresses allow it, else narrow.
-    #[default]
-    Auto,
-    /// One element at a time.
-    Narrow,
-    /// 16 bytes at a time; refused where layouts or addresses do not allow it.
-    Wide,
-}
 
 /// Which kernel decodes. Both give the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
