@@ -350,7 +350,7 @@ fn indices_out_of_range() {
     }
 
     for (device, variant) in places().into_iter().filter(|(device, _)| !device.is_host()) {
-        let case = gathers.on(&device, variant);
+        let case = gathers.on(variant);
         let mut wild = case.problem::<bf16>();
         for q in &mut wild.buffers[0] {
             *q = bf16::from_f32(if q.is_nan() { 0.5 } else { q.to_f32() });
@@ -374,7 +374,7 @@ fn indices_out_of_range() {
             let (actual, right) = (attend(&device, &case, &problem(length)), attend(&device, &case, &problem(21)));
             assert_eq!(actual.bits(), right.bits());
         }
-        let case = packed.on(&device, variant);
+        let case = packed.on(variant);
         for wild in [-1, -200, i32::MIN, 1, 1000, i32::MAX - 300, i32::MAX] {
             let mut problem = case.problem::<bf16>();
             problem.kv_offset[1] = wild;
