@@ -314,9 +314,11 @@ fn infinite_and_undefined_logits() {
     }
     for (device, variant) in places() {
         // The key of the first scale is seen by all, that of the last by its own scale.
-        for (key, groups) in [(0, Some(1)), (14, Some(2)), (60, Some(3)), (120, None)] {
+        for (key, groups, splits) in
+            [(0, Some(1), None), (14, Some(2), Some(2)), (60, Some(3), None), (120, None, Some(3))]
+        {
             for value in [f32::NEG_INFINITY, f32::INFINITY, f32::NAN] {
-                let case = Case { groups, ..Case::var(&[1, 3, 7, 9]) }.on(variant);
+                let case = Case { groups, splits, ..Case::var(&[1, 3, 7, 9]) }.on(variant);
                 run::<bf16>(&device, &case, value, key);
                 run::<f16>(&device, &case, value, key);
                 if value != f32::INFINITY {
@@ -384,8 +386,8 @@ fn bitwise_repeatable_in_any_batch() {
             Case { lengths: vec![Some(0), Some(1)], packed_keys: true, memory: Memory::AnyOrder, ..case }
         };
         for case in [mixed(), packed, Case { memory: Memory::OneBuffer, gathers: true, ..mixed() }] {
-            for groups in [1, 2].map(Some) {
-                let case = Case { batch: 5, heads: 2, kv_heads: 1, groups, ..case.clone() }.on(variant);
+            for (groups, splits) in [(1, 2), (2, 1)].map(|(groups, splits)| (Some(groups), Some(splits))) {
+                let case = Case { batch: 5, heads: 2, kv_heads: 1, groups, splits, ..case.clone() }.on(variant);
                 let problem = case.problem::<bf16>();
                 let all = attend(&device, &case, &problem);
                 assert_eq!(attend(&device, &case, &problem).bits(), all.bits());
@@ -432,8 +434,8 @@ fn bitwise_repeatable_in_any_batch() {
 #[test]
 fn the_same_on_any_device_that_is_cut_alike() {
     for (device, variant) in places() {
-        for groups in [1, 2].map(Some) {
-            let case = Case { batch: 3, heads: 2, groups, ..mixed() }.on(variant);
+        for (groups, splits) in [(1, 1), (2, 3)].map(|(groups, splits)| (Some(groups), Some(splits))) {
+            let case = Case { batch: 3, heads: 2, groups, splits, ..mixed() }.on(variant);
             let problem = case.problem::<f16>();
             let all = attend(&device, &case, &problem);
             // Half of L2 holds K and V of that many of the six heads.
