@@ -4,18 +4,20 @@
     python bench_peers.py --out peers.json
 
 Modes, each a median:
-    graph  a CUDA graph of 20 calls, L2 warm; the time of a replay / 20
+    graph  a CUDA graph of 20 calls (fewer if they take over 4 ms), L2 warm; the time of a replay / calls
     eager  20 calls from Python between two events / 20
     cold   one call between two events after 256 MiB were written, which leaves nothing of the inputs in L2; the GPU is
            kept busy until the call is enqueued, so that the time is the GPU's, not Python's
 
-Every peer is checked against the op's reference first, in fresh memory full of NaN, and again after its graph
-was replayed. One that fails is recorded with the error in place of a time.
+Every peer is checked against the op's reference first, in fresh memory full of NaN, and again after its graph was
+replayed. One that fails is recorded with the error in place of a time; packages that are not installed are left out.
 
-peers.json: {"machine": {torch, cuda, gpu, driver, copy_gbps}, "rows": [{op, case, peer, mode, us} or
-{op, case, peer, mode, error}]}; `exact` in a row says that the peer's result equals the reference bit for bit.
+peers.json: {"machine": {torch, cuda, gpu, driver, copy_gbps, matmul_bf16_tflops}, "rows": [{op, case, peer, mode, us}
+or {op, case, peer, mode, error}]}; `exact` in a row says that the peer's result equals the reference bit for bit.
 
-`--check-only` only checks, on small versions of the shapes, on any device.
+`--quick` leaves out what is known to be slower than another peer. `--time-budget SECONDS` starts no peer after that
+time, and prints those left out; the quick ones come first. `--check-only` only checks, on small versions of the shapes,
+on any device.
 """
 
 import argparse
@@ -24,19 +26,23 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
+from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
-MODES = ["graph", "eager", "cold"]
 CALLS = 20
+# A graph of fewer calls, if they would take longer than this.
+LONG_GRAPH_MS = 4
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-
 COMPILERS = [("default", "compile"), ("max-autotune-no-cudagraphs", "compile max-autotune")]
+# When an expression is worth the time of a compiler: of the two the thorough one is the likelier best.
+COMPILED = {"default": FULL, "max-autotune-no-cudagraphs": BEST}
 
 
 def compiled(expression, mode):
@@ -46,10 +52,30 @@ def compiled(expression, mode):
     return torch.compile(expression, mode=mode, dynamic=False)
 
 
+class Expressions:
+    """What ops have in common whose shapes are their cases and whose peers are expressions."""
+
+    MODES = ["graph", "eager", "cold"]
+
+    @staticmethod
+    def cases(shape):
+        return [(shape["name"], shape)]
+
+    @staticmethod
+    def smaller(case):
+        """A version of a case for checking only."""
+        most = {"rows": 33, "batch": 3, "entries": 100, "cache_rows": 99, "append_at": 7}
+        return case | {size: min(case[size], most[size]) for size in most if size in case}
+
+    def result(self, out):
+        """What a call returned, like the reference."""
+        return out
+
+
 # ---- rvq_decode
 
 
-class RvqDecode:
+class RvqDecode(Expressions):
     """Inputs of one case and the expressions that compute it."""
 
     def __init__(self, case, device):
@@ -77,19 +103,23 @@ class RvqDecode:
         return want, magnitude * (self.levels * epsilon)
 
     def peers(self):
-        """Yields (name, a function that makes the call). Making is lazy: compiling takes long and may fail."""
+        """Yields (name, when it is worth its time, a function that makes the call).
+
+        Making is lazy: compiling takes long and may fail.
+        """
         for index in self.indices:
-            yield f"embedding per level, summed ({index})", lambda i=index: self.call(self.embedding_sum, i)
-            yield f"gather and sum ({index})", lambda i=index: self.call(self.gather_sum, i)
-            yield f"embedding_bag ({index})", lambda i=index: self.call(self.embedding_bag, i)
-            yield f"embedding_bag, flat indices given ({index})", lambda i=index: self.prepared_bag(i)
+            yield f"embedding per level, summed ({index})", ALWAYS, lambda i=index: self.call(self.embedding_sum, i)
+            yield f"gather and sum ({index})", ALWAYS, lambda i=index: self.call(self.gather_sum, i)
+            yield f"embedding_bag ({index})", ALWAYS, lambda i=index: self.call(self.embedding_bag, i)
+            yield f"embedding_bag, flat indices given ({index})", ALWAYS, lambda i=index: self.prepared_bag(i)
         for mode, name in COMPILERS:
-            for expression, what in [
-                (self.embedding_sum, "embedding per level, summed"),
-                (self.gather_sum, "gather and sum"),
+            for expression, what, when in [
+                (self.embedding_sum, "embedding per level, summed", FULL),
+                (self.gather_sum, "gather and sum", COMPILED[mode]),
             ]:
                 yield (
                     f"{name}: {what} ({self.indices[0]})",
+                    when,
                     lambda e=expression, m=mode: self.call(e, self.indices[0], m),
                 )
 
@@ -130,7 +160,7 @@ class RvqDecode:
 # ---- attention_merge
 
 
-class AttentionMerge:
+class AttentionMerge(Expressions):
     """Inputs of one case and the expressions that compute it."""
 
     def __init__(self, case, device):
@@ -153,16 +183,15 @@ class AttentionMerge:
         return (out.to(self.out_dtype), lse.float()), (bound + 8 * epsilon * magnitude, lse_bound + 1e-5)
 
     def peers(self):
-        """Yields (name, a function that makes the call)."""
+        """Yields (name, when it is worth its time, a function that makes the call)."""
         if self.accumulate:
             # As ring attention's users write it.
-            yield "sigmoid update", lambda: lambda: self.update(self.parts[0], self.lse[0], *self.old)
-            for mode, name in COMPILERS:
-                yield f"{name}: sigmoid update", lambda m=mode: self.call(self.update, m, self.parts[0], self.lse[0], *self.old)
+            expression, what, arguments = self.update, "sigmoid update", (self.parts[0], self.lse[0], *self.old)
         else:
-            yield "softmax and sum", lambda: lambda: self.weighted(self.parts, self.lse)
-            for mode, name in COMPILERS:
-                yield f"{name}: softmax and sum", lambda m=mode: self.call(self.weighted, m, self.parts, self.lse)
+            expression, what, arguments = self.weighted, "softmax and sum", (self.parts, self.lse)
+        yield what, ALWAYS, lambda: lambda: expression(*arguments)
+        for mode, name in COMPILERS:
+            yield f"{name}: {what}", COMPILED[mode], lambda m=mode: self.call(expression, m, *arguments)
 
     def call(self, expression, mode, *arguments):
         expression = compiled(expression, mode)
@@ -181,7 +210,7 @@ class AttentionMerge:
 # ---- attention_prepare
 
 
-class AttentionPrepare:
+class AttentionPrepare(Expressions):
     """Inputs of one case, views of one packed projection, and the expressions that models write."""
 
     def __init__(self, case, device):
@@ -222,13 +251,16 @@ class AttentionPrepare:
         return tuple(x.to(self.out_dtype) for x, _ in exact), tuple((b * 2**19 + 1e-6) * 8 * epsilon for _, b in exact)
 
     def peers(self):
-        """Yields (name, a function that makes the call). All return the new rows, queries first."""
+        """Yields (name, when it is worth its time, a function that makes the call).
+
+        All return the new rows, queries first.
+        """
         arguments = (*self.qkv, *self.caches, self.weights, self.multiplier, self.table)
-        yield "as written, concatenated", lambda: lambda: self.concatenated(*arguments)
-        yield "as written, copied into a cache", lambda: lambda: self.copied(*arguments)
+        yield "as written, concatenated", ALWAYS, lambda: lambda: self.concatenated(*arguments)
+        yield "as written, copied into a cache", ALWAYS, lambda: lambda: self.copied(*arguments)
         for mode, name in COMPILERS:
             for expression, what in [(self.concatenated, "concatenated"), (self.copied, "copied into a cache")]:
-                yield f"{name}: {what}", lambda e=expression, m=mode: self.call(e, m, arguments)
+                yield f"{name}: {what}", COMPILED[mode], lambda e=expression, m=mode: self.call(e, m, arguments)
 
     def call(self, expression, mode, arguments):
         expression = compiled(expression, mode)
@@ -268,13 +300,12 @@ class AttentionPrepare:
         return q, k_cache[:, new], v_cache[:, new]
 
 
-OPS = {"attention_merge": AttentionMerge, "attention_prepare": AttentionPrepare, "rvq_decode": RvqDecode}
-
-
-def smaller(case):
-    """A version of a case for checking only."""
-    most = {"rows": 33, "batch": 3, "entries": 100, "cache_rows": 99, "append_at": 7}
-    return case | {size: min(case[size], most[size]) for size in most if size in case}
+OPS = {
+    "rvq_decode": RvqDecode,
+    "scale_attention": ScaleAttention,
+    "attention_merge": AttentionMerge,
+    "attention_prepare": AttentionPrepare,
+}
 
 
 # ---- checking and timing
@@ -282,7 +313,7 @@ def smaller(case):
 
 def tensors(result):
     """A result as a tuple of tensors."""
-    return result if isinstance(result, tuple) else (result,)
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
 def check(results, wanted, tolerances):
@@ -326,25 +357,26 @@ def median_us(work):
     return statistics.median(milliseconds(work) for _ in range(rounds)) * 1e3
 
 
-def time_graph(call, want, tolerance):
+def time_graph(call, verify):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
+    calls = max(1, min(CALLS, int(LONG_GRAPH_MS / max(milliseconds(call), 1e-3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for _ in range(calls):
             out = call()
     for tensor in tensors(out):
         tensor.fill_(float("nan"))
     graph.replay()
-    check(out, want, tolerance)
-    return median_us(graph.replay) / CALLS
+    verify(out)
+    return median_us(graph.replay) / calls
 
 
-def time_eager(call, want, tolerance):
+def time_eager(call, verify):
     def calls():
         for _ in range(CALLS):
             call()
@@ -352,7 +384,7 @@ def time_eager(call, want, tolerance):
     return median_us(calls) / CALLS
 
 
-def time_cold(call, want, tolerance):
+def time_cold(call, verify):
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     times = []
     for number in range(30):
@@ -365,20 +397,20 @@ def time_cold(call, want, tolerance):
 TIMERS = {"graph": time_graph, "eager": time_eager, "cold": time_cold}
 
 
-def measure(make, want, tolerance, modes):
+def measure(make, verify, like, modes):
     """Yields (mode, result) of one peer, the result as it stands in a row. Survives what the peer may raise."""
     try:
         call = make()
         call()  # Compiles what is compiled at the first call.
-        poison(want)
-        exact = check(call(), want, tolerance)
+        poison(like)
+        exact = verify(call())
     except Exception as error:
         for mode in modes or [None]:
             yield mode, {"error": brief(error)}
         return
     for mode in modes:
         try:
-            yield mode, {"us": round(TIMERS[mode](call, want, tolerance), 3), "exact": exact}
+            yield mode, {"us": round(TIMERS[mode](call, verify), 3), "exact": exact}
         except Exception as error:
             yield mode, {"error": brief(error)}
     if not modes:
@@ -398,6 +430,14 @@ def copy_gbps():
     return round(2 * source.numel() / seconds / 1e9, 1)
 
 
+def matmul_bf16_tflops():
+    """The rate of the largest dense product that PyTorch does, in TFLOP/s."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return round(2 * size**3 / median_us(lambda: torch.matmul(a, b, out=out)) / 1e6, 1)
+
+
 def driver():
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -410,7 +450,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", type=pathlib.Path, default=SHAPES)
     parser.add_argument("--out", type=pathlib.Path, help="peers.json")
-    parser.add_argument("--case", action="append", help="only this case; may be repeated")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
+    parser.add_argument("--case", action="append", help="only this case of shapes.json; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="only peers that may be the best")
+    parser.add_argument("--time-budget", type=float, help="seconds after which no peer is started")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--device", default="cuda", help="for --check-only")
@@ -424,28 +467,51 @@ def main():
     machine = {"torch": torch.__version__, "cuda": torch.version.cuda}
     if not arguments.check_only:
         machine |= {"gpu": torch.cuda.get_device_name(), "driver": driver(), "copy_gbps": copy_gbps()}
+        machine |= {"matmul_bf16_tflops": matmul_bf16_tflops()}
     print(machine, flush=True)
-    rows, failed = [], 0
-    for op, cases in json.loads(arguments.shapes.read_text()).items():
-        for case in cases:
-            if op not in OPS or (arguments.case and case["name"] not in arguments.case):
+    rows, failed, left_out, started = [], 0, [], time.monotonic()
+    shapes = json.loads(arguments.shapes.read_text())
+    cases = [
+        (op, name, OPS[op].smaller(case) if arguments.check_only else case)
+        for op in arguments.op or OPS
+        for shape in shapes[op]
+        for name, case in OPS[op].cases(shape)
+        if not arguments.case or shape["name"] in arguments.case
+    ]
+    for when in [ALWAYS, BEST] if arguments.quick else [ALWAYS, BEST, FULL]:
+        for op, name, case in cases:
+            if case is None:
                 continue
-            inputs = OPS[op](smaller(case) if arguments.check_only else case, device)
+            over = arguments.time_budget and time.monotonic() - started > arguments.time_budget
+            inputs = OPS[op](case, device)
+            peers = [(peer, make) for peer, rank, make in inputs.peers() if rank == when]
+            if arguments.no_compile:
+                peers = [(peer, make) for peer, make in peers if not peer.startswith(("compile", "flex"))]
+            if over:
+                left_out += [f"{name}: {peer}" for peer, _ in peers]
+                continue
+            if not peers:
+                continue
             want, tolerance = inputs.reference()
-            for peer, make in inputs.peers():
-                if arguments.no_compile and peer.startswith("compile"):
+            verify = lambda out: check(inputs.result(out), want, tolerance)
+            for peer, make in peers:
+                if arguments.time_budget and time.monotonic() - started > arguments.time_budget:
+                    left_out.append(f"{name}: {peer}")
                     continue
-                for mode, result in measure(make, want, tolerance, [] if arguments.check_only else MODES):
+                modes = [] if arguments.check_only else OPS[op].MODES
+                for mode, result in measure(make, verify, want, modes):
                     failed += "error" in result
-                    rows.append({"op": op, "case": case["name"], "peer": peer, "mode": mode} | result)
+                    rows.append({"op": op, "case": name, "peer": peer, "mode": mode} | result)
                     value = result.get("error") or f"{result.get('us', '')} {'exact' if result['exact'] else ''}"
-                    print(f"{case['name']:<24}{mode or 'check':<7}{peer:<60}{value}", flush=True)
+                    print(f"{name:<28}{mode or 'check':<7}{peer:<60}{value}", flush=True)
                 if device == "cuda":
                     torch.cuda.empty_cache()
             if arguments.out:
                 # After every case, so that what was measured outlives a run that is cut off.
                 arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    print(f"{len(rows)} results, {failed} of them errors")
+    for what in left_out:
+        print(f"LEFT OUT, out of time: {what}")
+    print(f"{len(rows)} results, {failed} of them errors, {len(left_out)} left out, {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 
     python compare.py --op path/to/op --device cuda
 
-Cases are random: all dtypes, odd sizes, layouts, both ways of memory access. Results must lie within the stated bound of
-the f64 reference, and equal the f32-sequential one bit for bit where an op promises that. Ends with `N passed, N failed`.
+Cases are random: all dtypes, odd sizes, layouts, both ways of memory access, both kernels. Results must lie within the
+stated bound of the f64 reference, and equal the f32-sequential one bit for bit where an op promises that. `--only OP`
+leaves the others out. Ends with `N passed, N failed`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from compare_attention import scale_attention
 from nextscale_ref import attention, philox, rvq
 
 DTYPES = {
@@ -117,9 +119,8 @@ def rvq_decode(program, number, rng):
         return what, None if refused else f"not refused: exit code {exit_code} {error}", 0.0
     if exit_code != 0:
         return what, f"exit code {exit_code}: {error}", 0.0
-    # What a kernel does with such a code.
-    # A kernel asks for the null code before it clamps: a code that is clamped onto it is an entry like any other. For the
-    # reference the null codes therefore move to where no clamped code is.
+    # A kernel asks for the null code before it clamps: a code that is clamped onto it is an entry like any other. For
+    # the reference the null codes therefore move to where no clamped code is.
     clamped = codes.long().clamp(0, entries - 1)
     codes = clamped if null_code is None else torch.where(codes == null_code, -1, clamped)
     how = {"null_code": None if null_code is None else -1, "rows_first": rows_first}
@@ -323,9 +324,10 @@ def philox_fill(program, number, rng):
 
 
 OPS = {
+    "rvq_decode": rvq_decode,
+    "scale_attention": scale_attention,
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,
-    "rvq_decode": rvq_decode,
     "philox_fill": philox_fill,
 }
 
@@ -336,6 +338,7 @@ def main():
     parser.add_argument("--device", default="host", help="what op's --device takes")
     parser.add_argument("--cases", type=int, default=81, help="of each op; 81 cover all dtypes and access modes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", help="only this op; may be repeated")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -344,8 +347,10 @@ def main():
         listed = subprocess.run([arguments.op, "--list"], capture_output=True, text=True, check=True).stdout
         # An op that this program cannot compare is a failure, or it would be forgotten.
         names = [line.split()[0] for line in listed.splitlines()]
+        if unknown := set(arguments.only or []) - set(names):
+            parser.error(f"{arguments.op} has no op {', '.join(sorted(unknown))}")
         passed = failed = 0
-        for name in names:
+        for name in arguments.only or names:
             if name not in OPS:
                 print(f"FAILED {name}: no comparison is written for it")
                 failed += 1

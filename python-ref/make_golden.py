@@ -22,6 +22,21 @@
   and the known answers published with Random123:
     known.counter u32 [n, 4], known.key u32 [n, 2], known.words u32 [n, 4]
 
+`scale_attention.safetensors`. Metadata: `cases`, a JSON list, one object a case:
+    name, dtype; batch, heads, kv_heads, dim; rows, keys: tokens of the segments
+    queries, keys_of  lists of [frames, height, width]; rules [n][m] and windows as `op scale_attention --help` says
+    segment_lengths   list of the index of each segment's length, or -1
+    lengths           null, or how many there are
+    kv_rows, q_rows   rows of k and v, and of q
+    gathered, packed  bool: there is a row_index, a kv_offset (then k and v have one batch entry)
+    scale             null for 1 / sqrt(dim)
+    bound             null, or what no scaled logit exceeds
+  Tensors of a case:
+    <name>.q, .k, .v   [batch, q_rows | kv_rows, heads | kv_heads, dim]; NaN where nothing may be read
+    <name>.lengths     i32 [lengths, batch, kv_heads], <name>.row_index i32 [batch, rows], <name>.kv_offset i32 [batch]
+    <name>.out         f32 [batch, rows, heads, dim]: the result in f64, rounded; <name>.lse f32 [batch, heads, rows]
+    <name>.magnitude   f32 [batch, rows, heads]: the greatest over dim of the same with |v| for v, for error bounds
+
 `attention_merge.safetensors`. Metadata: `cases`, a JSON list, one object a case:
     name, parts, batch, rows, heads, dim, in, out: sizes and dtypes; accumulate: bool: old_out and old_lse are there
   Tensors of a case:
@@ -52,7 +67,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from nextscale_ref import attention, philox, rvq
+from nextscale_ref import attention, philox, rvq, scale_attention
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 LARGEST = 64 * 1024
@@ -97,6 +112,29 @@ PHILOX_CASES = [
 ]
 
 
+VAR = [[1, 1, 1], [1, 2, 2], [1, 3, 3]]
+CAUSAL = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+# name, dtype, batch, heads, kv_heads, dim, segments of queries, of keys (None: the same), rules, and what is special.
+SCALE_ATTENTION_CASES = [
+    ("var", "bf16", 2, 2, 2, 16, VAR, None, CAUSAL, {}),
+    ("diagonal", "f16", 1, 2, 2, 8, VAR, None, [[1, 0, 0], [0, 1, 0], [0, 0, 1]], {}),
+    # Two clean blocks, then two noised ones.
+    ("skip_causal", "f16", 1, 2, 1, 24, [[1, 2, 2]] * 4, None,
+     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1]], {}),
+    ("orders", "bf16", 1, 1, 1, 8, [[1, 1, 5], [2, 2, 3]], None, [[2, 0], [1, 3]], {}),
+    ("windows", "f32", 1, 1, 1, 8, [[2, 2, 3]], [[1, 1, 1], [1, 3, 4], [2, 4, 2]], [[1, 4, 5]],
+     {"windows": [[1, 0, 1], [0, 1, 0]]}),
+    ("step", "bf16", 2, 4, 2, 16, [[1, 3, 3]], VAR, [[1, 1, 1]], {"kv_rows": 17}),
+    ("lengths", "f16", 2, 2, 2, 16, [[1, 2, 2]], [[1, 1, 6], [1, 2, 2], [1, 1, 3]], [[1, 1, 1]],
+     {"segment_lengths": [0, -1, 1], "lengths": [[[6, 2], [0, 5]], [[0, 1], [3, 2]]]}),
+    ("gathered", "bf16", 2, 2, 2, 8, [[1, 1, 5]], VAR, [[1, 1, 1]],
+     {"q_rows": 9, "row_index": [[8, 0, 3, 3, 5], [1, 2, 7, 6, 0]]}),
+    ("hidden", "f16", 1, 2, 2, 8, [*VAR[:2], [1, 1, 3]], None, [[1, 0, 0], [1, 1, 0], [0, 0, 0]], {}),
+    ("packed", "bf16", 3, 2, 1, 16, [[1, 1, 3]], [[1, 1, 7]], [[1]],
+     {"segment_lengths": [0], "lengths": [[[2], [7], [4]]], "kv_offset": [1, 3, 10], "kv_rows": 15}),
+    ("bounded", "bf16", 1, 2, 2, 8, VAR, None, CAUSAL, {"scale": 0.5, "bound": 16.0}),
+]
+
 # name, parts, batch, rows, heads, dim, in, out, spread of the lse, accumulate
 MERGE_CASES = [
     ("split", 4, 2, 3, 2, 16, "f32", "bf16", 8, False),
@@ -132,6 +170,58 @@ def random_values(shape, domain):
     count = torch.Size(shape).numel()
     words = philox.philox_fill(-(-count // 4), seed=2026, domain=domain, draw=1).to(torch.int64).flatten()[:count]
     return ((words >> 8).double() * 2.0**-23 - 1).mul(2.0 ** ((words & 0xFF) % 13 - 6).double()).reshape(shape)
+
+
+def uniform_values(shape, domain):
+    """[*shape] f64 in [-2, 2)."""
+    count = torch.Size(shape).numel()
+    words = philox.philox_fill(-(-count // 4), seed=2026, domain=domain, draw=2).to(torch.int64).flatten()[:count]
+    return ((words >> 8).double() * 2.0**-22 - 2).reshape(shape)
+
+
+def scale_attention_golden():
+    tensors, cases = {}, []
+    for number, (name, *sizes, queries, keys, rules, special) in enumerate(SCALE_ATTENTION_CASES):
+        dtype, batch, heads, kv_heads, dim = sizes
+        keys = keys or queries
+        segments_q, segments_k, windows = (torch.tensor(x) for x in (queries, keys, special.get("windows", [])))
+        seen = scale_attention.visible(segments_q, segments_k, torch.tensor(rules), windows)
+        segment_lengths = special.get("segment_lengths", [-1] * len(keys))
+        given = {
+            key: torch.tensor(special[key], dtype=torch.int32)
+            for key in ["lengths", "row_index", "kv_offset"]
+            if key in special
+        }
+        lengths, row_index, kv_offset = (given.get(key) for key in ["lengths", "row_index", "kv_offset"])
+        there = scale_attention.exists(segments_k, torch.tensor(segment_lengths), lengths)
+        rows, count = seen.shape
+        q_rows, kv_rows = special.get("q_rows", rows), special.get("kv_rows", count)
+        kv_batch = batch if kv_offset is None else 1
+        q = uniform_values([batch, q_rows, heads, dim], 3 * number).to(DTYPES[dtype])
+        k, v = (uniform_values([kv_batch, kv_rows, kv_heads, dim], 3 * number + i).to(DTYPES[dtype]) for i in (1, 2))
+        unread = ~scale_attention.read(k.shape, batch, seen, there, kv_offset)
+        for x in (k, v):
+            x.masked_fill_(unread[..., None], torch.nan)
+        if row_index is not None:
+            for b in range(batch):
+                q[b, sorted(set(range(q_rows)) - set(row_index[b].tolist()))] = torch.nan
+        # As the library holds it: in f32.
+        scale = special.get("scale") or (1 / torch.tensor(float(dim)).sqrt()).item()
+        how = {"there": there, "row_index": row_index, "kv_offset": kv_offset}
+        out, lse = scale_attention.scale_attention(q, k, v, seen, scale, **how)
+        magnitude, _ = scale_attention.scale_attention(q, k, v.abs(), seen, scale, **how)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in [("q", q), ("k", k), ("v", v), *given.items()]}
+        # Rounded, since the last bits of an f64 exponential are not the same everywhere.
+        tensors |= {f"{name}.out": out.float(), f"{name}.lse": lse.float()}
+        tensors[f"{name}.magnitude"] = magnitude.amax(-1).float()
+        cases.append(
+            dict(name=name, dtype=dtype, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim, rows=rows, keys=count)
+            | dict(queries=queries, keys_of=keys, rules=rules, windows=special.get("windows", []))
+            | dict(segment_lengths=segment_lengths, lengths=None if lengths is None else len(lengths))
+            | dict(kv_rows=kv_rows, q_rows=q_rows, gathered=row_index is not None, packed=kv_offset is not None)
+            | dict(scale=special.get("scale"), bound=special.get("bound"))
+        )
+    return tensors, cases
 
 
 def rvq_golden():
@@ -233,16 +323,6 @@ def prepare_golden():
     return tensors, cases
 
 
-def golden():
-    """(tensors, cases) of every file, by name."""
-    return {
-        "attention_merge": merge_golden(),
-        "attention_prepare": prepare_golden(),
-        "rvq_decode": rvq_golden(),
-        "philox": philox_golden(),
-    }
-
-
 def philox_golden():
     def words(rows):
         return torch.tensor(rows, dtype=torch.int64).to(torch.uint32)
@@ -257,6 +337,17 @@ def philox_golden():
         where |= dict(seed=str(seed), first_position=str(first_position))
         cases.append(dict(name=name, positions=positions) | where)
     return tensors, cases
+
+
+def golden():
+    """{name of the file: (tensors, cases)}"""
+    return {
+        "rvq_decode": rvq_golden(),
+        "scale_attention": scale_attention_golden(),
+        "attention_merge": merge_golden(),
+        "attention_prepare": prepare_golden(),
+        "philox": philox_golden(),
+    }
 
 
 def main():

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import make_golden
-from nextscale_ref import attention, philox, rvq
+from nextscale_ref import attention, philox, rvq, scale_attention
 
 
 def test_philox_known_answers():
@@ -107,6 +107,107 @@ def test_rvq_bound_holds_and_is_not_slack():
         bound = rvq.error_bound(codes, books, dtype)
         assert (error <= bound).all() and (error > bound / 1000).any()
     assert (rvq.error_bound(codes[:1], books[:1], torch.float32) == 0).all()
+
+
+def grid(*segments):
+    return torch.tensor(segments)
+
+
+def test_attention_mask_of_scales():
+    """VAR's own mask: a token sees the tokens of its scale and of those before."""
+    sides = [1, 2, 3, 4]
+    scale_of = torch.cat([torch.full([n * n], n) for n in sides])
+    segments = grid(*([1, n, n] for n in sides))
+    causal = torch.ones(4, 4).tril().int()
+    seen = scale_attention.visible(segments, segments, causal)
+    assert torch.equal(seen, scale_of[:, None] >= scale_of[None, :])
+    seen = scale_attention.visible(segments, segments, torch.eye(4).int())
+    assert torch.equal(seen, scale_of[:, None] == scale_of[None, :])
+
+
+def test_attention_mask_of_orders():
+    text = grid([1, 1, 4])
+    causal = torch.tensor([[scale_attention.CAUSAL]])
+    assert torch.equal(scale_attention.visible(text, text, causal), torch.ones(4, 4).tril().bool())
+    # Raster order of the transposed grid.
+    frames, height, width = 2, 3, 4
+    order = torch.arange(frames * height * width).reshape(frames, width, height).transpose(1, 2).flatten()
+    video = grid([frames, height, width])
+    seen = scale_attention.visible(video, video, torch.tensor([[scale_attention.COLUMN]]))
+    assert torch.equal(seen, order[:, None] >= order[None, :])
+
+
+def test_attention_mask_of_windows():
+    # Onto its own grid a place is itself.
+    image = grid([1, 5, 6])
+    window = torch.tensor([[scale_attention.WINDOWS]])
+    assert torch.equal(scale_attention.visible(image, image, window, grid([0, 0, 0])), torch.eye(30).bool())
+    seen = scale_attention.visible(image, image, window, grid([0, 1, 2])).reshape(5, 6, 5, 6)
+    for y in range(5):
+        for x in range(6):
+            near = torch.zeros(5, 6, dtype=torch.bool)
+            near[max(y - 1, 0) : y + 2, max(x - 2, 0) : x + 3] = True
+            assert torch.equal(seen[y, x], near)
+    # Coarser and finer grids: by the real numbers.
+    for count, of in [(3, 7), (7, 3), (16, 13), (1, 9), (9, 1)]:
+        seen = scale_attention.visible(grid([1, 1, count]), grid([of, 1, 1]), window, grid([0, 0, 0]))
+        # Only the frames are projected onto more than one: the middle.
+        assert seen.sum(1).tolist() == [1] * count and seen[:, of // 2].all()
+        seen = scale_attention.visible(grid([1, count, 1]), grid([1, of, 1]), window, grid([0, 0, 0]))
+        assert seen.int().argmax(1).tolist() == [int((i + 0.5) * of / count + 1e-9) for i in range(count)]
+
+
+def test_attention_is_pytorchs():
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, 14, 4 if i == 0 else 2, 8, generator=generator, dtype=torch.float64) for i in range(3))
+    segments = grid(*make_golden.VAR)
+    seen = scale_attention.visible(segments, segments, torch.tensor(make_golden.CAUSAL))
+    out, lse = scale_attention.scale_attention(q, k, v, seen, 0.3)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*heads_first, attn_mask=seen, scale=0.3, enable_gqa=True)
+    assert torch.allclose(out, theirs.transpose(1, 2), rtol=1e-12)
+    logits = heads_first[0] @ heads_first[1].repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    assert torch.allclose(lse, logits.masked_fill(~seen, -torch.inf).logsumexp(-1), rtol=1e-12)
+
+
+def test_attention_of_nothing():
+    q, k, v = (torch.ones(1, 3, 1, 8) for _ in range(3))
+    seen = torch.tensor([[True, False, False], [False, False, False], [True, True, False]])
+    # What nobody sees may hold anything.
+    k[:, 2], v[:, 2] = torch.nan, torch.inf
+    out, lse = scale_attention.scale_attention(q, k, v, seen, 1.0)
+    assert out[0, :, 0, 0].tolist() == [1, 0, 1] and lse[0, 0].tolist()[1] == -torch.inf
+    assert torch.equal(lse[0, 0, [0, 2]], 8 + torch.tensor([1.0, 2.0]).double().log())
+    # Keys beyond a length are not there.
+    there = scale_attention.exists(grid([1, 1, 3]), torch.tensor([0]), torch.tensor([[[1]]]))
+    assert there.tolist() == [[[True, False, False]]]
+    _, lse = scale_attention.scale_attention(q, k, v, seen, 1.0, there)
+    assert lse[0, 0].tolist() == [8, -torch.inf, 8]
+
+
+def test_attention_gathers_and_packs():
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 5, 1, 8, generator=generator) for _ in range(3))
+    seen = torch.ones(3, 5, dtype=torch.bool)
+    index = torch.tensor([[4, 0, 0], [1, 2, 3]])
+    out, lse = scale_attention.scale_attention(q, k, v, seen, 1.0, row_index=index)
+    for b in range(2):
+        alone = scale_attention.scale_attention(q[b : b + 1, index[b]], k[b : b + 1], v[b : b + 1], seen, 1.0)
+        assert torch.equal(out[b], alone[0][0]) and torch.equal(lse[b], alone[1][0])
+    # Five keys of the first entry and two of the second, which its length cuts off.
+    packed = [torch.cat([x[0], x[1, :2]])[None] for x in (k, v)]
+    there = torch.tensor([[[True] * 5], [[True] * 2 + [False] * 3]])
+    out, _ = scale_attention.scale_attention(q, *packed, seen, 1.0, there, kv_offset=torch.tensor([0, 5]))
+    assert torch.equal(out, scale_attention.scale_attention(q, k, v, seen, 1.0, there)[0])
+
+
+def test_attention_usual_is_close():
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(1, 100, 2, 64, generator=generator).bfloat16() for _ in range(3))
+    seen = torch.ones(100, 100).tril().bool()
+    exact, _ = scale_attention.scale_attention(q, k, v, seen, 0.125)
+    error = (scale_attention.usual(q, k, v, seen, 0.125) - exact).abs().max()
+    assert 1e-3 < error < 5e-2
 
 
 def attend(q, k, v):

@@ -245,6 +245,161 @@ fn rvq_decode() {
     }
 }
 
+#[cfg(feature = "attention")]
+mod attention {
+    use nextscale::attention::{Rule, ScaleAttention, ScaleAttentionArgs, Segment, Variant, Visibility};
+    use nextscale::{DType, bf16, f16};
+    use serde::Deserialize;
+
+    use super::*;
+
+    const SCALE_ATTENTION: &[u8] = include_bytes!("golden/scale_attention.safetensors");
+
+    #[derive(Deserialize)]
+    struct Case {
+        name: String,
+        batch: usize,
+        heads: usize,
+        kv_heads: usize,
+        dim: usize,
+        queries: Vec<[u32; 3]>,
+        keys_of: Vec<[u32; 3]>,
+        rules: Vec<Vec<usize>>,
+        windows: Vec<[u32; 3]>,
+        segment_lengths: Vec<i64>,
+        lengths: Option<usize>,
+        kv_rows: usize,
+        q_rows: usize,
+        gathered: bool,
+        packed: bool,
+        scale: Option<f32>,
+        bound: Option<f32>,
+    }
+
+    impl Case {
+        fn visibility(&self) -> Visibility {
+            let segment = |&[frames, height, width]: &[u32; 3]| Segment::video(frames, height, width);
+            let queries: Vec<Segment> = self.queries.iter().map(segment).collect();
+            let keys =
+                self.keys_of.iter().zip(&self.segment_lengths).map(|(keys, &length)| match u32::try_from(length) {
+                    Ok(index) => segment(keys).with_length(index),
+                    Err(_) => segment(keys),
+                });
+            let rule = |q: usize, k: usize| match self.rules[q][k] {
+                0 => Rule::Hidden,
+                1 => Rule::Full,
+                2 => Rule::Causal,
+                3 => Rule::ColumnCausal,
+                code => {
+                    let [frames, rows, columns] = self.windows[code - 4];
+                    Rule::Window { frames, rows, columns }
+                }
+            };
+            Visibility::new(&queries, &keys.collect::<Vec<_>>(), rule).unwrap()
+        }
+    }
+
+    fn check<T: Float>(file: &SafeTensors<'_>, metadata: &Value) {
+        let case: Case = serde_json::from_value(metadata.clone()).unwrap();
+        let integers = |name: &str, there: bool| there.then(|| tensor::<i32>(file, metadata, name));
+        let lengths = integers("lengths", case.lengths.is_some());
+        let (row_index, kv_offset) = (integers("row_index", case.gathered), integers("kv_offset", case.packed));
+        let [q, k, v] = ["q", "k", "v"].map(|name| tensor::<T>(file, metadata, name));
+        let [out, lse, magnitude] = ["out", "lse", "magnitude"].map(|name| tensor::<f32>(file, metadata, name));
+
+        let mut builder = ScaleAttention::<T>::builder(&case.visibility())
+            .batch(case.batch)
+            .heads(case.heads, case.kv_heads)
+            .head_dim(case.dim);
+        builder = if case.packed { builder.packed_keys(case.kv_rows) } else { builder.kv_rows(case.kv_rows) };
+        if case.gathered {
+            builder = builder.gathered_rows(case.q_rows);
+        }
+        if let Some(scale) = case.scale {
+            builder = builder.softmax_scale(scale);
+        }
+        if let Some(bound) = case.bound {
+            builder = builder.logit_bound(bound);
+        }
+        let bits = match T::DTYPE {
+            DType::F32 => 24,
+            DType::F16 => 11,
+            _ => 8,
+        };
+        let half_ulp = 0.5f64.powi(bits);
+        for (device, variant) in devices(T::DTYPE) {
+            let plan = builder.clone().variant(variant).build(&DeviceInfo::H200).unwrap();
+            let integers = |elements: &Option<Vec<i32>>| elements.as_ref().map(|all| Buffer::of(&device, all, 0));
+            let (lengths, row_index, kv_offset) = (integers(&lengths), integers(&row_index), integers(&kv_offset));
+            let [q, k, v] = [&q, &k, &v].map(|elements| Buffer::of(&device, elements, 0));
+            let schedule = Buffer::of(&device, plan.schedule().words(), 0);
+            let mut got = Buffer::<T>::poisoned(&device, out.len(), 0);
+            let mut got_lse = Buffer::<f32>::poisoned(&device, lse.len(), 0);
+            let mut workspace = Buffer::<u8>::poisoned(&device, plan.workspace_bytes() as usize, 0);
+            let args = ScaleAttentionArgs {
+                q: q.input(),
+                k: k.input(),
+                v: v.input(),
+                out: got.output(),
+                lse: Some(got_lse.output()),
+                schedule: schedule.input(),
+                lengths: lengths.as_ref().map(|buffer| buffer.input()),
+                row_index: row_index.as_ref().map(|buffer| buffer.input()),
+                kv_offset: kv_offset.as_ref().map(|buffer| buffer.input()),
+                workspace: Some(workspace.output()),
+            };
+            plan.run(&device.stream(), args).unwrap();
+            let close = |got: f64, want: f32, bound: f64| (got - f64::from(want)).abs() <= bound;
+            for (i, (got, &want)) in got.read().into_iter().zip(&out).enumerate() {
+                let exact = f64::from(want.abs());
+                let bound = if device.is_host() {
+                    exact * (half_ulp + 1e-7) + 1e-7
+                } else {
+                    // Weights are rounded before they are summed.
+                    (exact + f64::from(magnitude[i / case.dim])) * (half_ulp + 2e-4) + 1e-7
+                };
+                let got = f64::from(got.to_f32());
+                assert!(
+                    close(got, want, bound),
+                    "{}, {variant:?} on {device:?}: {got} for {want}, element {i}",
+                    case.name
+                );
+            }
+            let bound = if device.is_host() { 1e-6 } else { 2e-4 };
+            for (i, (got, &want)) in got_lse.read().into_iter().zip(&lse).enumerate() {
+                let same = got == want || close(f64::from(got), want, bound);
+                assert!(same, "{}, {variant:?} on {device:?}: lse {got} for {want}, element {i}", case.name);
+            }
+        }
+    }
+
+    /// The host, and each device with the kernels that it has. Kernels take no f32.
+    fn devices(dtype: DType) -> Vec<(TestDevice, Variant)> {
+        let kernels = if dtype == DType::F32 { Vec::new() } else { TestDevice::kernels() };
+        let mut devices = vec![(TestDevice::Host, Variant::Auto)];
+        for device in kernels {
+            if DeviceInfo::of(&device.stream()).unwrap().arch == DeviceInfo::H200.arch {
+                devices.push((device.clone(), Variant::Hopper));
+            }
+            devices.push((device, Variant::Portable));
+        }
+        devices
+    }
+
+    #[test]
+    fn scale_attention() {
+        let (file, cases) = open(SCALE_ATTENTION);
+        assert!(cases.len() >= 10);
+        for case in &cases {
+            match dtype(case["dtype"].as_str().unwrap()) {
+                DType::F32 => check::<f32>(&file, case),
+                DType::F16 => check::<f16>(&file, case),
+                _ => check::<bf16>(&file, case),
+            }
+        }
+    }
+}
+
 #[test]
 fn philox_fill() {
     let (file, cases) = open(PHILOX);

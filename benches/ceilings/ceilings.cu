@@ -1,5 +1,5 @@
-// What one GPU reaches: copy, DRAM and L2 bandwidth, random rows from L2, and the time of an empty kernel and of a
-// bare lookup in a CUDA graph. Prints JSON. A bench's floor is taken from these, not from a data sheet.
+// What one GPU reaches: copy, DRAM and L2 bandwidth, random rows from L2, exponentials, and the time of an empty kernel
+// and of a bare lookup in a CUDA graph. Prints JSON. A bench's floor is taken from these, not from a data sheet.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o ceilings ceilings.cu
 //   ./ceilings > ceilings.json
@@ -8,6 +8,7 @@
 //                loads of 16 bytes, neighbours next to each other), each block from another tile on, round and round.
 //                gather: a warp takes a row of 512 bytes, 16 a lane; 8 rows, picked by a linear congruential
 //                generator in registers, are in flight at a time.
+//                exp: a thread has 8 chains of ex2 in registers.
 // Loads          volatile asm, so that none is hoisted, merged or dropped; they go past L1, so that L2 is what is
 //                measured; their xor goes to memory if it has a value that it hardly has.
 // Occupancy      one block of 1024 threads a multiprocessor, 128 KiB in flight. Two blocks that walk the same tiles would
@@ -89,6 +90,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (sum == 0x9E3779B9u) *sink = sum;
 }
 
+// Each thread takes `each` times 8 exponentials; they tend to infinity, which is no slower.
+__global__ void __launch_bounds__(kThreads, 2) exp_kernel(uint32_t each, uint32_t* sink) {
+  float x[kInFlight];
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) x[i] = -static_cast<float>(threadIdx.x + i);
+  for (uint32_t n = 0; n < each; ++n) {
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(x[i]));
+  }
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) sum += x[i];
+  if (sum == 1.5f) *sink = 1;
+}
+
 __global__ void empty_kernel() {}
 
 // The least that a lookup does: load an index, load what it points to, store it.
@@ -140,6 +156,13 @@ double gather_rate(const Gpu& gpu, const char* data, uint64_t bytes, uint64_t to
   const double time =
       seconds(gpu, [&] { gather_kernel<<<blocks, kThreads, 0, gpu.stream>>>(data, rows, rows_each, gpu.sink); });
   return static_cast<double>(warps) * rows_each * kRowBytes / time * 1e-9;
+}
+
+// 10^9 exponentials a second, as ex2 gives them.
+double exp_rate(const Gpu& gpu) {
+  const uint32_t blocks = 2 * gpu.multiprocessors, each = 4096;
+  const double time = seconds(gpu, [&] { exp_kernel<<<blocks, kThreads, 0, gpu.stream>>>(each, gpu.sink); });
+  return static_cast<double>(blocks) * kThreads * each * kInFlight / time * 1e-9;
 }
 
 constexpr int kKernels = 200;
@@ -226,6 +249,7 @@ int main() {
   };
   list("l2_read", [&](uint64_t bytes) { return read_rate(gpu, a, bytes, total); });
   list("l2_gather_512", [&](uint64_t bytes) { return gather_rate(gpu, a, bytes, total); });
+  std::printf("  \"exp2_gops\": %.1f,\n", exp_rate(gpu));
   const auto empty = [&] { empty_kernel<<<1, 32, 0, gpu.stream>>>(); };
   const uint32_t* indices = reinterpret_cast<const uint32_t*>(a);
   const auto lookup = [&] { lookup_kernel<<<1, 32, 0, gpu.stream>>>(indices, gpu.sink); };

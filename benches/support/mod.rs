@@ -7,6 +7,10 @@
 //! | `cold` | one run after 256 MiB were written, which leaves nothing of it in L2 |
 //! | `host_enqueue` | what the calling thread spends in `run`, CUDA's launch included |
 //! | `host_checks` | the same for an empty problem: all but CUDA's launch |
+//!
+//! A CUDA graph of runs that take longer has fewer of them.
+
+#![allow(dead_code)] // each bench uses its part
 
 #[path = "../../tests/support/mod.rs"]
 mod harness;
@@ -14,12 +18,15 @@ mod harness;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use criterion::{BenchmarkId, Criterion, Throughput};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use nextscale::cudarc_0_19::cudarc::driver::{CudaSlice, CudaStream, sys};
 
 pub use harness::*;
 
 const RUNS_PER_GRAPH: u64 = 20;
+/// A graph of fewer runs, if they would take longer than this.
+const LONG_GRAPH: Duration = Duration::from_millis(4);
 const FLUSH_BYTES: usize = 256 << 20;
 /// Enqueued before the queue is let run dry: fewer than the driver's queue holds.
 const ENQUEUED: u64 = 256;
@@ -48,6 +55,17 @@ pub fn criterion() -> Criterion {
         .configure_from_args()
 }
 
+/// The same for an op of a hundred cases.
+pub fn quick_criterion() -> Criterion {
+    Criterion::default()
+        .sample_size(10)
+        .nresamples(2000)
+        .warm_up_time(Duration::from_millis(40))
+        .measurement_time(Duration::from_millis(150))
+        .without_plots()
+        .configure_from_args()
+}
+
 /// Times `run` in every mode, as `op/<mode>/<case>`. `bytes` are those that it moves. `run_empty` runs a problem without
 /// elements.
 pub fn time(
@@ -57,30 +75,41 @@ pub fn time(
     run: impl Fn(),
     run_empty: impl Fn(),
 ) {
-    run(); // loads the code
-    let graph = capture(stream, || (0..RUNS_PER_GRAPH).for_each(|_| run()));
     let mut flush = stream.alloc_zeros::<u8>(FLUSH_BYTES).expect("256 MiB");
-
     let mut group = criterion.benchmark_group(op);
     group.throughput(Throughput::Bytes(bytes));
-    group.bench_function(BenchmarkId::new("graph", case), |b| {
-        b.iter_custom(|iterations| {
-            let replays = iterations.div_ceil(RUNS_PER_GRAPH);
-            let elapsed = events(stream, || (0..replays).for_each(|_| graph.launch().expect("a replay")));
-            elapsed.mul_f64(iterations as f64 / (replays * RUNS_PER_GRAPH) as f64)
-        });
-    });
+    time_graph(&mut group, stream, case, &run);
     group.bench_function(BenchmarkId::new("stream", case), |b| {
         b.iter_custom(|iterations| events(stream, || (0..iterations).for_each(|_| run())));
     });
     group.bench_function(BenchmarkId::new("cold", case), |b| {
         b.iter_custom(|iterations| (0..iterations).map(|_| cold(stream, &mut flush, &run)).sum());
     });
+    time_host(&mut group, stream, case, &run);
+    group.bench_function(BenchmarkId::new("host_checks", case), |b| b.iter(&run_empty));
+    group.finish();
+}
+
+/// Times replays, as `<group>/graph/<case>`.
+pub fn time_graph(group: &mut BenchmarkGroup<'_, WallTime>, stream: &Arc<CudaStream>, case: &str, run: impl Fn()) {
+    run(); // loads the code
+    let once = events(stream, &run).max(Duration::from_nanos(1));
+    let runs = (LONG_GRAPH.div_duration_f64(once) as u64).clamp(1, RUNS_PER_GRAPH);
+    let graph = capture(stream, || (0..runs).for_each(|_| run()));
+    group.bench_function(BenchmarkId::new("graph", case), |b| {
+        b.iter_custom(|iterations| {
+            let replays = iterations.div_ceil(runs);
+            let elapsed = events(stream, || (0..replays).for_each(|_| graph.launch().expect("a replay")));
+            elapsed.mul_f64(iterations as f64 / (replays * runs) as f64)
+        });
+    });
+}
+
+/// Times the calling thread, as `<group>/host_enqueue/<case>`.
+pub fn time_host(group: &mut BenchmarkGroup<'_, WallTime>, stream: &Arc<CudaStream>, case: &str, run: impl Fn()) {
     group.bench_function(BenchmarkId::new("host_enqueue", case), |b| {
         b.iter_custom(|iterations| host(stream, iterations, &run));
     });
-    group.bench_function(BenchmarkId::new("host_checks", case), |b| b.iter(&run_empty));
-    group.finish();
 }
 
 fn events(stream: &Arc<CudaStream>, work: impl FnOnce()) -> Duration {

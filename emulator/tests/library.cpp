@@ -55,7 +55,7 @@ static void test_rvq() {
   std::vector<float> books(levels * entries * dim);
   for (auto& code : codes) code = random.below(entries + 2);  // a few too large
   for (auto& x : books) x = random.symmetric();
-  for (const int vector : {0, 1}) {
+  for (const int vector : {0, 1, 2}) {  // 2: with tiles
     Buffer<uint32_t> device_codes(codes), flags(std::vector<uint32_t>{0});
     Buffer<float> device_books(books);
     Buffer<float> out(batch * rows * dim);
@@ -69,8 +69,9 @@ static void test_rvq() {
     p.out_stride_batch = rows * dim, p.out_stride_row = dim;
     p.batch = batch, p.rows = rows, p.entries = entries, p.levels = levels, p.dim = dim;
     p.codes_dtype = NXS_U32, p.codebooks_dtype = NXS_F32, p.out_dtype = NXS_F32;
-    p.vector = vector;
-    p.log2_lanes = vector ? 4 : 5;
+    p.vector = vector > 0;
+    p.tiles = vector == 2;
+    p.log2_lanes = 5 - vector;
     check(finish_launch(nxs_rvq_decode(&p, nullptr)) == NXS_OK, "rvq_decode runs");
     const auto got = out.read();
     bool equal = true;

@@ -14,7 +14,7 @@
 
 namespace nxs {
 
-constexpr u32 kWarpResults = 18;
+constexpr u32 kWarpResults = 20;
 __global__ void __launch_bounds__(64) warp_kernel(const u32* in, u32* out) {
   const u32 t = thread_index(), v = load_global_nc(in + t);
   u32 half = 0;  // the halves of a warp go apart and meet among themselves
@@ -26,9 +26,10 @@ __global__ void __launch_bounds__(64) warp_kernel(const u32* in, u32* out) {
       shuffle(v, t + 5),  shuffle_xor(v, 9u),  shuffle_up(v, 3u),         shuffle_down(v, 7u),      half,
       warp_ballot(v & 1), warp_any(v == 77),   warp_all(v != 77),         warp_match_any(v % 5),    warp_reduce_add(v),
       warp_reduce_min(v), warp_reduce_max(v),  warp_reduce_and(v | 0xff), warp_reduce_or(v & 0xff), lane_index(),
-      lanes_below(),      population_count(v), leading_zeros(v)};
+      lanes_below(),      population_count(v), leading_zeros(v),          shuffle_among(v, 3, 8),   shuffle_among(v, t * 5, 16)};
 #pragma unroll
   for (u32 i = 0; i < kWarpResults; ++i) store_global(out + i * 64 + t, r[i]);
+  store_global_streaming_if(out + kWarpResults * 64 + t, v, t % 3 == 0);
 }
 
 // Two warps hand a value back and forth by named barriers; a third only arrives.
@@ -164,14 +165,14 @@ static void test_warps() {
   Random random(9);
   for (auto& x : in) x = random.next();
   in[40] = 77;
-  Buffer<uint32_t> din(in), out(nxs::kWarpResults * 64);
+  Buffer<uint32_t> din(in), out((nxs::kWarpResults + 1) * 64);
   check(finish_launch(nxs::launch(nxs::warp_kernel, shape_of(1, 64), nullptr, din.get(), out.get())) == NXS_OK,
         "warp runs");
   const auto got = out.read();
   std::vector<uint32_t> want(got.size());
   for (uint32_t t = 0; t < 64; ++t) {
     const uint32_t lane = t % 32, *v = in.data() + t / 32 * 32;
-    uint32_t r[18] = {v[(t + 5) % 32], v[lane ^ 9], lane < 3 ? v[lane] : v[lane - 3],
+    uint32_t r[nxs::kWarpResults] = {v[(t + 5) % 32], v[lane ^ 9], lane < 3 ? v[lane] : v[lane - 3],
                       lane + 7 > 31 ? v[lane] : v[lane + 7], v[lane < 16 ? 3 : 20]};
     r[10] = ~0u, r[12] = ~0u, r[7] = 1;
     for (uint32_t i = 0; i < 32; ++i) {
@@ -189,9 +190,12 @@ static void test_warps() {
     r[15] = (1u << lane) - 1;
     r[16] = static_cast<uint32_t>(__builtin_popcount(v[lane]));
     r[17] = v[lane] ? static_cast<uint32_t>(__builtin_clz(v[lane])) : 32;
-    for (uint32_t i = 0; i < 18; ++i) want[i * 64 + t] = r[i];
+    r[18] = v[(lane & 24) + 3];
+    r[19] = v[(lane & 16) + t * 5 % 16];
+    for (uint32_t i = 0; i < nxs::kWarpResults; ++i) want[i * 64 + t] = r[i];
+    want[nxs::kWarpResults * 64 + t] = t % 3 == 0 ? v[lane] : 0xfefefefe;  // not written
   }
-  for (uint32_t i = 0; i < 18; ++i)
+  for (uint32_t i = 0; i <= nxs::kWarpResults; ++i)
     check(std::equal(got.begin() + i * 64, got.begin() + i * 64 + 64, want.begin() + i * 64),
           "warp result " + std::to_string(i));
   print_checksum("warp", got);

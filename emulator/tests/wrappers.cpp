@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(128, 1)
   cluster_arrive();
   cluster_wait();
   sum += cluster_rank() + cluster_size() + lane_index() + lanes_below();
-  c[0] += shuffle(c[1], 1) + shuffle_xor(c[1], 1) + shuffle_up(c[1], 1) + shuffle_down(c[1], 1);
+  c[0] += shuffle(c[1], 1) + shuffle_xor(c[1], 1) + shuffle_up(c[1], 1) + shuffle_down(c[1], 1) +
+          shuffle_among(c[1], 1, 8);
   sum += shuffle(sum, 2) + warp_ballot(x) + warp_any(x) + warp_all(x) + warp_match_any(sum) + elect_one();
   sum +=
       warp_reduce_add(sum) + warp_reduce_min(sum) + warp_reduce_max(sum) + warp_reduce_and(sum) + warp_reduce_or(sum);
@@ -155,6 +156,10 @@ __global__ void __launch_bounds__(128, 1)
   c[3] += f16_bits_to_f32(static_cast<u16>(sum)) + bf16_bits_to_f32(static_cast<u16>(sum));
   lower_registers<24>();
   raise_registers<240>();
+  store_global_streaming_if(reinterpret_cast<Four*>(out), Four{{1, 2, 3, 4}}, x);
+  store_global_streaming_if(wide, u64{1}, x);
+  store_global_streaming_if(words, u32{1}, x);
+  store_global_streaming_if(reinterpret_cast<u16*>(words), u16{1}, x);
   store_global_streaming(words, load_global_nc(words) + load_global(words) + sum);
   store_global(out + thread_index(), c[0] + c[1] + c[2] + c[3]);
 }

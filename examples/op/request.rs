@@ -50,7 +50,7 @@ impl Op {
         }
         text += "\n\nsettings (--set key=value):";
         for SettingHelp { name, values, about } in self.settings {
-            text += &format!("\n  {name:<16}{values:<24}{about}");
+            text += &format!("\n  {name:<16}{values:<26}{about}");
         }
         text
     }
@@ -111,15 +111,15 @@ macro_rules! integers {
 }
 integers!(usize => "a size", u32 => "a 32-bit unsigned integer", u64 => "a 64-bit unsigned integer", i64 => "a 64-bit integer");
 
-impl Setting for bool {
-    const WHAT: &'static str = "true or false";
+impl Setting for f32 {
+    const WHAT: &'static str = "a number";
     fn parse(text: &str) -> Option<Self> {
         text.parse().ok()
     }
 }
 
-impl Setting for f32 {
-    const WHAT: &'static str = "a number";
+impl Setting for bool {
+    const WHAT: &'static str = "true or false";
     fn parse(text: &str) -> Option<Self> {
         text.parse().ok()
     }

@@ -118,7 +118,7 @@ impl Tensors {
     }
 
     pub(crate) fn require(&self, name: &str) -> Result<&Tensor, Failure> {
-        self.0.get(name).ok_or_else(|| Failure::request(format!("the input tensor {name} is missing")))
+        self.get(name).ok_or_else(|| Failure::request(format!("the input tensor {name} is missing")))
     }
 
     pub(crate) fn with(mut self, name: &str, tensor: Tensor) -> Self {

@@ -5,7 +5,12 @@
 
 namespace nxs::attention {
 
-#define NXS_DECLARE(type, dim) template <> nxs_status scale_attention_sm90<type, dim>(const ScaleParams&, void*);
+// Of scale_attention_sm80.cuh.
+template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParams& p, void* stream);
+
+#define NXS_DECLARE(type, dim)                       \
+  template <> nxs_status scale_attention_sm80<type, dim>(const ScaleParams&, void*); \
+  template <> nxs_status scale_attention_sm90<type, dim>(const ScaleParams&, void*);
 NXS_DECLARE(bf16, 64)
 NXS_DECLARE(bf16, 96)
 NXS_DECLARE(bf16, 128)
@@ -15,7 +20,10 @@ NXS_DECLARE(f16, 128)
 #undef NXS_DECLARE
 
 template <typename T> static nxs_status for_dim(const ScaleParams& p, void* stream) {
-  if (p.variant != 1) return NXS_E_UNSUPPORTED;
+  if (p.variant == 0)
+    return p.dim <= 64   ? scale_attention_sm80<T, 64>(p, stream)
+           : p.dim <= 96 ? scale_attention_sm80<T, 96>(p, stream)
+                         : scale_attention_sm80<T, 128>(p, stream);
   return p.dim <= 64   ? scale_attention_sm90<T, 64>(p, stream)
          : p.dim <= 96 ? scale_attention_sm90<T, 96>(p, stream)
                        : scale_attention_sm90<T, 128>(p, stream);

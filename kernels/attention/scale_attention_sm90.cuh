@@ -12,7 +12,8 @@
 //            and the warpgroups take turns to issue, so that one's exponentials run beside another's products.
 // Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set, in the first chunk. It is
 //            raised, and O rescaled, only when exponentials grow large: their sum tells, so that no maximum is taken. Then
-//            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all.
+//            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all. A bound that the caller
+//            vouches for may stand in for the first maximum.
 // Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators. Of a
 //            chunk of up to 64 keys only half the exponentials are taken.
 // Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: they are overwritten with
@@ -23,7 +24,7 @@
 // FLOPs      4 * kDim * 64 * 128 a tile and chunk.
 // Limits     dim <= kDim, a multiple of 8; sm_90a.
 #pragma once
-#include "attention/scale_schedule.cuh"
+#include "attention/scale_rows.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/bulk.cuh"
@@ -40,14 +41,8 @@
 namespace nxs::attention {
 
 constexpr u32 kGroupThreads = 128;
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
-// Log2 of how far a maximum may exceed the reference before that is raised.
-constexpr float kLazyRescale = 8.0f;
 // Where no maximum is taken: of a thread's sum of 32 exponentials. None of them exceeds it then, nor what f16 can hold.
 constexpr float kMostSum = 4096.0f;
-// A row with no visible key yet.
-constexpr float kNothing = -__builtin_huge_valf();
-
 // What the producer tells a consumer warpgroup of a chunk.
 struct ChunkInfo {
   u32 keys;  // valid ones, with the flags below
@@ -95,39 +90,17 @@ NXS_DEVICE void multiply(float (&d)[kN / 2], const A& a, u64 b, bool accumulate)
   }
 }
 
-template <typename T> NXS_DEVICE u32 round_pair(float low, float high) {
-  return DType<T>::value == NXS_BF16 ? f32x2_to_bf16x2_bits(low, high) : f32x2_to_f16x2_bits(low, high);
-}
-
 // The n-th work of this block, or one beyond the last.
 NXS_DEVICE u32 nth_work(u32 n) {
   const u32 grid = grid_size_x();
   return n * grid + (n & 1 ? grid - 1 - block_index_x() : block_index_x());
 }
-NXS_DEVICE u32 all_works(const ScaleParams& p) {
-  return static_cast<u32>(p.items) * static_cast<u32>(p.batch) * static_cast<u32>(p.pack > 1 ? p.kv_heads : p.heads);
-}
-
-// A row of a work's tile in the tensors of the call.
-struct RowAt {
-  u32 row, head;
-};
-NXS_DEVICE RowAt row_at(const ScaleParams& p, u32 head, u32 row) {
-  if (p.pack <= 1) return {row, head};
-  const u32 pack = static_cast<u32>(p.pack), token = row / pack;
-  return {token, head * pack + row - token * pack};
-}
-
 // ---- producer
 
 // V of this chunk has rows that belong to others and lie within the tensor; what lies beyond it comes as zero.
 NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
   return keys < kChunk && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
 }
-NXS_DEVICE u32 first_key_of(const ScaleKernelParams& p, const Work& work) {
-  return p.kv_offset_or_null ? static_cast<u32>(load_global_nc(p.kv_offset_or_null + work.batch)) : 0;
-}
-
 // Warp 0: K and V.
 template <int kDim, int kGroups>
 NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
@@ -141,16 +114,16 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
     const i32 kv_head = static_cast<i32>(kv_head_of(p, work));
     const i32 batch_k = p.k_stride_batch ? static_cast<i32>(work.batch) : 0,
               batch_v = p.v_stride_batch ? static_cast<i32>(work.batch) : 0;
-    const u32 offset = first_key_of(p, work);
-    ChunkWalk walk(p, work);
-    bool more = walk.next();
-    bool nothing = !more;  // a work without keys still has one chunk, hidden from all
-    while (more || nothing) {
+    KeyWalk<kChunk>::Of of;
+    KeyWalk<kChunk> walk(p, work, of);
+    u32 coming = walk.next(p, of);
+    bool nothing = coming == 0;  // a work without keys still has one chunk, hidden from all
+    while (coming > 0 || nothing) {
       const u32 stage = stage_of<C::kStages>(chunk), parity = parity_of<C::kStages>(chunk) ^ 1;
       const u32 k_full = shared + C::kKFull + 8 * stage, v_full = shared + C::kVFull + 8 * stage;
-      const u32 key = nothing ? 0 : walk.first_key() + offset, keys = nothing ? 0 : walk.count();
-      const Vec<u32, 4> mask = walk.masks;
-      more = !nothing && walk.next();
+      const u32 key = walk.first_key(), keys = coming;
+      const Vec<u32, 4> mask = nothing ? Vec<u32, 4>{} : walk.masks(p);
+      coming = walk.next(p, of);
 
       mbarrier_wait(shared + C::kKEmpty + 8 * stage, parity);
       if (lane == 0) {
@@ -158,7 +131,7 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
         for (u32 g = 0; g < kGroups; ++g) {
           const bool hidden = nothing || mask.data[g] == NXS_MASK_HIDDEN;
           ChunkInfo info;
-          info.keys = keys | (hidden ? kChunkHidden : 0) | (more ? 0 : kChunkLast);
+          info.keys = keys | (hidden ? kChunkHidden : 0) | (coming > 0 ? 0 : kChunkLast);
           info.mask = hidden ? 0 : mask.data[g];
           store_shared(shared + C::kInfo + (stage * kGroups + g) * static_cast<u32>(sizeof(ChunkInfo)), info);
         }
@@ -203,12 +176,12 @@ template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleKernelPa
     const u32 index = nth_work(n);
     if (index >= works) break;
     const Work work = work_at(p, index);
-    const u32 offset = first_key_of(p, work);
-    ChunkWalk walk(p, work);
+    KeyWalk<kChunk>::Of of;
+    KeyWalk<kChunk> walk(p, work, of);
     const u32 before = chunk;
-    for (; walk.next(); ++chunk) {
-      const u32 stage = stage_of<C::kStages>(chunk), keys = walk.count();
-      if (!has_tail(p, walk.first_key() + offset, keys)) continue;
+    for (u32 keys; (keys = walk.next(p, of)) > 0; ++chunk) {
+      const u32 stage = stage_of<C::kStages>(chunk);
+      if (!has_tail(p, walk.first_key(), keys)) continue;
       mbarrier_wait(shared + C::kTail + 8 * stage, parities >> stage & 1);
       parities ^= 1u << stage;
       const u32 tile = shared + C::kV + stage * C::kChunkBytes;
@@ -266,15 +239,7 @@ NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q,
         const u32 row = i / kPieces, piece = i % kPieces;
         const bool valid = row < tile.data[1] && piece * 8 < static_cast<u32>(p.dim);
         const T* from = static_cast<const T*>(p.q);
-        if (valid) {
-          const RowAt at = row_at(p, work.head, tile.data[0] + row);
-          i64 source = at.row;
-          if (p.row_index_or_null) {
-            source = load_global_nc(p.row_index_or_null + work.batch * p.row_index_stride_batch + at.row);
-            source = source < 0 ? 0 : source < p.q_rows ? source : p.q_rows - 1;
-          }
-          from += work.batch * p.q_stride_batch + source * p.q_stride_row + at.head * p.q_stride_head + piece * 8;
-        }
+        if (valid) from = query_at<T>(p, work.batch, row_at(p, work.head, tile.data[0] + row)) + piece * 8;
         const u32 address = to + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
         copy_async<16>(swizzled(address, Swizzle::k128), from, valid ? 16 : 0);
       }
@@ -287,10 +252,6 @@ NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q,
     }
     if (lane == 0) mbarrier_arrive(full);
   }
-}
-
-NXS_DEVICE i64 part_row(const ScaleKernelParams& p, u32 split, u32 batch, const RowAt& at) {
-  return ((split * p.batch + batch) * p.heads + at.head) * p.rows + at.row;
 }
 
 // Warp 3: the results that the consumers left in a slot. Parts they have written themselves.
@@ -313,12 +274,8 @@ NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_o
 #pragma unroll 1
         for (u32 row = lane; row < tile.data[1]; row += kWarpSize) {
           const RowAt at = row_at(p, head, tile.data[0] + row);
-          const float lse = load_shared<float>(shared + C::kLse + ((slot * kGroups + g) * kTileRows + row) * 4);
-          if (p.splits > 1)
-            store_global(p.parts_or_null + p.splits * p.batch * p.heads * p.rows * p.dim + part_row(p, split, batch, at), lse);
-          else
-            store_global(p.lse_or_null + batch * p.lse_stride_batch + at.head * p.lse_stride_head + at.row * p.lse_stride_row,
-                         lse);
+          store_lse(p, split, batch, at,
+                    load_shared<float>(shared + C::kLse + ((slot * kGroups + g) * kTileRows + row) * 4));
         }
       if (p.splits > 1) continue;
       const u32 from = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes;
@@ -560,7 +517,12 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   NXS_DEVICE void softmax(bool starts, bool half, u64 bits) {
     float add[2];
     if (!plain()) mask_logits(half, bits);
-    take_maximum<false>(starts, half, {});
+    if (starts && p.logit_bound > 0) {
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) reference[r] = p.logit_bound, sum[r] = 0, grow[r] = 1;
+    } else {
+      take_maximum<false>(starts, half, {});
+    }
     exponentiate(half, add);
     settle();
     sum[0] += add[0];
@@ -665,7 +627,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
       const bool none = total == 0;
       if (lane % 4 == 0) {
         store_shared(inverse_at(r), none ? 0.0f : reciprocal_approx(total));
-        store_shared(lse_at(of_slot, r), none ? kNothing : (reference[r] + log2_approx(total)) * kLn2);
+        store_shared(lse_at(of_slot, r), lse_of(reference[r], total));
       }
     }
   }
@@ -705,14 +667,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     for (u32 r = 0; r < 2; ++r) {
       if (row_in_tile(r) >= tile.data[1]) continue;
       const RowAt at = row_at(p, work.data[1], tile.data[0] + row_in_tile(r));
-      float* part = p.parts_or_null + part_row(p, work.data[2], work.data[0], at) * p.dim;
-#pragma unroll
-      for (u32 i = 0; i < kDim / 8; ++i) {
-        const u32 column = 8 * i + 2 * (lane % 4);
-        if (column < static_cast<u32>(p.dim))
-          store_global(reinterpret_cast<Vec<float, 2>*>(part + column),
-                       Vec<float, 2>{{o[4 * i + 2 * r] * inverse[r], o[4 * i + 2 * r + 1] * inverse[r]}});
-      }
+      store_part<kDim>(p, work.data[2], work.data[0], at, [&](u32 i) { return o[2 * i + 2 * r - i % 2] * inverse[r]; });
     }
   }
   // The tile in `slot` sees nothing: zeroes, and -inf, which keeps parts from being read.
@@ -762,7 +717,7 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
     scale_attention_sm90_kernel(const __grid_constant__ ScaleKernelParams p, const __grid_constant__ TensorMap map_q,
                                 const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v,
                                 const __grid_constant__ TensorMap map_out) {
-  // p.scale comes times log2(e).
+  // p.scale and p.logit_bound come times log2(e).
   using C = Sm90<kDim, kGroups>;
   const u32 shared = dynamic_shared(), t = thread_index();
   if (t == 0) {
@@ -847,6 +802,7 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
   shape.dynamic_smem = C::kSharedBytes;
   ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
+  base2.logit_bound *= kLog2E;
   return launch(kernel, shape, stream, base2, maps[0], maps[1], maps[2], maps[3]);
 }
 

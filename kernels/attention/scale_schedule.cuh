@@ -51,47 +51,54 @@ NXS_DEVICE u32 kv_head_of(const ScaleParams& p, const Work& work) {
   return p.pack > 1 ? work.head : work.head / static_cast<u32>(p.heads / p.kv_heads);
 }
 
-// The chunks of an item in the order in which they are taken; those beyond a length are left out.
-struct ChunkWalk {
-  const ScaleKernelParams& p;
-  const i32* lengths;  // of this batch entry and kv head, or null
-  i64 length_stride;
-  u32 run, runs;       // offset of the run at hand; how many are left, this one included
-  u32 key, keys;       // of the run at hand
-  u32 chunks;          // of it that are left
-  Vec<u32, 4> masks;   // of the run at hand, by group
+__host__ NXS_DEVICE u32 all_works(const ScaleParams& p) {
+  return static_cast<u32>(p.items) * static_cast<u32>(p.batch) * static_cast<u32>(p.pack > 1 ? p.kv_heads : p.heads);
+}
 
-  NXS_DEVICE ChunkWalk(const ScaleKernelParams& p_, const Work& work) : p(p_), length_stride(p_.lengths_stride_index) {
-    lengths = p.lengths_or_null ? p.lengths_or_null + work.batch * p.lengths_stride_batch +
-                                      kv_head_of(p, work) * p.lengths_stride_head
-                                : nullptr;
+// The keys of an item, up to kStep at a time (a chunk or a part of it), in the order in which they are taken; those beyond a
+// length are left out.
+template <u32 kStep> struct KeyWalk {
+  static_assert(kChunk % kStep == 0);
+
+  // What stays the same on the way.
+  struct Of {
+    u32 batch, kv_head;
+    u32 last;  // offset of the last run
+  };
+  u32 run;        // offset of the run at hand
+  u32 key, keys;  // of the run at hand: the row of k and v that its first key is, keys that are left
+
+  NXS_DEVICE KeyWalk(const ScaleKernelParams& p, const Work& work, Of& of) : key(0), keys(0) {
     const Vec<u32, 4> item = p.words(work.item);
     run = item.data[0] - NXS_SCHEDULE_RUN_WORDS;
-    runs = item.data[3] == p.digest ? item.data[1] + 1 : 1;
-    key = keys = chunks = 0;
+    of = {work.batch, kv_head_of(p, work), run + (item.data[3] == p.digest ? item.data[1] * NXS_SCHEDULE_RUN_WORDS : 0)};
   }
 
-  // Steps to the next chunk; false after the last one.
-  NXS_DEVICE bool next() {
-    while (chunks == 0) {
-      if (--runs == 0) return false;
+  // How many keys come next, from first_key() on; 0 after the last ones.
+  NXS_DEVICE u32 next(const ScaleKernelParams& p, const Of& of) {
+    while (keys == 0) {
+      if (run == of.last) return 0;
       run += NXS_SCHEDULE_RUN_WORDS;
       const Vec<u32, 4> head = p.words(run);
-      masks = p.words(run + 4);
       key = head.data[0];
       keys = head.data[1];
       if (head.data[2]) {
-        const i32 length = load_global_nc(lengths + (head.data[2] - 1) * length_stride);
+        const i64 at = (head.data[2] - 1) * p.lengths_stride_index + of.batch * p.lengths_stride_batch +
+                       of.kv_head * p.lengths_stride_head;
+        const i32 length = load_global_nc(p.lengths_or_null + at);
         const u32 end = head.data[3] + static_cast<u32>(length > 0 ? length : 0);
         keys = end <= key ? 0 : end - key < keys ? end - key : keys;
       }
-      chunks = (keys + kChunk - 1) / kChunk;
+      if (p.kv_offset_or_null) key += static_cast<u32>(load_global_nc(p.kv_offset_or_null + of.batch));
     }
-    --chunks;
-    return true;
+    const u32 count = (keys - 1) % kStep + 1;
+    keys -= count;
+    return count;
   }
-  NXS_DEVICE u32 first_key() const { return key + chunks * kChunk; }
-  NXS_DEVICE u32 count() const { return keys - chunks * kChunk < kChunk ? keys - chunks * kChunk : kChunk; }
+  NXS_DEVICE u32 first_key() const { return key + keys; }
+  // The mask of one group, or those of all, of the run at hand.
+  NXS_DEVICE u32 mask(const ScaleKernelParams& p, u32 group) const { return load_global_nc(p.schedule + run + 4 + group); }
+  NXS_DEVICE Vec<u32, 4> masks(const ScaleKernelParams& p) const { return p.words(run + 4); }
 };
 
 }  // namespace nxs::attention

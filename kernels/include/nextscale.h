@@ -296,10 +296,13 @@ typedef struct nxs_rvq_decode_params {
   int32_t vector;                /* 1: 16-byte codebook reads. dim and the codebook and out strides are multiples of
                                     16 / sizeof(codebooks_dtype), codebooks is 16-byte aligned, and out is aligned to
                                     min(16, that many output elements). 0: one element at a time, no demands. */
-  int32_t tiles;                 /* 1: the kernel for many rows (thousands), which takes no null code, codebooks that span
-                                    less than 4 GiB, and log2_lanes of 3 to 5. 0: the one for any problem. */
-  int32_t log2_lanes;            /* 2^log2_lanes threads share a row: 0 to 7, with tiles 3 to 5. Every value is correct.
-                                    Fastest: the least one with 2^log2_lanes * (elements a read) >= dim, or the greatest. */
+  int32_t tiles;                 /* 1: the kernel for many rows (thousands, in batch entries of some tens or one), which takes
+                                    a level or more, no null code, codebooks that span less than 2^32 reads, and log2_lanes
+                                    of 3 to 5. 0: the one for any problem. */
+  int32_t log2_lanes;            /* 2^log2_lanes threads share a row: 0 to 7; with tiles a row or each slice of it, 3 to 5.
+                                    Every value is correct. Fastest: the least one with 2^log2_lanes * (elements a read) >=
+                                    dim, or the greatest. With tiles and 16-byte reads: 3, or 4 with 16-bit codebooks where
+                                    codes and outputs together are larger than L2. */
 } nxs_rvq_decode_params;
 
 nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);

@@ -44,9 +44,13 @@ extern "C" nxs_status nxs_rvq_decode(const nxs_rvq_decode_params* params, void* 
   }
 
   if (p.tiles) {
-    const i64 span = (p.levels - 1) * p.codebooks_stride_level + (p.entries - 1) * p.codebooks_stride_entry + p.dim;
-    NXS_REQUIRE(!p.has_null_code && (p.levels == 0 || span <= UINT32_MAX / book_bytes), NXS_E_UNSUPPORTED);
-    NXS_REQUIRE(p.dim / ((p.vector ? 16 / book_bytes : 1) << p.log2_lanes) < 65535, NXS_E_UNSUPPORTED);
+    // Tiles count the chunks from the first entry in 32 bits.
+    const i64 vec = p.vector ? 16 / book_bytes : 1, most = UINT32_MAX * vec;
+    NXS_REQUIRE(p.levels > 0 && !p.has_null_code, NXS_E_UNSUPPORTED);
+    NXS_REQUIRE(p.levels == 1 || p.codebooks_stride_level <= most, NXS_E_UNSUPPORTED);
+    const i64 last = (p.levels - 1) * p.codebooks_stride_level + (p.entries - 1) * p.codebooks_stride_entry;
+    NXS_REQUIRE(last <= most, NXS_E_UNSUPPORTED);
+    NXS_REQUIRE(p.dim / (vec << p.log2_lanes) < 65535, NXS_E_UNSUPPORTED);
   }
 
   switch (p.codebooks_dtype) {

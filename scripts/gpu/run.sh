@@ -6,7 +6,9 @@
 #   sanitize  compute-sanitizer's four tools over the tests, small shapes
 #   compare   the op executable against PyTorch
 #   bench     measured ceilings, our benches, the peers; writes RESULTS.md
-# CASES: random cases of each op to compare (default 81). PEERS: flags for bench_peers.py, such as --no-compile.
+# CASES: random cases of each op to compare (default 81). COMPARE, PEERS: flags for compare.py, such as --only OP, and
+# for bench_peers.py, such as --quick. SANITIZE: the tests to sanitize, TOOLS: with what. BENCHES: the benches to run;
+# MORE_PEERS: files of earlier peers for the report.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 OUT=${OUT:-$PWD/out}
@@ -25,7 +27,9 @@ step() {
     failed=1
     tail -n 40 "$OUT/$name.log"
   fi
-  summary+=("$(printf '%-34s %-7s %4d s  %s' "$name" $verdict $((SECONDS - start)) "$(grep -aE '^test result|passed|ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$name.log" | tail -n 1 | cut -c1-90)")")
+  local last
+  last=$(grep -aE '^test result|passed|ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$name.log" | tail -n 1 | cut -c1-90)
+  summary+=("$(printf '%-34s %-7s %4d s  %s' "$name" $verdict $((SECONDS - start)) "$last")")
 }
 
 run_test() {
@@ -44,20 +48,28 @@ run_conform() {
 run_sanitize() {
   local sanitizer
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return 1
-  for tool in memcheck racecheck initcheck synccheck; do
-    # Kernels are what is under test: one thread, few cases.
-    NXS_SMALL=1 NXS_CASES=6 step "sanitize-$tool-rvq_decode" "$sanitizer" --tool $tool --error-exitcode 1 \
-      tests/rvq_decode --test-threads=1 kernels_agree bitwise edges graphs streams wide
-    for op in attention_merge attention_prepare; do
-      NXS_SMALL=1 NXS_CASES=6 step "sanitize-$tool-$op" "$sanitizer" --tool $tool --error-exitcode 1 \
-        "tests/$op" --test-threads=1 kernels_agree bitwise edges graphs wide
+  # Kernels are what is under test, and nothing else is worth the time: one thread, few cases, tests that launch.
+  local launching="agree edges bitwise graphs streams wide many_keys tables_of empty another_plan infinite values_of indices"
+  local known="rvq_decode philox scale_attention attention_merge attention_prepare" test words tool
+  for test in ${SANITIZE:-$known}; do
+    words=$launching
+    [ "$test" = philox ] && words=
+    for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
+      # shellcheck disable=SC2086
+      NXS_SMALL=1 NXS_CASES=6 step "sanitize-$tool-$test" sanitized "$sanitizer" --tool "$tool" --error-exitcode 1 \
+        "tests/$test" --test-threads=1 $words
     done
-    NXS_SMALL=1 step "sanitize-$tool-philox" "$sanitizer" --tool $tool --error-exitcode 1 tests/philox --test-threads=1
   done
 }
 
+# A command that runs tests; none at all is a failure.
+sanitized() {
+  "$@" | tee "$OUT/sanitized.txt"
+  [ "${PIPESTATUS[0]}" = 0 ] && ! grep -q '^running 0 tests' "$OUT/sanitized.txt"
+}
+
 run_compare() {
-  step compare python3 python-ref/compare.py --op ./op --device cuda --cases ${CASES:-81} --seed $RANDOM
+  step compare python3 python-ref/compare.py --op ./op --device cuda --cases ${CASES:-81} --seed $RANDOM ${COMPARE:-}
 }
 
 machine() {
@@ -78,10 +90,11 @@ run_bench() {
   step bench-ceilings bash -c './ceilings > "$OUT/ceilings.json"'
   for executable in benches/*; do
     [ -x "$executable" ] || continue
+    [[ " ${BENCHES:-$(basename "$executable")} " = *" $(basename "$executable") "* ]] || continue
     CRITERION_HOME="$OUT/criterion" step "bench-$(basename "$executable")" "$executable" --bench
   done
   step bench-peers python3 python-ref/bench_peers.py --shapes benches/shapes.json --out "$OUT/peers.json" ${PEERS:-}
-  step bench-results bash -c './results --criterion "$OUT/criterion" --peers "$OUT/peers.json" \
+  step bench-results bash -c './results --criterion "$OUT/criterion" --peers "$OUT/peers.json" ${MORE_PEERS:-} \
     --ceilings "$OUT/ceilings.json" --machine "$OUT/machine.json" --shapes benches/shapes.json > "$OUT/RESULTS.md"'
   tar -czf "$OUT/criterion.tgz" -C "$OUT" criterion && rm -rf "$OUT/criterion"
 }

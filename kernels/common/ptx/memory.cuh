@@ -76,6 +76,27 @@ NXS_STORE(store_global, "st.global")
 // Written once and not read again by this kernel: marked first to leave the caches.
 NXS_STORE(store_global_streaming, "st.global.cs")
 
+
+// store_global_streaming where `go`: predicated, not a branch, into which ptxas would sink loads that stand before it.
+template <typename T> NXS_DEVICE void store_global_streaming_if(T* p, const T& value, bool go) {
+  constexpr int n = sizeof(T);
+  static_assert(n == 2 || n == 4 || n == 8 || n == 16, "a conditional store is 2, 4, 8 or 16 bytes");
+  const detail::Word<n> v = detail::to_word(value);
+  const u32 go32 = go;
+#define NXS_IF(rest) "{ .reg .pred go; setp.ne.u32 go, %1, 0; @go st.global.cs" rest "; }"
+  if constexpr (n == 2)
+    asm volatile(NXS_IF(".u16 [%0], %2") ::"l"(p), "r"(go32), "h"(v.w) : "memory");
+  else if constexpr (n == 4)
+    asm volatile(NXS_IF(".u32 [%0], %2") ::"l"(p), "r"(go32), "r"(v.w) : "memory");
+  else if constexpr (n == 8)
+    asm volatile(NXS_IF(".u64 [%0], %2") ::"l"(p), "r"(go32), "l"(v.w) : "memory");
+  else
+    asm volatile(NXS_IF(".v4.u32 [%0], {%2,%3,%4,%5}") ::"l"(p), "r"(go32), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),
+                 "r"(v.w[3])
+                 : "memory");
+#undef NXS_IF
+}
+
 #undef NXS_LOAD
 #undef NXS_STORE
 

@@ -35,6 +35,12 @@ template <typename T> NXS_DEVICE T shuffle_down(T value, u32 distance, u32 mask 
   return __shfl_down_sync(mask, value, distance);
 }
 
+// shfl.sync.idx among each `lanes` neighbours, a power of two: the value of lane `lane` of them.
+template <typename T> NXS_DEVICE T shuffle_among(T value, u32 lane, u32 lanes, u32 mask = kFullWarp) {
+  static_assert(sizeof(T) == 4);
+  return __shfl_sync(mask, value, static_cast<int>(lane), static_cast<int>(lanes));
+}
+
 // vote.sync.ballot, .any, .all
 NXS_DEVICE u32 warp_ballot(bool vote, u32 mask = kFullWarp) { return __ballot_sync(mask, vote); }
 NXS_DEVICE bool warp_any(bool vote, u32 mask = kFullWarp) { return __any_sync(mask, vote); }

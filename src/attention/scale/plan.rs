@@ -153,8 +153,8 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         /// What the logits are multiplied by; 1 / sqrt(dim) if not given. 1 for models that normalise q and k.
         softmax_scale(scale: f32);
         /// The caller vouches that no scaled logit exceeds this in magnitude, as with l2-normalised q and k, where it is the
-        /// head's multiplier: then no maximum is taken. For bf16, at most 40. A logit beyond it is no error until exp(logit -
-        /// bound) overflows; rows whose logits are all 80 below it lose precision.
+        /// head's multiplier: then no maximum is looked for at first. For bf16, at most 40. A logit beyond it is no error;
+        /// rows whose logits are all 80 below it lose precision.
         logit_bound(logit_bound: f32);
         /// Forces how many tiles of 64 rows share their keys: 1 to 3, 1 for [`Variant::Portable`].
         tiles_an_item(groups: u32);

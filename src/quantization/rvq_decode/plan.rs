@@ -14,11 +14,8 @@ const MOST_ENTRIES: u64 = i32::MAX as u64;
 const MOST_DIM: u64 = 1 << 20;
 /// The kernels count rows in 32 bits.
 const MOST_ROWS: u64 = (1 << 31) - 1;
-/// Grids have fewer blocks along y.
-const MOST_SLICES: u64 = 65_535;
-/// Threads in a block of either kernel.
+/// Threads in a block of the kernel without tiles.
 const ROWS_THREADS: u32 = 128;
-const TILES_THREADS: u32 = 64;
 /// Fewer warps than this on a multiprocessor hide less latency than the tiles' long stretches of loads gain.
 const TILES_WARPS_PER_SM: u64 = 8;
 
@@ -30,8 +27,8 @@ pub enum Variant {
     Auto,
     /// A thread a chunk: any problem, and the fastest for few rows.
     Rows,
-    /// A warp several rows: the fastest for many. Refused with a null code, with codebooks that span 4 GiB or more, and
-    /// for rows of less than 5 chunks (16 bytes of codebook each, or one element).
+    /// A warp several rows: the fastest for many. Refused without levels, with a null code, with codebooks that span 2^32
+    /// chunks or more, and for rows of less than 5 chunks (16 bytes of codebook each, or one element).
     Tiles,
 }
 
@@ -182,6 +179,7 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
             wide: false,
             element: size_of::<E>() as u32,
             sm_count: device.sm_count.max(1) as u32,
+            streams: false,
         };
         // A buffer that no index reaches needs no elements, so none may be asked of it.
         if plan.out_len == 0 {
@@ -195,6 +193,9 @@ impl<C: Code, E: Float, O: Float> RvqDecodeBuilder<C, E, O> {
         if self.variant == Variant::Tiles {
             plan.check_tiles(plan.wide)?;
         }
+        let traffic = plan.traffic(size_of::<C>(), size_of::<O>());
+        plan.streams = traffic.codes.saturating_add(traffic.written) > device.l2_bytes.max(0) as u64;
+        plan.fold_batch();
         Ok(RvqDecode { inner: plan, types: PhantomData })
     }
 }
@@ -221,6 +222,8 @@ pub(super) struct Plan {
     /// Bytes of an element of the codebooks.
     element: u32,
     sm_count: u32,
+    /// L2 does not hold the codes and the outputs.
+    streams: bool,
 }
 
 impl Plan {
@@ -260,6 +263,19 @@ impl Plan {
         }
     }
 
+    /// Makes one batch entry of entries whose rows continue each other: a tile takes rows of one entry.
+    fn fold_batch(&mut self) {
+        let [batch, levels, rows] = self.codes.shape();
+        let ([codes_batch, codes_level, codes_row], [out_batch, out_row, _]) =
+            (self.codes.strides(), self.out.strides());
+        let (codes_row, out_row) = if rows == 1 { (codes_batch, out_batch) } else { (codes_row, out_row) };
+        let continues = |batch: i64, row: i64| row.checked_mul(rows as i64) == Some(batch);
+        if batch > 1 && rows > 0 && continues(codes_batch, codes_row) && continues(out_batch, out_row) {
+            self.codes = Layout::strided([1, levels, batch * rows], [0, codes_level, codes_row]);
+            self.out = Layout::strided([1, batch * rows, self.dim()], [0, out_row, 1]);
+        }
+    }
+
     fn lanes(&self, vec: u32, most: u32) -> u32 {
         self.dim().div_ceil(u64::from(vec)).next_power_of_two().clamp(1, u64::from(most)) as u32
     }
@@ -268,15 +284,17 @@ impl Plan {
     fn check_tiles(&self, wide: bool) -> Result<()> {
         let refuse = |arg, what| Err(Error::Unsupported { arg, what });
         let vec = if wide { self.vec } else { 1 };
-        let lanes = self.lanes(vec, 32);
+        if self.codes.shape()[1] == 0 {
+            return refuse("levels", "tiles take one or more");
+        }
         if self.null_code.is_some() {
             return refuse("null_code", "tiles take none");
         }
-        if self.codebooks_len > u64::from(u32::MAX / self.element) {
-            return refuse("codebooks", "tiles take codebooks that span less than 4 GiB");
+        if self.codebooks_len.div_ceil(u64::from(vec)) > u64::from(u32::MAX) {
+            return refuse("codebooks", "tiles take codebooks that span less than 2^32 chunks");
         }
-        if lanes < 8 || self.dim().div_ceil(u64::from(lanes * vec)) >= MOST_SLICES {
-            return refuse("dim", "tiles take 5 to 2 million chunks a row");
+        if self.lanes(vec, 8) < 8 {
+            return refuse("dim", "tiles take 5 or more chunks a row");
         }
         Ok(())
     }
@@ -284,20 +302,37 @@ impl Plan {
     /// The kernel's cut of the work.
     pub(super) fn schedule(&self, wide: bool) -> Schedule {
         let [batch, rows, dim] = self.out.shape();
+        let levels = self.codes.shape()[1];
         let vec = if wide { self.vec } else { 1 };
         let cut = |tiles| Schedule {
             tiles,
             vec,
-            lanes: self.lanes(vec, if tiles { 32 } else { ROWS_THREADS }),
-            rows: batch * rows,
+            lanes: match (tiles, wide) {
+                (false, _) => self.lanes(vec, ROWS_THREADS),
+                (true, false) => self.lanes(vec, 32),
+                // A line of 128 bytes: of the entries of so narrow a slice L1 keeps more. But each slice reads the codes,
+                // and where they come from memory again, codebooks of 16 bits gain more from reading them half as often.
+                (true, true) => self.lanes(vec, if self.element == 2 && self.streams { 16 } else { 8 }),
+            },
+            passes: match (tiles, wide && self.element == 4) {
+                (false, _) => 1,
+                (true, true) if levels == 8 || levels == 9 => 2,
+                (true, _) => 4,
+            },
+            batch,
+            rows,
             dim,
         };
         let tiles = match self.variant {
             Variant::Rows => false,
-            // Narrow access after all may leave too many slices.
+            // Narrow access after all may leave too many chunks.
             Variant::Tiles => self.check_tiles(wide).is_ok(),
             Variant::Auto => {
-                self.check_tiles(wide).is_ok() && cut(true).warps() >= TILES_WARPS_PER_SM * u64::from(self.sm_count)
+                let tiles = cut(true);
+                self.check_tiles(wide).is_ok()
+                    && tiles.warps() >= TILES_WARPS_PER_SM * u64::from(self.sm_count)
+                    // The rest of a batch entry's last tile is work for nothing: no more than a quarter.
+                    && 4 * rows >= 3 * rows.next_multiple_of(tiles.rows_per_warp())
             }
         };
         cut(tiles)
@@ -320,8 +355,10 @@ pub struct Traffic {
 }
 
 /// How a kernel cuts a decode up. A row is cut into chunks of `vec` elements. Without `tiles` a thread takes the chunks
-/// `lane`, `lane + lanes`, ... of one row. With `tiles` a warp takes `passes * 32 / lanes` rows, one chunk a lane and pass,
-/// and blocks along y take the next 32 chunks.
+/// `lane`, `lane + lanes`, ... of one row. With `tiles` a warp takes `passes * 32 / lanes` rows of one batch entry, one chunk
+/// a lane and pass, and blocks along y take the next `lanes` chunks of all rows.
+///
+/// Batch entries whose rows continue each other, in codes and outputs, count as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Schedule {
     /// Which kernel.
@@ -330,32 +367,40 @@ pub struct Schedule {
     pub vec: u32,
     /// Threads that share a row: a power of two.
     pub lanes: u32,
-    /// Rows of the whole batch.
+    /// Rows that a thread takes.
+    pub passes: u32,
+    /// Batch entries.
+    pub batch: u64,
+    /// Rows of a batch entry.
     pub rows: u64,
     /// Elements a row.
     pub dim: u64,
 }
 
 impl Schedule {
-    /// Rows that a lane of a tile takes one after the other.
-    fn passes(&self) -> u64 {
-        if self.vec >= 4 { u64::from(16 / self.vec) } else { 4 }
-    }
-
     /// Threads in a block.
     pub fn threads(&self) -> u32 {
-        if self.tiles { TILES_THREADS } else { ROWS_THREADS }
+        match (self.tiles, self.passes) {
+            (false, _) => ROWS_THREADS,
+            (true, 2) => 128,
+            (true, _) => 64,
+        }
     }
 
-    /// Rows that a block takes; fewer may be left for the last one.
-    pub fn rows_per_block(&self) -> u64 {
-        u64::from(self.threads() / self.lanes) * if self.tiles { self.passes() } else { 1 }
+    /// Rows that a warp takes, of one batch entry with `tiles`; fewer may be left for the last one.
+    pub fn rows_per_warp(&self) -> u64 {
+        u64::from(32 * self.passes / self.lanes).max(1)
     }
 
     /// Blocks along x and y.
     pub fn grid(&self) -> [u64; 2] {
-        let slices = if self.tiles { self.dim.div_ceil(u64::from(self.vec * self.lanes)) } else { 1 };
-        [self.rows.div_ceil(self.rows_per_block()), slices]
+        if self.tiles {
+            let warps = self.batch * self.rows.div_ceil(self.rows_per_warp());
+            let slices = self.dim.div_ceil(u64::from(self.vec * self.lanes));
+            [warps.div_ceil(u64::from(self.threads() / 32)), slices]
+        } else {
+            [(self.batch * self.rows).div_ceil(u64::from(ROWS_THREADS / self.lanes)), 1]
+        }
     }
 
     fn warps(&self) -> u64 {
@@ -364,23 +409,24 @@ impl Schedule {
 
     /// What one thread of one block writes: rows (counted over the batch) and elements of them.
     pub fn cells(&self, block: [u64; 2], thread: u32) -> Vec<(u64, Range<u64>)> {
-        let (vec, lanes) = (u64::from(self.vec), u64::from(self.lanes));
+        let (vec, lanes, thread) = (u64::from(self.vec), u64::from(self.lanes), u64::from(thread));
         let chunk = |d: u64| d..d + vec;
         let mut cells = Vec::new();
         if self.tiles {
-            let (warp, lane) =
-                (block[0] * u64::from(TILES_THREADS / 32) + u64::from(thread / 32), u64::from(thread % 32));
+            let tile = block[0] * u64::from(self.threads() / 32) + thread / 32;
+            let tiles = self.rows.div_ceil(self.rows_per_warp());
+            let (batch, first, lane) = (tile / tiles, tile % tiles * self.rows_per_warp(), thread % 32);
             let d = (block[1] * lanes + lane % lanes) * vec;
-            for pass in 0..self.passes() {
-                let row = (warp * self.passes() + pass) * (32 / lanes) + lane / lanes;
-                if row < self.rows && d < self.dim {
-                    cells.push((row, chunk(d)));
+            for pass in 0..u64::from(self.passes) {
+                let row = first + pass * (32 / lanes) + lane / lanes;
+                if batch < self.batch && row < self.rows && d < self.dim {
+                    cells.push((batch * self.rows + row, chunk(d)));
                 }
             }
         } else {
-            let row = block[0] * (u64::from(ROWS_THREADS) / lanes) + u64::from(thread) / lanes;
-            let first = u64::from(thread) % lanes * vec;
-            if row < self.rows {
+            let row = block[0] * (u64::from(ROWS_THREADS) / lanes) + thread / lanes;
+            let first = thread % lanes * vec;
+            if row < self.batch * self.rows {
                 cells.extend((first..self.dim).step_by((vec * lanes) as usize).map(|d| (row, chunk(d))));
             }
         }

@@ -29,6 +29,9 @@ template <typename T> NXS_DEVICE void store_global(T* p, const T& value, NXS_WHE
 template <typename T> NXS_DEVICE void store_global_streaming(T* p, const T& value, NXS_WHERE) {
   detail::store(p, value, where);
 }
+template <typename T> NXS_DEVICE void store_global_streaming_if(T* p, const T& value, bool go, NXS_WHERE) {
+  if (go) detail::store(p, value, where);
+}
 
 NXS_DEVICE void atomic_or_global(u32* p, u32 bits, NXS_WHERE) {
   emulator::atomic_order(p, false, false, true, where);

@@ -62,6 +62,11 @@ template <typename T> NXS_DEVICE T shuffle_down(T value, u32 distance, u32 mask 
   return detail::shuffle(value, distance, mask, where, [](u32 lane, u32 distance) { return lane + distance; });
 }
 
+template <typename T> NXS_DEVICE T shuffle_among(T value, u32 lane, u32 lanes, u32 mask = kFullWarp, NXS_WHERE) {
+  const u32 source = (emulator::lane() & ~(lanes - 1)) | (lane & (lanes - 1));
+  return detail::shuffle(value, source, mask, where, [](u32, u32 source) { return source & 31; });
+}
+
 NXS_DEVICE u32 warp_ballot(bool vote, u32 mask = kFullWarp, NXS_WHERE) {
   return detail::meet(emulator::Collective::kVote, mask, vote, 0, where, [](auto at, u32 mask, u32) {
     u32 votes = 0;

@@ -1,0 +1,355 @@
+// Scale attention on any tensor cores since Ampere: mma.sync, cp.async.
+//
+//   out[b, i, h, :] = sum over visible j of softmax_j(scale * q . k_j) v_j, by the schedule of nextscale.h
+//
+// Grid       a block for each work: a tile of 64 rows.
+// Block      4 warps of 16 rows each. q and the sums stay in registers; S and P are those of half a chunk, 64 keys.
+// Stream     halves of K and of V alternate in a ring of 3 slots: two are under way while one is used.
+// Overlap    kBlocks blocks share a multiprocessor: the exponentials of one run beside the products of the others.
+// Softmax    base 2, f32. The row's reference is its maximum at the last time that it grew by more than 2^8 (then O is
+//            rescaled), or at first a bound that the caller vouches for. A lane compares what it has with the reference; only
+//            if one has grown do the lanes of a row look for its maximum.
+// Masks      32 bits a thread and half, in the order of its accumulators; none where all is seen. A warp passes over a half
+//            of which its rows see nothing.
+// Tails      rows of K and V beyond a chunk's last key, or beyond the tensor, are zero and never read; logits are masked.
+// Shared     3 slots [64 rows][2 kDim bytes], 16-byte pieces of a row permuted by row. At first the last one holds q, at the
+//            end they hold what is stored.
+// Bytes      q and out once; K and V once for each item and head, from L2 once a section's keys are there.
+// FLOPs      4 * kDim * 64 * 64 a half.
+// Limits     dim <= kDim, a multiple of 8; items of one tile. Shared memory is read as fast as it can be where tensor cores
+//            are fast (sm_80, sm_90): each warp reads all of K and V.
+#pragma once
+#include "attention/scale_rows.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/launch.cuh"
+#include "common/ptx/matrix.cuh"
+#include "common/ptx/warp.cuh"
+
+namespace nxs::attention {
+
+template <int kDim> struct Sm80 {
+  static constexpr u32 kWarps = 4, kThreads = kWarps * kWarpSize;
+  static constexpr u32 kHalf = kChunk / 2;  // keys of a step
+  static constexpr u32 kPieces = kDim / 8;  // of 16 bytes, in a row
+  static constexpr u32 kRowBytes = kDim * 2, kSlotBytes = kHalf * kRowBytes, kSlots = 3;
+  static constexpr u32 kBlocks = kDim == 64 ? 4 : 3;  // on a multiprocessor, as far as registers go
+  // What need not be in registers all the time: what the walk over the keys is of; head, split, first row, rows; k and v.
+  static constexpr u32 kWalk = kSlots * kSlotBytes, kTile = kWalk + 16, kRows = kTile + 16, kSharedBytes = kRows + 16;
+  static_assert(kHalf == kTileRows);
+};
+
+// Where a piece of a row is in a slot: of eight rows that follow each other, the same piece is in other banks each time.
+template <int kDim> NXS_DEVICE u32 piece_at(u32 row, u32 piece) {
+  return row * Sm80<kDim>::kRowBytes + ((piece ^ (kDim == 96 ? row / 2 % 4 : row % 8)) * 16);
+}
+// From the address of piece 0 or 1 of a row to that of the piece 2 n further.
+template <int kDim> NXS_DEVICE u32 pieces_on(u32 address, u32 n) {
+  return kDim == 96 ? (address ^ n % 2 * 32) + n / 2 * 64 : (address ^ n % 4 * 32) + n / 4 * 128;
+}
+
+template <typename T> NXS_DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  if constexpr (DType<T>::value == NXS_BF16) mma_bf16(c, a, b0, b1);
+  else mma_f16(c, a, b0, b1);
+}
+
+// Bits i of which 8 (i / 4) + i % 2 < keys.
+NXS_DEVICE u32 elements_below(u32 keys) {
+  const auto fours = [](u32 n) { return n >= 8 ? ~0u : (1u << 4 * n) - 1; };
+  return (fours((keys + 7) / 8) & 0x55555555u) | (fours((keys + 6) / 8) & 0xaaaaaaaau);
+}
+
+// One block: a tile of 64 rows. Scale and bound of the logits are for base 2.
+template <typename T, int kDim> struct Attend {
+  using C = Sm80<kDim>;
+  using Walk = KeyWalk<C::kHalf>;
+
+  const ScaleKernelParams& p;
+  const u32 shared, thread, lane, warp;
+
+  u32 q[kDim / 16][4];
+  float s[C::kHalf / 8][4];           // logits
+  u32 prob[C::kHalf / 16][4];         // P, as the A operand of P V
+  float o[kDim / 8][4];
+  float reference[2], sum[2];         // of the thread's rows: base-2 reference, its share of the sum
+
+  NXS_DEVICE explicit Attend(const ScaleKernelParams& p_)
+      : p(p_), shared(dynamic_shared()), thread(thread_index()), lane(thread % kWarpSize), warp(thread / kWarpSize) {}
+
+  // How many keys come next of which the tile sees some, or 0.
+  NXS_DEVICE u32 next_keys(Walk& walk, const typename Walk::Of& of) const {
+    u32 count;
+    do count = walk.next(p, of);
+    while (count > 0 && walk.mask(p, 0) == NXS_MASK_HIDDEN);
+    return count;
+  }
+  // Of the thread's accumulators, in their order, those whose row does not see their key.
+  NXS_DEVICE u32 hidden_of(const Walk& walk, u32 count) const {
+    const u32 mask = walk.mask(p, 0);
+    u32 seen = ~0u;
+    if (mask != NXS_MASK_NONE) seen = load_global_nc(p.schedule + mask + 2 * thread + walk.keys / C::kHalf % 2);
+    const u32 skip = 2 * (lane % 4);
+    if (count < C::kHalf) seen &= elements_below(count > skip ? count - skip : 0);
+    return ~seen;
+  }
+
+  // In copies kLanes threads have a row, and each every kLanes-th of its pieces.
+  static constexpr u32 kLanes = kDim == 96 ? 4 : 8, kRowStep = C::kThreads / kLanes;
+
+  // Starts the copy of a thread's pieces of a row: of zeroes, where there is no such row or, unless kWhole, no such column.
+  template <bool kWhole> NXS_DEVICE void copy_row(u32 to, const u8* from, bool exists, const void* somewhere) const {
+#pragma unroll
+    for (u32 i = 0; i < C::kPieces / kLanes; ++i) {
+      const bool there = exists && (kWhole || thread % kLanes + i * kLanes < static_cast<u32>(p.dim) / 8);
+      copy_async<16>(to + i * kLanes * 16, there ? from + i * kLanes * 16 : somewhere, there ? 16 : 0);
+    }
+  }
+  NXS_DEVICE void copy_queries(u32 slot, const Work& work, u32 first, u32 rows) const {
+    const u32 row = thread / kLanes, piece = thread % kLanes;
+#pragma unroll
+    for (u32 i = 0; i < kTileRows; i += kRowStep) {
+      const bool exists = row + i < rows;
+      const void* from = p.q;
+      if (exists) from = query_at<T>(p, work.batch, row_at(p, work.head, first + row + i));
+      copy_row<false>(slot + piece_at<kDim>(row + i, piece), static_cast<const u8*>(from) + piece * 16, exists, p.q);
+    }
+  }
+  // Rows `key` and up of k or v (`all`), which are `stride` elements apart; `rows` are those of the batch entry and head.
+  NXS_DEVICE void copy_keys(u32 slot, const T* rows, const void* all, i64 stride, u32 key, u32 count) const {
+    const u32 kv_rows = static_cast<u32>(p.kv_rows), left = key < kv_rows ? kv_rows - key : 0;
+    const u32 row = thread / kLanes, piece = thread % kLanes, to = slot + piece_at<kDim>(row, piece);
+    if (count > left) count = left;
+    stride *= sizeof(T);
+    const u8* from = reinterpret_cast<const u8*>(rows) + (key + row) * stride + piece * 16;
+    if (count == C::kHalf && p.dim == kDim) {
+#pragma unroll
+      for (u32 i = 0; i < C::kHalf; i += kRowStep, from += kRowStep * stride)
+        copy_row<true>(to + i * C::kRowBytes, from, true, all);
+    } else {
+#pragma unroll 1
+      for (u32 i = 0; i < C::kHalf; i += kRowStep, from += kRowStep * stride)
+        copy_row<false>(to + i * C::kRowBytes, from, row + i < count, all);
+    }
+  }
+
+  NXS_DEVICE void load_queries(u32 slot) {
+    const u32 at = slot + piece_at<kDim>(warp * 16 + lane % 16, lane / 16);
+#pragma unroll
+    for (u32 k = 0; k < kDim / 16; ++k) load_matrix(q[k], pieces_on<kDim>(at, k));
+  }
+
+  // S = Q K^T.
+  NXS_DEVICE void find_logits(u32 slot) {
+    const u32 at = slot + piece_at<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+    for (u32 i = 0; i < C::kHalf / 2; ++i) s[i / 4][i % 4] = 0;
+#pragma unroll
+    for (u32 n = 0; n < C::kHalf / 16; ++n)
+#pragma unroll
+      for (u32 k = 0; k < kDim / 16; ++k) {
+        u32 b[4];
+        load_matrix(b, pieces_on<kDim>(at, k) + n * 16 * C::kRowBytes);
+        multiply<T>(s[2 * n], q[k], b[0], b[1]);
+        multiply<T>(s[2 * n + 1], q[k], b[2], b[3]);
+      }
+  }
+
+  // Logits that are not to be seen become -inf.
+  NXS_DEVICE void mask_logits(u32 hidden) {
+    if (!warp_any(hidden != 0)) return;
+#pragma unroll
+    for (u32 i = 0; i < C::kHalf / 2; ++i)
+      if (hidden >> i & 1) s[i / 4][i % 4] = kNothing;
+  }
+
+  // Where a row has grown too far above its reference, that moves up; O and the sum follow.
+  NXS_DEVICE void move_references() {
+    float most[2];
+    bool grows = false;
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      most[r] = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
+#pragma unroll
+      for (u32 n = 1; n < C::kHalf / 8; ++n) most[r] = fmaxf(most[r], fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+      most[r] *= p.scale;
+      grows |= most[r] > reference[r] + kLazyRescale;
+    }
+    if (!warp_any(grows)) return;
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      const float before = reference[r];
+      float after = fmaxf(most[r], shuffle_xor(most[r], 1));
+      after = fmaxf(after, shuffle_xor(after, 2));
+      if (!(after > before + kLazyRescale)) continue;
+      const float factor = exp2_approx(before - after);
+      reference[r] = after;
+      sum[r] *= factor;
+#pragma unroll
+      for (u32 n = 0; n < kDim / 8; ++n) {
+        o[n][2 * r] *= factor;
+        o[n][2 * r + 1] *= factor;
+      }
+    }
+  }
+
+  // P and the sums, from S. Before V is waited for: beside the products of P V there are no registers left for this.
+  NXS_DEVICE void exponentiate() {
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      // A row that has seen nothing keeps 0: its exponentials are 2^(-inf).
+      const float shift = reference[r] == kNothing ? 0.0f : reference[r];
+#pragma unroll
+      for (u32 k = 0; k < C::kHalf / 16; ++k) {
+        float e[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) e[i] = exp2_approx(fma(s[2 * k + i / 2][2 * r + i % 2], p.scale, -shift));
+        prob[k][r] = round_pair<T>(e[0], e[1]);
+        prob[k][2 + r] = round_pair<T>(e[2], e[3]);
+        sum[r] += (e[0] + e[1]) + (e[2] + e[3]);
+      }
+    }
+  }
+
+  // O += P V.
+  NXS_DEVICE void add_values(u32 slot) {
+    const u32 at = slot + piece_at<kDim>(lane % 16, lane / 16);
+#pragma unroll
+    for (u32 k = 0; k < C::kHalf / 16; ++k)
+#pragma unroll
+      for (u32 n = 0; n < kDim / 16; ++n) {
+        u32 b[4];
+        load_matrix_transposed(b, pieces_on<kDim>(at, n) + k * 16 * C::kRowBytes);
+        multiply<T>(o[2 * n], prob[k], b[0], b[1]);
+        multiply<T>(o[2 * n + 1], prob[k], b[2], b[3]);
+      }
+  }
+
+  // Divides by the sums and writes the tile.
+  NXS_DEVICE void finish() {
+    block_sync();  // the slots are free
+    const u32 batch = load_shared<u32>(shared + C::kWalk);
+    const auto tile = load_shared<Vec<u32, 4>>(shared + C::kTile);
+    const u32 head = tile.data[0], split = tile.data[1], first = tile.data[2] + warp * 16;
+    const u32 rows = tile.data[3] > warp * 16 ? tile.data[3] - warp * 16 : 0;
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      float total = sum[r];
+      total += shuffle_xor(total, 1);
+      total += shuffle_xor(total, 2);
+      const float inverse = total == 0 ? 0.0f : reciprocal_approx(total);
+#pragma unroll
+      for (u32 n = 0; n < kDim / 8; ++n) {
+        o[n][2 * r] *= inverse;
+        o[n][2 * r + 1] *= inverse;
+      }
+      const u32 row = lane / 4 + 8 * r;
+      if (row >= rows) continue;
+      const RowAt at = row_at(p, head, first + row);
+      if (lane % 4 == 0) store_lse(p, split, batch, at, lse_of(reference[r], total));
+      if (p.splits > 1) store_part<kDim>(p, split, batch, at, [&](u32 i) { return o[i / 2][2 * r + i % 2]; });
+    }
+    if (p.splits > 1) return;
+    const u32 mine = shared + warp * 16 * C::kRowBytes;
+#pragma unroll
+    for (u32 n = 0; n < kDim / 8; ++n)
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r)
+        store_shared(mine + piece_at<kDim>(lane / 4 + 8 * r, n) + lane % 4 * 4,
+                     round_pair<T>(o[n][2 * r], o[n][2 * r + 1]));
+    warp_sync();
+    store_rows<T, kDim>(p, batch, head, first, rows,
+                        [&](u32 row, u32 piece) { return mine + piece_at<kDim>(row, piece); });
+  }
+
+  NXS_DEVICE void run() {
+    const Work work = work_at(p, block_index_x());
+    const Vec<u32, 4> item = p.words(work.item), tile = p.words(work.item + 4);
+    const u32 first = tile.data[0], rows = tile.data[1];
+    // The items may have come with the params, but masks did not.
+    const bool ours = item.data[3] == p.digest && load_global_nc(p.schedule + 3) == p.digest;
+    if (!ours || rows == 0) return;  // nothing is read or written
+    typename Walk::Of of;
+    Walk walk(p, work, of);
+    const T* k = static_cast<const T*>(p.k) + of.batch * p.k_stride_batch + of.kv_head * p.k_stride_head;
+    const T* v = static_cast<const T*>(p.v) + of.batch * p.v_stride_batch + of.kv_head * p.v_stride_head;
+    if (thread == 0) {
+      store_shared(shared + C::kWalk, Vec<u32, 4>{{of.batch, of.kv_head, of.last, 0}});
+      store_shared(shared + C::kTile, Vec<u32, 4>{{work.head, item.data[2], first, rows}});
+      store_shared(shared + C::kRows, k);
+      store_shared(shared + C::kRows + 8, v);
+    }
+    u32 now = shared, next = now + C::kSlotBytes, last = next + C::kSlotBytes;  // slots, in the order of their use
+    copy_queries(last, work, first, rows);
+    copy_async_commit();
+    u32 count = p.kv_rows > 0 ? next_keys(walk, of) : 0, hidden = 0;
+    if (count > 0) copy_keys(now, k, p.k, p.k_stride_row, walk.first_key(), count);
+    copy_async_commit();
+    if (count > 0) {
+      copy_keys(next, v, p.v, p.v_stride_row, walk.first_key(), count);
+      hidden = hidden_of(walk, count);
+    }
+    copy_async_commit();
+
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      reference[r] = p.logit_bound > 0 ? p.logit_bound : kNothing;
+      sum[r] = 0;
+    }
+#pragma unroll
+    for (u32 i = 0; i < kDim / 2; ++i) o[i / 4][i % 4] = 0;
+    copy_async_wait<2>();
+    block_sync();
+    load_queries(last);
+
+    while (count > 0) {
+      const auto same = load_shared<Vec<u32, 4>>(shared + C::kWalk);
+      count = next_keys(walk, {same.data[0], same.data[1], same.data[2]});
+      copy_async_wait<1>();
+      block_sync();  // K has come, and the last slot is free
+      if (count > 0)
+        copy_keys(last, load_shared<const T*>(shared + C::kRows), p.k, p.k_stride_row, walk.first_key(), count);
+      copy_async_commit();
+      const bool sees = warp_any(hidden != ~0u);
+      if (sees) {
+        find_logits(now);
+        mask_logits(hidden);
+        move_references();
+        exponentiate();
+      }
+      copy_async_wait<1>();
+      block_sync();  // V has come, and K's slot is free
+      if (count > 0)
+        copy_keys(now, load_shared<const T*>(shared + C::kRows + 8), p.v, p.v_stride_row, walk.first_key(), count);
+      copy_async_commit();
+      if (sees) add_values(next);
+      if (count > 0) hidden = hidden_of(walk, count);
+      const u32 used = next;
+      next = now;
+      now = last;
+      last = used;
+    }
+    finish();
+  }
+};
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(Sm80<kDim>::kThreads, Sm80<kDim>::kBlocks)
+    scale_attention_sm80_kernel(const __grid_constant__ ScaleKernelParams p) {
+  Attend<T, kDim>(p).run();
+}
+
+// One instantiation file for each dtype and dim: scale_attention_sm80_<dtype>_d<dim>.cu.
+template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParams& p, void* stream) {
+  using C = Sm80<kDim>;
+  ScaleKernelParams base2(p);
+  base2.scale *= kLog2E;
+  base2.logit_bound *= kLog2E;
+  const auto kernel = scale_attention_sm80_kernel<T, kDim>;
+  NXS_TRY(allow_dynamic_smem(kernel, C::kSharedBytes));
+  LaunchShape shape;
+  shape.grid = dim3(all_works(p));
+  shape.block = C::kThreads;
+  shape.dynamic_smem = C::kSharedBytes;
+  return launch(kernel, shape, stream, base2);
+}
+
+}  // namespace nxs::attention
