@@ -867,7 +867,7 @@ fn bad_buffers_are_refused_before_anything_is_written() {
 #[test]
 fn bad_addresses_are_refused_before_the_driver_is_asked() {
     let plan = Prepare::<f32, f32, f32>::builder(4).rows(3).q(2).k(1, 5).build(&DeviceInfo::A100).unwrap();
-    // SAFETY: every call below is refused before it reaches the driver.
+    // SAFETY: every call below is refused before anything is launched.
     let run = |q: u64, k: u64, q_out: u64, k_cache: u64, rows: u64, device: i32| unsafe {
         plan.run(
             &Stream::from_raw(std::ptr::null_mut(), 0),
@@ -893,9 +893,11 @@ fn bad_addresses_are_refused_before_the_driver_is_asked() {
         run(q, k, q_out, k_cache, rows, 1),
         Err(Error::DeviceMismatch { arg: "k", stream: Device::Cuda(0), got: Device::Cuda(1) })
     );
-    // Packed inputs may share what they like.
-    let packed = run(q, q + 32, q_out, k_cache, rows, 0);
-    assert!(matches!(packed, Err(Error::NotCompiled | Error::DriverUnavailable { .. })) || nextscale::driver_present());
+    // Packed inputs may share what they like. Where there is a driver, this would be launched, at addresses of nothing.
+    if !nextscale::driver_present() {
+        let packed = run(q, q + 32, q_out, k_cache, rows, 0);
+        assert!(matches!(packed, Err(Error::NotCompiled | Error::DriverUnavailable { .. })));
+    }
 }
 
 #[test]

@@ -35,7 +35,7 @@ fn places() -> Vec<(TestDevice, Variant)> {
 }
 
 impl Case {
-    /// With as many groups and splits as the kernel has.
+    /// With no more groups than the kernel has.
     fn on(&self, variant: Variant) -> Case {
         let widest = match variant {
             Variant::Portable => 1,
@@ -244,8 +244,7 @@ fn extreme_logits() {
     for (device, variant) in places() {
         for data in [Data::Sharp, Data::Equal(16.0), Data::Equal(0.0), Data::Ramp(0.05), Data::Ramp(1.0)] {
             for groups in [1, 2].map(Some) {
-                let case =
-                    Case { data, scale: Some(1.0), groups, heads: 2, kv_heads: 2, ..Case::var(&[1, 3, 7, 9, 11]) };
+                let case = Case { data, scale: Some(1.0), groups, ..Case::var(&[1, 3, 7, 9, 11]) };
                 check_all(&device, &case.on(variant));
             }
         }
@@ -304,9 +303,11 @@ fn infinite_and_undefined_logits() {
     }
     for (device, variant) in places() {
         // The key of the first scale is seen by all, that of the last by its own scale.
-        for (key, groups) in [(0, Some(1)), (14, Some(2)), (60, Some(3)), (120, None)] {
+        for (key, groups, splits) in
+            [(0, Some(1), None), (14, Some(2), Some(2)), (60, Some(3), None), (120, None, Some(3))]
+        {
             for value in [f32::NEG_INFINITY, f32::INFINITY, f32::NAN] {
-                let case = Case { groups, ..Case::var(&[1, 3, 7, 9]) }.on(variant);
+                let case = Case { groups, splits, ..Case::var(&[1, 3, 7, 9]) }.on(variant);
                 run::<bf16>(&device, &case, value, key);
                 run::<f16>(&device, &case, value, key);
                 if value != f32::INFINITY {
@@ -374,12 +375,12 @@ fn bitwise_repeatable_in_any_batch() {
             Case { lengths: vec![Some(0), Some(1)], packed_keys: true, memory: Memory::AnyOrder, ..case }
         };
         for case in [mixed(), packed, Case { memory: Memory::OneBuffer, gathers: true, ..mixed() }] {
-            for groups in [1, 2].map(Some) {
-                let case = Case { batch: 5, heads: 2, kv_heads: 1, groups, ..case.clone() }.on(variant);
+            for (groups, splits) in [(1, 2), (2, 1)].map(|(groups, splits)| (Some(groups), Some(splits))) {
+                let case = Case { batch: 5, heads: 2, kv_heads: 1, groups, splits, ..case.clone() }.on(variant);
                 let problem = case.problem::<bf16>();
                 let all = attend(&device, &case, &problem);
                 assert_eq!(attend(&device, &case, &problem).bits(), all.bits());
-                for b in 0..case.batch {
+                for b in [0, 2, 4] {
                     let (alone, entry) = problem.entry(&case, b);
                     let ran = attend(&device, &alone, &entry);
                     for row in 0..case.rows() {
@@ -422,13 +423,15 @@ fn bitwise_repeatable_in_any_batch() {
 #[test]
 fn the_same_on_any_device_that_is_cut_alike() {
     for (device, variant) in places() {
-        for groups in [1, 2].map(Some) {
-            let case = Case { batch: 3, heads: 2, groups, ..mixed() }.on(variant);
+        for (groups, splits) in [(1, 1), (2, 3)].map(|(groups, splits)| (Some(groups), Some(splits))) {
+            let case = Case { batch: 3, heads: 2, groups, splits, ..mixed() }.on(variant);
             let problem = case.problem::<f16>();
             let all = attend(&device, &case, &problem);
-            for (sm_count, l2_bytes) in [(1, 60 << 20), (2, 1 << 14), (7, 150 << 10), (132, 60 << 10), (10_000, 1)] {
+            // Half of L2 holds K and V of that many of the six heads.
+            for (sm_count, kv_heads_at_once) in [(1, 100), (2, 1), (7, 4), (132, 5), (10_000, 0)] {
                 let mut other = case.clone();
-                (other.device.sm_count, other.device.l2_bytes) = (sm_count, l2_bytes);
+                let l2_bytes = 2 * kv_heads_at_once * 4 * case.key_count() * case.dim;
+                (other.device.sm_count, other.device.l2_bytes) = (sm_count, l2_bytes as i64);
                 let ran = attend(&device, &other, &problem);
                 assert_eq!(ran.bits(), all.bits());
             }

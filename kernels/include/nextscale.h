@@ -141,7 +141,7 @@ typedef struct nxs_scale_attention_params {
   float *parts_or_null;             /* workspace, splits > 1: [splits, batch, heads, rows, dim] then, 16-byte aligned,
                                        [splits, batch, heads, rows]; contiguous */
   int64_t q_stride_batch, q_stride_row, q_stride_head;       /* multiples of 8, as are those of k, v and out */
-  int64_t k_stride_batch, k_stride_row, k_stride_head;       /* of k and v only the batch's may be 0 */
+  int64_t k_stride_batch, k_stride_row, k_stride_head;       /* of q, k and v only the batch's may be 0 */
   int64_t v_stride_batch, v_stride_row, v_stride_head;
   int64_t out_stride_batch, out_stride_row, out_stride_head;
   int64_t lse_stride_batch, lse_stride_head, lse_stride_row;

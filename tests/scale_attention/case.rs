@@ -161,7 +161,7 @@ pub fn case(limits: Limits) -> impl Strategy<Value = Case> {
         prop_oneof![1 => Just(None), 3 => Just(Some(1)), 2 => (2..=5u32).prop_map(Some)],
         prop::option::of(any::<bool>()),
         prop::sample::select(vec![1, 2, 3, 5, 132]),
-        prop::sample::select(vec![1i64 << 16, 1 << 18, 60 << 20]),
+        1..=7usize,
     );
     let numbers = (
         prop::bool::weighted(0.3),
@@ -180,7 +180,7 @@ pub fn case(limits: Limits) -> impl Strategy<Value = Case> {
         let (mut keys, queries, table, rules, lengths) = seen;
         let (mut batch, mut kv_heads, mut per_kv, dim) = sizes;
         let (memory, spare, (packed_keys, shared_keys), gathers, shared_lengths) = layout;
-        let (groups, splits, pack_heads, sm_count, l2_bytes) = cut;
+        let (groups, splits, pack_heads, sm_count, kv_heads_at_once) = cut;
         let (bounded, scale, lse, data, seed) = numbers;
 
         let fit = |grids: &mut Vec<Grid>| {
@@ -220,7 +220,9 @@ pub fn case(limits: Limits) -> impl Strategy<Value = Case> {
         }
         let lengths = lengths.into_iter().take(keys.len()).map(|length| length.or(packed_keys.then_some(0))).collect();
         let mut device = DeviceInfo::H200;
-        (device.sm_count, device.l2_bytes) = (sm_count, l2_bytes);
+        // Half of L2 holds K and V of that many heads.
+        let keys_and_values = 4 * dim * keys.iter().copied().map(tokens).sum::<usize>().max(1);
+        (device.sm_count, device.l2_bytes) = (sm_count, (2 * kv_heads_at_once * keys_and_values) as i64);
         Case {
             queries,
             keys,

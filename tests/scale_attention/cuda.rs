@@ -25,8 +25,7 @@ fn gpus() -> Option<[Arc<CudaStream>; 2]> {
 
 /// The kernel of choice.
 fn of(stream: &Arc<CudaStream>, case: Case) -> Case {
-    let device = TestDevice::Cuda(stream.clone());
-    Case { device: DeviceInfo::of(stream).unwrap(), groups: Some(1), ..case }.on(&device, Variant::Auto)
+    Case { device: DeviceInfo::of(stream).unwrap(), groups: Some(1), ..case }.on(Variant::Auto)
 }
 
 /// Every key finite, so that lengths may change.

@@ -74,9 +74,11 @@ fn bad_plans_are_refused() {
     stride(builder().lse_strides([51, 13, 1]), "lse", 0);
     stride(builder().lse_strides([52, 13, -1]), "lse", 2);
     // One row or head for all would be a tensor of fewer.
+    stride(builder().q_strides([13 * 256, 0, 64]), "q", 1);
+    stride(builder().q_strides([13 * 256, 256, 0]), "q", 2);
     stride(builder().kv_strides([13 * 128, 0, 64], kv), "k", 1);
     stride(builder().kv_strides(kv, [13 * 128, 128, 0]), "v", 2);
-    assert_eq!(build(builder().q_strides([0; 3]).kv_strides([0, 128, 64], [0, 128, 64])), Ok(()));
+    assert_eq!(build(builder().q_strides([0, 256, 64]).kv_strides([0, 128, 64], [0, 128, 64])), Ok(()));
     let huge = [(1 << 38) - 8; 3];
     let many = || builder().heads(1, 1).batch((1 << 26) - 1);
     size(many().q_strides(huge), "q");
@@ -348,7 +350,7 @@ fn indices_out_of_range() {
     }
 
     for (device, variant) in places().into_iter().filter(|(device, _)| !device.is_host()) {
-        let case = gathers.on(&device, variant);
+        let case = gathers.on(variant);
         let mut wild = case.problem::<bf16>();
         for q in &mut wild.buffers[0] {
             *q = bf16::from_f32(if q.is_nan() { 0.5 } else { q.to_f32() });
@@ -372,7 +374,7 @@ fn indices_out_of_range() {
             let (actual, right) = (attend(&device, &case, &problem(length)), attend(&device, &case, &problem(21)));
             assert_eq!(actual.bits(), right.bits());
         }
-        let case = packed.on(&device, variant);
+        let case = packed.on(variant);
         for wild in [-1, -200, i32::MIN, 1, 1000, i32::MAX - 300, i32::MAX] {
             let mut problem = case.problem::<bf16>();
             problem.kv_offset[1] = wild;

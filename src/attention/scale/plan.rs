@@ -140,7 +140,8 @@ impl<T: Float> ScaleAttentionBuilder<T> {
     }
 
     setters! {
-        /// Strides of `q` in elements, `[batch, row, head]`; contiguous `[batch, q_rows, heads, dim]` if not given.
+        /// Strides of `q` in elements, `[batch, row, head]`; contiguous `[batch, q_rows, heads, dim]` if not given. A batch
+        /// stride of 0 is one `q` for all entries.
         q_strides(q: [i64; 3]);
         /// Strides of `out` in elements, `[batch, row, head]`; contiguous `[batch, rows, heads, dim]` if not given.
         out_strides(out: [i64; 3]);
@@ -240,7 +241,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let kv_shape = [if self.packed_keys { 1 } else { self.batch }, kv_rows, self.kv_heads, self.dim];
         let k = layout("k", kv_shape, self.k)?;
         let v = layout("v", kv_shape, self.v)?;
-        for (arg, layout) in [("k", &k), ("v", &v)] {
+        for (arg, layout) in [("q", &q), ("k", &k), ("v", &v)] {
             // A tensor copy may have no stride of 0; the batch's is left out of it.
             for dim in [1, 2] {
                 if layout.shape()[dim] > 1 && layout.strides()[dim] == 0 {
