@@ -237,7 +237,8 @@ class AttentionPrepare(Expressions):
     def reference(self):
         how = dict(norm=self.norm, eps={"l2": 1e-12, "rms": 1e-6}.get(self.norm, 0))
         if self.table is not None:
-            how |= dict(rope=self.rope + ("-full" if self.case["full_table"] else ""), cos=self.table[0], sin=self.table[1])
+            how["rope"] = self.rope + ("-full" if self.case["full_table"] else "")
+            how["cos"], how["sin"] = self.table
         weights = [None, None] if self.weights is None else self.weights
         multiplier = None if self.multiplier is None else self.multiplier[:, 0]
         q, k, v = self.qkv

@@ -296,7 +296,8 @@ def attention_prepare(program, number, rng):
             dtype, key = DTYPES[cache_t], f"{name}_cache"
             # Rows that were there stay as they are, bit for bit.
             bound = attention.append(torch.zeros(caches[key].shape, dtype=torch.float64), bound, append_at.tolist())
-            untouched = attention.append(torch.ones(caches[key].shape), torch.zeros_like(x).float(), append_at.tolist()) > 0
+            written = attention.append(torch.zeros(caches[key].shape), torch.ones(x.shape), append_at.tolist())
+            untouched = written == 0
             if not same_bits(outputs[key][untouched], caches[key][untouched]):
                 return what, f"{key}: rows of others were written", 0.0
             exact = attention.append(caches[key].double(), exact, append_at.tolist())

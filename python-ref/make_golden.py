@@ -291,7 +291,8 @@ def prepare_golden():
         rotary = special.get("rotary_dim", dim)
         case = dict(name=name, batch=batch, rows=rows, heads=heads, kv_heads=kv_heads, dim=dim, cache_rows=cache_rows)
         case |= {"append_at": at, "in": in_t, "out": out_t, "cache": cache_t, "norm": norm, "rope": rope, "axes": axes}
-        case |= {"full_table": full, "rotary_dim": rotary, "position": None, "eps": {"l2": 1e-12, "rms": 1e-6}.get(norm, 0)}
+        case |= {"full_table": full, "rotary_dim": rotary, "position": None}
+        case["eps"] = {"l2": 1e-12, "rms": 1e-6}.get(norm, 0)
         how = dict(norm=norm, eps=case["eps"])
         if rope != "none":
             table_rows = rows + 4

@@ -236,7 +236,8 @@ def test_merge_is_attention_over_all_keys():
 
 
 def test_merge_of_nothing():
-    out, lse, bound, lse_bound = attention.merge(torch.full((3, 1, 2, 1, 4), torch.nan), torch.full((3, 1, 1, 2), -torch.inf))
+    nothing = torch.full((3, 1, 2, 1, 4), torch.nan), torch.full((3, 1, 1, 2), -torch.inf)
+    out, lse, bound, lse_bound = attention.merge(*nothing)
     assert (out == 0).all() and (lse == -torch.inf).all()
     assert (bound == 0).all() and (lse_bound == 0).all()
 

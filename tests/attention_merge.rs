@@ -266,8 +266,8 @@ proptest! {
         check_any(&TestDevice::Host, &case, dtypes);
     }
 
-    /// Every element of the output belongs to exactly one thread, no thread to an element outside, and lane 0 has a part
-    /// of every item, for it writes the lse.
+    /// Every element of the output belongs to exactly one thread, no thread to an element outside, and lane 0 has a
+    /// part of every item, for it writes the lse.
     #[test]
     fn the_schedule_owns_every_output_once(
         batch in 0..3usize, rows in 0..20usize, heads in 0..5usize,
@@ -411,7 +411,8 @@ fn lse_of_nan_and_infinity_make_nan_of_the_row_alone() {
     }
 }
 
-/// Parts that come one after the other give what they give at once: exactly the same sums when out is f32, up to rounding.
+/// Parts that come one after the other give what they give at once: exactly the same sums when out is f32, up to
+/// rounding.
 #[test]
 fn accumulating_is_merging() {
     for device in TestDevice::all() {
@@ -440,7 +441,8 @@ fn accumulating_is_merging() {
     }
 }
 
-/// The check must be able to fail: a merge that ignores the weights, drops a part, or takes the lse for base 2 is caught.
+/// The check must be able to fail: a merge that ignores the weights, drops a part, or takes the lse for base 2 is
+/// caught.
 #[test]
 fn a_broken_merge_is_caught() {
     let case = Case { parts: 3, spread: 2.0, ..plain() };
@@ -673,9 +675,10 @@ mod traffic {
 
     const SECTOR: u64 = 32;
 
-    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernel adds: parts that
-    /// fill the last group up are those of the last one again, lse are read a sector each for every stretch of a row, with
-    /// more parts than a group twice, and a chunk of more than 16 bytes of output is two instructions, which touch the same sectors.
+    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernel adds: parts
+    /// that fill the last group up are those of the last one again, lse are read a sector each for every stretch of a
+    /// row, with more parts than a group twice, and a chunk of more than 16 bytes of output is two instructions, which
+    /// touch the same sectors.
     fn compare<P: Float, O: Float>(counted: &Counters, plan: &Merge<P, O>, case: &Case) -> Result<(), String> {
         let (schedule, traffic, parts) = (plan.schedule(), plan.traffic(), case.parts as u64);
         let group = match (schedule.vec, parts) {

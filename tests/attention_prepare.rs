@@ -656,8 +656,8 @@ fn turns_keep_lengths() {
     }
 }
 
-/// The check must be able to fail: angles of the wrong sign or row, the other pairing, a forgotten norm or multiplier, and a
-/// cache that is one row off are caught.
+/// The check must be able to fail: angles of the wrong sign or row, the other pairing, a forgotten norm or multiplier,
+/// and a cache that is one row off are caught.
 #[test]
 fn a_broken_preparation_is_caught() {
     let case = Case { norm: Norm::L2 { eps: 1e-12 }, ..plain() };
@@ -1001,9 +1001,9 @@ mod traffic {
     use super::*;
     use nextscale::emulator::{self, Counters};
 
-    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernel adds: the cosines
-    /// and sines for every group of heads, a head again where the last group is not full, and the sectors of a chunk of more
-    /// than 16 bytes of output a second time.
+    /// Whether the bytes counted are no fewer than a plan's, and no more than these with what the kernel adds: the
+    /// cosines and sines for every group of heads, a head again where the last group is not full, and the sectors of a
+    /// chunk of more than 16 bytes of output a second time.
     fn compare<I: Float, O: Float>(counted: &Counters, plan: &Prepare<I, O, O>, case: &Case) -> Result<(), String> {
         let (schedule, traffic) = (plan.schedule(), plan.traffic());
         let groups = schedule.heads.map(|heads| heads.div_ceil(schedule.heads_at_once()));

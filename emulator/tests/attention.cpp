@@ -118,7 +118,8 @@ static void test_prepare() {
               for (int d = 0; d < dim; ++d) squares += double(x[d]) * x[d];
               const double length = i < 2 ? sqrt(squares) : 1;
               for (int pair = 0; pair < dim / 2; ++pair) {
-                const int a = rope == NXS_ROPE_HALF ? pair : 2 * pair, c = rope == NXS_ROPE_HALF ? pair + dim / 2 : a + 1;
+                const bool half = rope == NXS_ROPE_HALF;
+                const int a = half ? pair : 2 * pair, c = half ? pair + dim / 2 : a + 1;
                 const double cosine = i < 2 ? cos_values[position * dim / 2 + pair] : 1,
                              sine = i < 2 ? sin_values[position * dim / 2 + pair] : 0;
                 close &= fabs(out[a] - (x[a] * cosine - x[c] * sine) / length) < 1e-5;

@@ -20,9 +20,9 @@ nxs_status merge(const nxs_attention_merge_params& p, void* stream) {
   NXS_REQUIRE(p.rows <= INT32_MAX / p.batch && p.batch * p.rows <= INT32_MAX / p.heads, NXS_E_SHAPE);
 
   for (const i64 stride : {p.parts_stride_part, p.parts_stride_batch, p.parts_stride_row, p.parts_stride_head,
-                           p.lse_stride_part, p.lse_stride_batch, p.lse_stride_head, p.lse_stride_row, p.out_stride_batch,
-                           p.out_stride_row, p.out_stride_head, p.out_lse_stride_batch, p.out_lse_stride_head,
-                           p.out_lse_stride_row})
+                           p.lse_stride_part, p.lse_stride_batch, p.lse_stride_head, p.lse_stride_row,
+                           p.out_stride_batch, p.out_stride_row, p.out_stride_head, p.out_lse_stride_batch,
+                           p.out_lse_stride_head, p.out_lse_stride_row})
     NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);
   NXS_REQUIRE(p.parts && p.lse && p.out && (p.out_lse_or_null || !p.accumulate), NXS_E_NULL);
   NXS_REQUIRE(is_aligned(p.parts, part_bytes) && is_aligned(p.lse, 4) && is_aligned(p.out, out_bytes) &&

@@ -1,19 +1,19 @@
-// Merge: out[b, r, h, :] = round(sum_i w_i parts[i, b, r, h, :] / sum_i w_i), w_i = exp(lse[i, b, h, r] - max_i lse), and
-//        out_lse[b, h, r] = max + ln(sum_i w_i).
+// Merge: out[b, r, h, :] = round(sum_i w_i parts[i, b, r, h, :] / sum_i w_i), w_i = exp(lse[i, b, h, r] - max_i lse),
+// and    out_lse[b, h, r] = max + ln(sum_i w_i).
 //
 // Layouts    parts [parts, batch, rows, heads, dim], lse [parts, batch, heads, rows], out [batch, rows, heads, dim],
-//            out_lse [batch, heads, rows]; strides of all but the last dimension of parts and out. Dtypes and bounds are
-//            described in nextscale.h.
+//            out_lse [batch, heads, rows]; strides of all but the last dimension of parts and out. Dtypes and bounds
+//            are described in nextscale.h.
 // Who does what
-//            A row of `dim` elements is cut into chunks of kVec elements: 16 bytes of parts, or one element. 2^log2_lanes
-//            threads of a warp share a row, one chunk each, and walk its chunks if they are more; a block of 128 threads
-//            owns 128 >> log2_lanes rows, heads innermost. Every thread reads the row's lse itself (one address a row).
-//            kGroup parts are in flight at a time, their chunks beside their lse: with up to kGroup parts nothing waits for
-//            the maximum. A part beyond the last is the last one again, without weight, so that loads need no predicates.
-//            With more parts the lse are read twice: for the maximum, then for the weights.
+//            A row of `dim` elements is cut into chunks of kVec elements: 16 bytes of parts, or one element.
+//            2^log2_lanes threads of a warp share a row, one chunk each, and walk its chunks if they are more; a block
+//            of 128 threads owns 128 >> log2_lanes rows, heads innermost. Every thread reads the row's lse itself (one
+//            address a row). kGroup parts are in flight at a time, their chunks beside their lse: with up to kGroup
+//            parts nothing waits for the maximum. A part beyond the last is the last one again, without weight, so that
+//            loads need no predicates. With more parts the lse are read twice: for the maximum, then for the weights.
 //            Schedule in src/attention/merge/plan.rs walks the same cells.
-// Bytes      batch * rows * heads * (parts * (dim * sizeof(parts) + 4) + dim * sizeof(out) + 4), each once; parts whose lse
-//            is -inf are read all the same.
+// Bytes      batch * rows * heads * (parts * (dim * sizeof(parts) + 4) + dim * sizeof(out) + 4), each once; parts whose
+//            lse is -inf are read all the same.
 // FLOPs      2 a part and element, one exponential a part, row and thread.
 // Determinism bitwise: parts are added in ascending order, and nothing depends on the batch.
 // Limits     parts <= 256, dim <= 1024, batch * rows * heads < 2^31.

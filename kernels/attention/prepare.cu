@@ -20,9 +20,9 @@ nxs_status check_tensor(const nxs_attention_prepare_params& p, const nxs_attenti
               NXS_E_UNSUPPORTED);
   NXS_REQUIRE(t.out_rows >= 0 && (t.append || t.out_rows >= p.rows), NXS_E_SHAPE);
   NXS_REQUIRE(p.batch * p.rows <= INT32_MAX / t.heads, NXS_E_SHAPE);
-  for (const i64 stride : {t.input_stride_batch, t.input_stride_row, t.input_stride_head, t.out_stride_batch, t.out_stride_row,
-                           t.out_stride_head})
-    NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);
+  const i64 strides[] = {t.input_stride_batch, t.input_stride_row, t.input_stride_head,
+                         t.out_stride_batch,   t.out_stride_row,   t.out_stride_head};
+  for (const i64 stride : strides) NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);
   NXS_REQUIRE(t.input && (t.out || t.out_rows == 0), NXS_E_NULL);
   const i64 in_bytes = dtype_bytes(p.in_dtype), out_bytes = dtype_bytes(t.out_dtype);
   NXS_REQUIRE(is_aligned(t.input, in_bytes) && is_aligned(t.out, out_bytes) && is_aligned(t.weight_or_null, 4) &&
@@ -30,10 +30,9 @@ nxs_status check_tensor(const nxs_attention_prepare_params& p, const nxs_attenti
               NXS_E_ALIGNMENT);
   if (p.vector) {
     const i64 vec = 16 / in_bytes, store = vec * out_bytes < 16 ? vec * out_bytes : 16;
-    for (const i64 stride : {t.input_stride_batch, t.input_stride_row, t.input_stride_head, t.out_stride_batch, t.out_stride_row,
-                             t.out_stride_head})
-      NXS_REQUIRE(stride % vec == 0, NXS_E_STRIDE);
-    NXS_REQUIRE(is_aligned(t.input, 16) && is_aligned(t.out, store) && is_aligned(t.weight_or_null, 16), NXS_E_ALIGNMENT);
+    for (const i64 stride : strides) NXS_REQUIRE(stride % vec == 0, NXS_E_STRIDE);
+    NXS_REQUIRE(is_aligned(t.input, 16) && is_aligned(t.out, store) && is_aligned(t.weight_or_null, 16),
+                NXS_E_ALIGNMENT);
   }
   return NXS_OK;
 }

@@ -3,16 +3,17 @@
 // Layouts    in [batch, rows, heads, dim] and out [batch, out_rows, heads, dim] of three tensors, strided but for dim;
 //            cos and sin [table_rows, columns]. The formula, dtypes and flags are described in nextscale.h.
 // Who does what
-//            A row is one head of one token: `dim` elements, cut into chunks of kVec (16 bytes of input, or one element). A
-//            thread owns pairs of chunks (pair_at): two that rotate together, or any two. So rotating needs no shuffles; the
-//            norm sums over the 2^log2_lanes threads of the row by shuffles. kRows heads of one token go through a thread
-//            together: their loads are in flight at once, and the token's cos and sin are loaded once for them.
-//            A block of 128 threads works on one tensor: the blocks of the queries come first, then those of the keys,
-//            then those of the values, so that tensors, strides and dtypes are uniform. Output dtypes are told apart at the
-//            store. Schedule in src/attention/prepare/plan.rs walks the same cells.
+//            A row is one head of one token: `dim` elements, cut into chunks of kVec (16 bytes of input, or one
+//            element). A thread owns pairs of chunks (pair_at): two that rotate together, or any two. So rotating needs
+//            no shuffles; the norm sums over the 2^log2_lanes threads of the row by shuffles. kRows heads of one token
+//            go through a thread together: their loads are in flight at once, and the token's cos and sin are loaded
+//            once for them. A block of 128 threads works on one tensor: the blocks of the queries come first, then
+//            those of the keys, then those of the values, so that tensors, strides and dtypes are uniform. Output
+//            dtypes are told apart at the store. Schedule in src/attention/prepare/plan.rs walks the same cells.
 // Bytes      each element read once and written once; cos and sin come from L1 and L2.
 // FLOPs      about 10 an element.
-// Determinism bitwise: the order of additions depends on dim and dtype only. Without a norm the host gives the same bits.
+// Determinism bitwise: the order of additions depends on dim and dtype only. Without a norm the host gives the same
+//            bits.
 // Limits     dim <= 256, batch * rows * heads < 2^31 for each tensor.
 #pragma once
 #include "common/chunk.cuh"
@@ -108,12 +109,14 @@ NXS_DEVICE void load_angles(const nxs_attention_prepare_params& p, i64 row, cons
   if constexpr (kIsFull<kRope>) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const auto c = load_chunk_nc<float, kVec>(cos + pair.column[s]), n = load_chunk_nc<float, kVec>(sin + pair.column[s]);
+      const auto c = load_chunk_nc<float, kVec>(cos + pair.column[s]);
+      const auto n = load_chunk_nc<float, kVec>(sin + pair.column[s]);
 #pragma unroll
       for (int k = 0; k < kVec; ++k) angles.cos[s][k] = c.data[k], angles.sin[s][k] = n.data[k];
     }
   } else if constexpr (kTogether<kVec, kRope>) {
-    const auto c = load_chunk_nc<float, kVec>(cos + pair.column[0]), n = load_chunk_nc<float, kVec>(sin + pair.column[0]);
+    const auto c = load_chunk_nc<float, kVec>(cos + pair.column[0]);
+    const auto n = load_chunk_nc<float, kVec>(sin + pair.column[0]);
 #pragma unroll
     for (int s = 0; s < 2; ++s)
 #pragma unroll
@@ -202,7 +205,8 @@ __global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks<kVec, kRope>)
   for (int j = 0; j < kHeads; ++j) {
     const u32 wanted = group * kHeads + j;
     head[j] = wanted < static_cast<u32>(t.heads) ? wanted : t.heads - 1;
-    in[j] = static_cast<const I*>(t.input) + batch * t.input_stride_batch + row * t.input_stride_row + head[j] * t.input_stride_head;
+    in[j] = static_cast<const I*>(t.input) + batch * t.input_stride_batch + row * t.input_stride_row +
+            head[j] * t.input_stride_head;
   }
   Pair pair[kOwned];
   Vec<I, kVec> chunk[kHeads][kOwned][2];

@@ -195,10 +195,10 @@ typedef struct nxs_attention_merge_params {
   uint32_t gate;
   int32_t accumulate;       /* 1: out and out_lse are the part before part 0. A 16-bit out is rounded at every call. */
   int32_t vector;           /* 1: 16-byte reads of parts. dim and the strides of parts and out are multiples of
-                               16 / sizeof(parts_dtype), parts is 16-byte aligned, and out is aligned to min(16, that many
-                               output elements). 0: one element at a time, no demands. */
-  int32_t log2_lanes;       /* 2^log2_lanes threads share a row of dim elements: 0 to 5. Every value is correct. Fastest: the
-                               least one with 2^log2_lanes * (elements a read) >= dim, or 5. */
+                               16 / sizeof(parts_dtype), parts is 16-byte aligned, and out is aligned to min(16, that
+                               many output elements). 0: one element at a time, no demands. */
+  int32_t log2_lanes;       /* 2^log2_lanes threads share a row of dim elements: 0 to 5. Every value is correct.
+                               Fastest: the least one with 2^log2_lanes * (elements a read) >= dim, or 5. */
 } nxs_attention_merge_params;
 
 nxs_status nxs_attention_merge(const nxs_attention_merge_params *params, void *stream);
@@ -231,14 +231,16 @@ typedef struct nxs_attention_prepare_tensor {
 } nxs_attention_prepare_tensor;
 
 /*
- * What queries, keys and values go through before attention, in one pass: norm, rotary position embedding, cache append.
+ * What queries, keys and values go through before attention, in one pass: norm, rotary position embedding, append to
+ * a cache.
  *   y = norm(x) * weight * head_scale
  *   y[a], y[b] = y[a] cos[p, A] - y[b] sin[p, A], y[b] cos[p, B] + y[a] sin[p, B]   for the pairs below rotary_dim
  *   out = round(y)
- * in f32, rounded once to out_dtype (nearest even). p is the row's position; A = B is the number of the pair, counted block
- * by block, or with table_full A = a and B = b.
- * Row i of batch entry b has position positions[b, i], or append_at + i with position_at_append, or position + i. A position
- * outside [0, table_rows) is clamped to the nearest one, and NXS_FLAG_POSITION_CLAMPED is OR-ed into *flags_or_null.
+ * in f32, rounded once to out_dtype (nearest even). p is the row's position; A = B is the number of the pair, counted
+ * block by block, or with table_full A = a and B = b.
+ * Row i of batch entry b has position positions[b, i], or append_at + i with position_at_append, or position + i. A
+ * position outside [0, table_rows) is clamped to the nearest one, and NXS_FLAG_POSITION_CLAMPED is OR-ed into
+ * *flags_or_null.
  * A row with append whose place is outside [0, out_rows) is not written, and NXS_FLAG_APPEND_SKIPPED is OR-ed in.
  */
 typedef struct nxs_attention_prepare_params {
@@ -261,10 +263,10 @@ typedef struct nxs_attention_prepare_params {
   nxs_dtype in_dtype;                     /* NXS_F32, NXS_F16 or NXS_BF16 */
   int32_t vector;                         /* 1: chunks of 16 bytes of input. dim, rotary_dim, half of rope_block and the
                                              strides of input and out are multiples of v = 16 / sizeof(in_dtype),
-                                             table_stride_row of 4; input, cos, sin and weights are 16-byte aligned, out is
-                                             to min(16, v output elements). 0: one element at a time, no demands. */
-  int32_t log2_lanes;                     /* 2^log2_lanes threads share a row: 0 to 5, with at most (vector ? 1 : 4) pairs of
-                                             chunks each. */
+                                             table_stride_row of 4; input, cos, sin and weights are 16-byte aligned, out
+                                             is to min(16, v output elements). 0: one element at a time, no demands. */
+  int32_t log2_lanes;                     /* 2^log2_lanes threads share a row: 0 to 5, with at most (vector ? 1 : 4)
+                                             pairs of chunks each. */
 } nxs_attention_prepare_params;
 
 nxs_status nxs_attention_prepare(const nxs_attention_prepare_params *params, void *stream);

@@ -111,7 +111,7 @@ def prepare(x, norm="none", eps=0.0, weight=None, multiplier=None, rope="none", 
 
 
 def append(cache, x, at):
-    """`cache` [batch, cache_rows, heads, dim] with x [batch, rows, heads, dim] at rows at[b] + i, where there are such."""
+    """`cache` [batch, cache_rows, heads, dim] with x [batch, rows, heads, dim] at its rows at[b] + i, as far as it goes."""
     cache = cache.clone()
     for b, first in enumerate(at):
         for i in range(x.shape[1]):

@@ -35,19 +35,20 @@ use crate::view::{In, Out};
 /// `P` is the type of the parts and `O` of the output (`f32`, `f16`, `bf16`).
 ///
 /// **Accumulating** ([`MergeBuilder::accumulate`]): `out` and `out_lse` are read first, as the part before part 0, and
-/// written over. Started with `out_lse` all -inf, a chain of such merges gives what one merge of all parts gives, up to the
-/// rounding of `out` to `O` at each call.
+/// written over. Started with `out_lse` all -inf, a chain of such merges gives what one merge of all parts gives, up to
+/// the rounding of `out` to `O` at each call.
 ///
 /// **Arithmetic.** f32, the parts in ascending order, rounded once to `O` (nearest even). A single part with a finite
 /// `lse` is copied. With `u = 2^-24`, `out_lse` is within `u * (|out_lse| + parts + 64)` of the exact value, and `out`
 /// before its rounding within `u * sum over i of (2 * parts + 64 + 3 * (m - lse[i])) * w[i] * |parts[i]| / sum of w`.
 /// Weights below 2^-126 count as 0.
 ///
-/// **Special values.** A part whose `lse` is -inf adds nothing, whatever it holds, NaN included (its memory is read all the
-/// same). If that is every part, `out` is 0 and `out_lse` -inf. An `lse` of NaN or +inf makes the row's `out` and `out_lse` NaN.
+/// **Special values.** A part whose `lse` is -inf adds nothing, whatever it holds, NaN included (its memory is read all
+/// the same). If that is every part, `out` is 0 and `out_lse` -inf. An `lse` of NaN or +inf makes the row's `out` and
+/// `out_lse` NaN.
 ///
-/// **Determinism.** Bitwise, from run to run and in any batch. Host and kernels use different exponential functions: they
-/// agree within the bounds above, not bit for bit.
+/// **Determinism.** Bitwise, from run to run and in any batch. Host and kernels use different exponential functions:
+/// they agree within the bounds above, not bit for bit.
 ///
 /// ```
 /// use nextscale::{DeviceInfo, In, Out, Stream, attention::{Merge, MergeArgs}};

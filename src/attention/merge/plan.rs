@@ -107,8 +107,8 @@ impl<P: Float, O: Float> MergeBuilder<P, O> {
     /// # Errors
     /// [`Error::Size`] for `parts` outside 1 to 256, `dim` outside 1 to 1024, 2^31 or more rows over batch and heads;
     /// [`Error::Stride`] for a negative stride, an output that overlaps itself, or wide access that the strides do not
-    /// allow; [`Error::Unsupported`] for wide access that `dim` does not allow; [`Error::UnsupportedDevice`] below compute
-    /// capability 8.0.
+    /// allow; [`Error::Unsupported`] for wide access that `dim` does not allow; [`Error::UnsupportedDevice`] below
+    /// compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Merge<P, O>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
@@ -222,7 +222,8 @@ impl Plan {
 }
 
 /// How the kernel cuts a merge up. An item is one head of one row of one batch entry, heads innermost. It is cut into
-/// chunks of `vec` elements; a thread takes the chunks `lane`, `lane + lanes`, ... of one item, and lane 0 its `out_lse`.
+/// chunks of `vec` elements; a thread takes the chunks `lane`, `lane + lanes`, ... of one item, and lane 0 its
+/// `out_lse`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MergeSchedule {
     /// Elements in a chunk.

@@ -132,8 +132,8 @@ pub(super) fn run<I: Float, O: Float, C: Float>(
             log2_lanes: schedule.lanes.trailing_zeros() as i32,
         };
     crate::launch::launch("nxs_attention_prepare", stream, |handle| {
-        // SAFETY: every address the kernel reaches lies in the operands, which are checked against the layouts; positions
-        // are clamped to the table, and rows that are not in a cache are not written.
+        // SAFETY: every address the kernel reaches lies in the operands, which are checked against the layouts;
+        // positions are clamped to the table, and rows that are not in a cache are not written.
         unsafe { ffi::nxs_attention_prepare(&params, handle) }
     })
 }

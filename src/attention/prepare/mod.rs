@@ -24,8 +24,8 @@ use plan::{K, Plan, Q, V};
 /// 1. **norm**, of queries and keys: none, L2 (`x / max(‖x‖, eps)`; VAR and Infinity), or RMS
 ///    (`x / sqrt(mean(x²) + eps) * weight`; LLaMA, InfinityStar, ACDiT);
 /// 2. **multiplier** of queries, a number a head: `exp(min(s, ln 100))` of VAR and Infinity, computed by the caller;
-/// 3. **rotary position embedding** of queries and keys ([`Rope`]): pairs of elements are rotated by the angles of the token's
-///    row in a table of cosines and sines;
+/// 3. **rotary position embedding** of queries and keys ([`Rope`]): pairs of elements are rotated by the angles of the
+///    token's row in a table of cosines and sines;
 /// 4. **store**: queries to `q_out`; keys and values to row `append_at + i` of their caches.
 ///
 /// | operand | shape | layout |
@@ -33,23 +33,23 @@ use plan::{K, Plan, Q, V};
 /// | `q` | `[batch, rows, heads, dim]` | strides of all but `dim`: also views of a packed QKV projection |
 /// | `k`, `v` | `[batch, rows, kv_heads, dim]` | the same |
 /// | `q_out` | `[batch, rows, heads, dim]` | the same; rows must not overlap |
-/// | `k_cache`, `v_cache` | `[batch, cache_rows, kv_heads, dim]` | the same: by strides also `[batch, kv_heads, cache_rows, dim]` |
+/// | `k_cache`, `v_cache` | `[batch, cache_rows, kv_heads, dim]` | the same; so also heads before rows |
 /// | `q_weight`, `k_weight` | `[dim]` f32 | contiguous |
 /// | `q_multiplier` | `[heads]` f32 | contiguous |
-/// | `cos`, `sin` | `[table_rows, rotary_dim / 2]` f32 (or `rotary_dim` columns) | one row stride; two views, also of one buffer |
+/// | `cos`, `sin` | `[table_rows, rotary_dim / 2 or rotary_dim]` f32 | one row stride; may be of one buffer |
 /// | `positions` | `[rows]` or `[batch, rows]` i32 | any strides |
 /// | `append_at` | `[batch]` i32 | contiguous |
 ///
-/// Each of the three tensors may be left out of the plan: queries alone for cross-attention, keys and values alone for a
-/// prompt. `I` is the type of `q`, `k` and `v`, `O` of `q_out`, `C` of the caches (each `f32`, `f16`, `bf16`).
+/// Each of the three tensors may be left out of the plan: queries alone for cross-attention, keys and values alone for
+/// a prompt. `I` is the type of `q`, `k` and `v`, `O` of `q_out`, `C` of the caches (each `f32`, `f16`, `bf16`).
 ///
-/// **Arithmetic.** f32 throughout, rounded once at the store (nearest even). Rotating, `y[a] = fma(x[a], cos, -(x[b] * sin))`
-/// and `y[b] = fma(x[b], cos, x[a] * sin)`. Without a norm the result is the same bit for bit on the host and on every GPU.
-/// With one it is, before its rounding, within `2^-19 * (|x[a] cos| + |x[b] sin|)` of the exact value of the normalised `x`
-/// (`2^-19 * |x|` where nothing rotates), as long as the sum of squares does not overflow f32.
+/// **Arithmetic.** f32 throughout, rounded once at the store (nearest even). Rotating, `y[a] = fma(x[a], cos, -(x[b] *
+/// sin))` and `y[b] = fma(x[b], cos, x[a] * sin)`. Without a norm the result is the same bit for bit on the host and on
+/// every GPU. With one it is, before its rounding, within `2^-19 * (|x[a] cos| + |x[b] sin|)` of the exact value of the
+/// normalised `x` (`2^-19 * |x|` where nothing rotates), as long as the sum of squares does not overflow f32.
 ///
-/// **Rows that do not fit.** A row whose place in a cache does not exist is not written; positions outside the table are
-/// clamped to the nearest row. Numbers of the caller are checked before anything is launched
+/// **Rows that do not fit.** A row whose place in a cache does not exist is not written; positions outside the table
+/// are clamped to the nearest row. Numbers of the caller are checked before anything is launched
 /// ([`Error::RowOutOfRange`]), and so are device arrays on the host path. A kernel that reads them from device memory
 /// sets [`Prepare::APPEND_SKIPPED`] or [`Prepare::POSITION_CLAMPED`] in the `flags` word, if there is one.
 ///
@@ -189,8 +189,8 @@ impl<I: Float, O: Float, C: Float> Prepare<I, O, C> {
         self.inner.schedule(self.inner.wide)
     }
 
-    /// The bytes of `q`, `k` and `v` and of what becomes of them. Tables, weights and positions are not counted: rows share
-    /// them.
+    /// The bytes of `q`, `k` and `v` and of what becomes of them. Tables, weights and positions are not counted: rows
+    /// share them.
     pub fn traffic(&self) -> Traffic {
         self.inner.traffic(size_of::<I>(), [size_of::<O>(), size_of::<C>(), size_of::<C>()])
     }
@@ -204,8 +204,8 @@ impl<I: Float, O: Float, C: Float> Prepare<I, O, C> {
     ///
     /// # Errors
     /// Nothing was launched or written: a buffer missing, of no use to the plan, too short, misaligned, overlapping an
-    /// output, on another device or ordered on another stream; a row or position that is known and out of range; on CUDA what
-    /// CUDA said.
+    /// output, on another device or ordered on another stream; a row or position that is known and out of range; on
+    /// CUDA what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: PrepareArgs<'_, I, O, C>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;

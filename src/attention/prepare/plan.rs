@@ -44,13 +44,14 @@ pub enum Norm {
 
 /// A rotary position embedding: which elements of a head are rotated together, and by what table.
 ///
-/// Of each head the first `rotary_dim` elements are rotated, all unless told otherwise; the rest passes through. The table
-/// has a row a position and `rotary_dim / 2` columns, one a pair.
+/// Of each head the first `rotary_dim` elements are rotated, all unless told otherwise; the rest passes through. The
+/// table has a row a position and `rotary_dim / 2` columns, one a pair.
 ///
-/// - Infinity (2-D) and InfinityStar (4-D): [`Rope::interleaved`]. The axes are in the table: their angles follow each other.
+/// - Infinity (2-D) and InfinityStar (4-D): [`Rope::interleaved`]. The axes are in the table: their angles follow each
+///   other.
 /// - LLaMA: [`Rope::half`].
-/// - ACDiT: [`Rope::half`] with [`Rope::full_table`]. It rotates the halves of the whole head by cosines and sines that are
-///   put together axis by axis, so that the two elements of a pair have different angles.
+/// - ACDiT: [`Rope::half`] with [`Rope::full_table`]. It rotates the halves of the whole head by cosines and sines that
+///   are put together axis by axis, so that the two elements of a pair have different angles.
 /// - Halves within each axis (EVA, DINOv3-like encoders): [`Rope::half`] with [`Rope::axes`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Rope {
@@ -83,15 +84,16 @@ impl Rope {
         self
     }
 
-    /// With [`Rope::half`]: the elements are `axes` blocks of one size, and each has halves of its own. Pairs are counted
-    /// block by block.
+    /// With [`Rope::half`]: the elements are `axes` blocks of one size, and each has halves of its own. Pairs are
+    /// counted block by block.
     pub const fn axes(mut self, axes: usize) -> Self {
         self.axes = axes as u64;
         self
     }
 
     /// The table has `rotary_dim` columns, one an element: `y[a] = x[a] cos[a] - x[b] sin[a]` and
-    /// `y[b] = x[b] cos[b] + x[a] sin[b]`. So are the tables of most Python code, where the columns of a pair are equal.
+    /// `y[b] = x[b] cos[b] + x[a] sin[b]`. So are the tables of most Python code, where the columns of a pair are
+    /// equal.
     pub const fn full_table(mut self) -> Self {
         self.full = true;
         self
@@ -211,13 +213,15 @@ impl<I: Float, O: Float, C: Float> PrepareBuilder<I, O, C> {
         self
     }
 
-    /// Strides of `k_cache` in elements, `[batch, row, head]`; contiguous `[batch, cache_rows, heads, dim]` if not given.
+    /// Strides of `k_cache` in elements, `[batch, row, head]`; contiguous `[batch, cache_rows, heads, dim]` if not
+    /// given.
     pub fn k_cache_strides(mut self, strides: [i64; 3]) -> Self {
         self.out_strides[K] = Some(strides);
         self
     }
 
-    /// Strides of `v_cache` in elements, `[batch, row, head]`; contiguous `[batch, cache_rows, heads, dim]` if not given.
+    /// Strides of `v_cache` in elements, `[batch, row, head]`; contiguous `[batch, cache_rows, heads, dim]` if not
+    /// given.
     pub fn v_cache_strides(mut self, strides: [i64; 3]) -> Self {
         self.out_strides[V] = Some(strides);
         self
@@ -238,11 +242,12 @@ impl<I: Float, O: Float, C: Float> PrepareBuilder<I, O, C> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `dim` outside 1 to 256, 2^31 or more heads over batch and rows, a `rotary_dim` or `axes` beyond
-    /// the head, a table without rows; [`Error::Stride`] for a negative stride, an output that overlaps itself, or wide
-    /// access that the strides do not allow; [`Error::Unsupported`] for a plan without tensors, an eps outside its limits, a
-    /// `rotary_dim` that is odd or does not divide into the axes, axes of interleaved pairs, or wide access that the sizes do
-    /// not allow; [`Error::UnsupportedDevice`] below compute capability 8.0.
+    /// [`Error::Size`] for `dim` outside 1 to 256, 2^31 or more heads over batch and rows, a `rotary_dim` or `axes`
+    /// beyond the head, a table without rows; [`Error::Stride`] for a negative stride, an output that overlaps itself,
+    /// or wide access that the strides do not allow; [`Error::Unsupported`] for a plan without tensors, an eps outside
+    /// its limits, a
+    /// `rotary_dim` that is odd or does not divide into the axes, axes of interleaved pairs, or wide access that the
+    /// sizes do not allow; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Prepare<I, O, C>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
@@ -491,8 +496,9 @@ enum Together {
 }
 
 /// How the kernel cuts a preparation up. A row (one head of one token) is cut into chunks of `vec` elements, and these
-/// go by pairs: such as rotate together, or any two. `lanes` threads share `heads_at_once` rows of one token and tensor; a thread
-/// owns the pairs `lane`, `lane + lanes`, ... of them. The blocks of `q` come first, then those of `k` and of `v`.
+/// go by pairs: such as rotate together, or any two. `lanes` threads share `heads_at_once` rows of one token and
+/// tensor; a thread owns the pairs `lane`, `lane + lanes`, ... of them. The blocks of `q` come first, then those of `k`
+/// and of `v`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PrepareSchedule {
     /// Elements in a chunk.
