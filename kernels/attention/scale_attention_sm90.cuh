@@ -126,6 +126,7 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
       coming = walk.next(p, of);
 
       mbarrier_wait(shared + C::kKEmpty + 8 * stage, parity);
+      warp_sync();  // before what lets the phase go on: a lane that is late would wait for the one after
       if (lane == 0) {
 #pragma unroll
         for (u32 g = 0; g < kGroups; ++g) {
@@ -147,6 +148,7 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
       }
       const bool tail = !nothing && has_tail(p, key, keys);
       mbarrier_wait(shared + C::kVEmpty + 8 * stage, parity);
+      warp_sync();
       if (lane == 0) {
         if (nothing) {
           mbarrier_arrive(v_full);
@@ -212,6 +214,7 @@ NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q,
     const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
     const bool ours = item.data[3] == p.digest;  // else nothing is read or written
     mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
+    warp_sync();
     const bool plain = p.pack <= 1 && !p.row_index_or_null;
     if (lane == 0) {
       store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
