@@ -745,6 +745,7 @@ pub struct nxs_rvq_encode_params {
     pub codes_dtype: nxs_dtype,
     pub variant: i32,
     pub tile_rows: i32,
+    pub stages: i32,
     pub cluster: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -816,8 +817,10 @@ const _: () = {
         [::core::mem::offset_of!(nxs_rvq_encode_params, variant) - 320usize];
     ["Offset of field: nxs_rvq_encode_params::tile_rows"]
         [::core::mem::offset_of!(nxs_rvq_encode_params, tile_rows) - 324usize];
+    ["Offset of field: nxs_rvq_encode_params::stages"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, stages) - 328usize];
     ["Offset of field: nxs_rvq_encode_params::cluster"]
-        [::core::mem::offset_of!(nxs_rvq_encode_params, cluster) - 328usize];
+        [::core::mem::offset_of!(nxs_rvq_encode_params, cluster) - 332usize];
 };
 impl Default for nxs_rvq_encode_params {
     fn default() -> Self {

@@ -397,6 +397,7 @@ typedef struct nxs_rvq_encode_params {
   nxs_dtype codes_dtype;           /* NXS_U16 (entries up to 65536), NXS_U32 or NXS_I64 */
   int32_t variant;                 /* NXS_RVQ_ENCODE_* */
   int32_t tile_rows;               /* SM80: 16, 32 or 64; SM90: 64; STREAM: rows of a cluster, 1 to 8; PROJECTED: 16 */
+  int32_t stages;                  /* SM80, SM90: pieces of the operand that shared memory has room for, 2 to 8 */
   int32_t cluster;                 /* STREAM: blocks of a cluster, 1, 2, 4, 8 or 16 */
 } nxs_rvq_encode_params;
 #define NXS_RVQ_ENCODE_SM80 0      /* mma.sync */

@@ -4,6 +4,7 @@ mod cuda;
 mod host;
 mod plan;
 
+pub(crate) use host::norm;
 pub use plan::{Codebook, CodebookBuilder, Filter, Metric};
 pub(crate) use plan::{Geometry, MOST_DIM};
 
