@@ -1,6 +1,6 @@
 // C entry of codebook preparation: refuse what the kernels cannot take, then launch them.
-#include "quantization/codebook.cuh"
 #include "quantization/codebook.h"
+#include "quantization/codebook_prepare.cuh"
 
 extern "C" nxs_status nxs_codebook_prepare(const nxs_codebook_prepare_params* params, void* stream) {
   using namespace nxs;

@@ -28,7 +28,6 @@
 
 namespace nxs::quantization {
 
-constexpr u32 kTileCodes = 128;
 constexpr u32 kWarpRows = 16;
 constexpr u32 kListed = 8;    // groups that a lane lists of a row
 constexpr u32 kItems = 256;   // groups that a warp scores
@@ -81,8 +80,8 @@ struct PieceStream {
     const EncodePieces cut = encode_pieces(static_cast<u32>(book.operand_dim));
     operand = static_cast<const u8*>(book.prepared) + book.operand_at;
     pieces = cut.count;
-    tiles = (static_cast<u32>(book.entries) + kTileCodes - 1) / kTileCodes;
-    tile_bytes = static_cast<u32>(book.operand_dim) * kTileCodes * 2;
+    tiles = (static_cast<u32>(book.entries) + kCodeTile - 1) / kCodeTile;
+    tile_bytes = static_cast<u32>(book.operand_dim) * kCodeTile * 2;
     piece_bytes = cut.eights * 2048;
     all = static_cast<u32>(p.levels) * tiles * pieces;
     one_book = book.levels == 1;
@@ -318,8 +317,8 @@ template <int kGroup> struct EncodeWarp {
   }
   NXS_DEVICE const float* searched(u32 level) const {
     const nxs_codebook& book = p.codebook;
-    const u64 tiles = (static_cast<u64>(book.entries) + kTileCodes - 1) / kTileCodes;
-    const u64 at = book.levels == 1 ? 0 : level * tiles * kTileCodes * padded;
+    const u64 tiles = (static_cast<u64>(book.entries) + kCodeTile - 1) / kCodeTile;
+    const u64 at = book.levels == 1 ? 0 : level * tiles * kCodeTile * padded;
     return reinterpret_cast<const float*>(static_cast<const u8*>(book.prepared) + book.search_at) + at;
   }
 
@@ -346,7 +345,7 @@ template <int kGroup> struct EncodeWarp {
     for (u32 i = lane; i < scored; i += kWarpSize) {
       const u32 item = load_shared<u32>(items + i / kGroup * 4), member = i % kGroup, group = item >> 4, tile = group / (4 * kGroups);
       const u32 block = group / 4 % kGroups * (kGroup / 2) + member / 2;  // of 8 codes
-      take_score(rows_of_level, item & 15, tile * kTileCodes + block * 8 + group % 4 * 2 + member % 2, entries);
+      take_score(rows_of_level, item & 15, tile * kCodeTile + block * 8 + group % 4 * 2 + member % 2, entries);
     }
     warp_sync();
 #pragma unroll 1

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
   EncodeWarp<kGroup> warp(p, shared, at, tile_rows, block_index_x(), thread / kWarpSize);
   warp.load_rows();
   const u32 a_from = warp.a + (lane / 16 * tile_rows + lane % 16) * 16;
-  const u32 b_from = shared + (lane / 8 % 2 * kTileCodes + lane % 8 + lane / 16 * 8) * 16;
+  const u32 b_from = shared + (lane / 8 % 2 * kCodeTile + lane % 8 + lane / 16 * 8) * 16;
   u32 slot = 0;
 #pragma unroll 1
   for (u32 level = 0; level < static_cast<u32>(p.levels); ++level) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
         const u32 ends = q + walk.bytes(stream) / 2048;
         u32 b_at = b_from + slot * at.stage_bytes;
 #pragma unroll 1
-        for (; q < ends; q += 2, b_at += 2 * kTileCodes * 16) {
+        for (; q < ends; q += 2, b_at += 2 * kCodeTile * 16) {
           u32 a[4];
           load_matrix(a, a_from + q * tile_rows * 16);
 #pragma unroll

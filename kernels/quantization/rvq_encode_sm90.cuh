@@ -49,10 +49,10 @@ template <int kGroup> struct EncodeConsumer {
     for (u32 piece = 0; piece < stream.pieces; ++piece) {
       const u32 eights = walk.bytes(stream) / 2048;
       mbarrier_wait(full + 8 * at.slot, at.parity);
-      u64 b = matrix_descriptor(shared + at.slot * stage_bytes, kTileCodes * 16, 128, Swizzle::kNone);
+      u64 b = matrix_descriptor(shared + at.slot * stage_bytes, kCodeTile * 16, 128, Swizzle::kNone);
       wgmma_fence();
 #pragma unroll 1
-      for (u32 k = 0; k < eights; k += 2, q += 2, b += 2 * kTileCodes * 16 >> 4)
+      for (u32 k = 0; k < eights; k += 2, q += 2, b += 2 * kCodeTile * 16 >> 4)
         wgmma_bf16<128>(now, a + q * (kEncodeSm90Rows * 16 >> 4), b, q != 0);
       wgmma_commit();
       if (under_way) {

@@ -3,7 +3,7 @@
 use super::CodebookArgs;
 use super::plan::Codebook;
 use crate::dtype::Float;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::stream::Stream;
 
 #[cfg(nxs_kernels)]
@@ -33,6 +33,6 @@ pub(super) fn prepare<E: Float>(codebook: &Codebook, stream: &Stream<'_>, args: 
 
 #[cfg(not(nxs_kernels))]
 pub(super) fn prepare<E: Float>(codebook: &Codebook, _stream: &Stream<'_>, _args: &CodebookArgs<'_, E>) -> Result<()> {
-    let _ = (codebook.usage_eps, Error::NotCompiled);
-    Err(Error::NotCompiled)
+    let _ = codebook.usage_eps;
+    Err(crate::error::Error::NotCompiled)
 }

@@ -3,7 +3,7 @@
 use super::RvqEncodeArgs;
 use super::plan::Plan;
 use crate::dtype::{Code, Float};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::stream::Stream;
 
 #[cfg(nxs_kernels)]
@@ -82,5 +82,5 @@ pub(super) fn run<X: Float, C: Code>(plan: &Plan, stream: &Stream<'_>, args: &Rv
 #[cfg(not(nxs_kernels))]
 pub(super) fn run<X: Float, C: Code>(plan: &Plan, _stream: &Stream<'_>, _args: &RvqEncodeArgs<'_, X, C>) -> Result<()> {
     let _ = plan.schedule;
-    Err(Error::NotCompiled)
+    Err(crate::error::Error::NotCompiled)
 }
