@@ -519,7 +519,7 @@ fn run_plan<X: Float, C: Code>(
             }),
         },
     )
-    .unwrap();
+    .unwrap_or_else(|error| panic!("{error}: {}, {case:?}", report()));
     let flags = flags.read()[0];
     assert_eq!(flags & !RvqEncode::<X, C>::NOT_FINITE, 0x100);
     // Gaps are untouched: what is not poison was written.
@@ -557,6 +557,14 @@ fn run_plan<X: Float, C: Code>(
         histogram: histogram.read().iter().zip(start).map(|(now, start)| now - start).collect(),
         not_finite: flags & RvqEncode::<X, C>::NOT_FINITE != 0,
     }
+}
+
+/// What the emulator found.
+fn report() -> String {
+    #[cfg(feature = "emulate")]
+    return nextscale::emulator::report();
+    #[cfg(not(feature = "emulate"))]
+    String::new()
 }
 
 /// Equal to the bit, but any NaN is like any other.

@@ -334,7 +334,7 @@ typedef struct nxs_codebook {
   int32_t levels;       /* 1 to 65536 */
   int32_t dim;          /* 1 to 512 */
   int32_t padded_dim;   /* dim rounded up to 8 */
-  int32_t operand_dim;  /* pieces * padded_dim + 3 rounded up to 16 */
+  int32_t operand_dim;  /* pieces * padded_dim + 3 rounded up to 16 times a multiple of 2, 3 or 4: the least of these */
   int32_t pieces;       /* 1 or 3 */
   int32_t metric;       /* NXS_METRIC_* */
   float eps;            /* least norm that a row is divided by */

@@ -10,7 +10,8 @@ inline nxs_status check_codebook(const nxs_codebook& book) {
   NXS_REQUIRE(book.levels >= 1 && book.levels <= 65536 && book.entries >= 1 && book.entries <= 131072, NXS_E_SHAPE);
   NXS_REQUIRE(book.dim >= 1 && book.dim <= 512 && book.padded_dim == (book.dim + 7) / 8 * 8, NXS_E_SHAPE);
   NXS_REQUIRE(book.pieces == 1 || book.pieces == 3, NXS_E_UNSUPPORTED);
-  NXS_REQUIRE(book.operand_dim == (book.pieces * book.padded_dim + 3 + 15) / 16 * 16, NXS_E_SHAPE);
+  NXS_REQUIRE(book.operand_dim >= book.pieces * book.padded_dim + 3 && book.operand_dim <= 2048, NXS_E_SHAPE);
+  NXS_REQUIRE(book.operand_dim % 32 == 0 || book.operand_dim % 48 == 0, NXS_E_SHAPE);
   NXS_REQUIRE(book.metric >= NXS_METRIC_L2 && book.metric <= NXS_METRIC_COSINE_UNIT, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(book.metric == NXS_METRIC_L2 || book.eps > 0, NXS_E_UNSUPPORTED);
   const int64_t rows = (book.entries + 127) / 128 * 128, levels = book.levels;

@@ -43,14 +43,9 @@ struct WarpShared {
 // Of a row: filtered, every code scored, or nothing: not finite, or no row.
 enum RowState : u32 { kFiltered = 0, kScanned = 1, kNothing = 2 };
 
-// The cut of the operand's dimension: as many eights of it as divide a tile evenly, up to 8, always pairs.
-struct EncodePieces {
-  u32 eights, count;
-};
-__host__ NXS_DEVICE EncodePieces encode_pieces(u32 operand_dim) {
-  const u32 all = operand_dim / 8, cuts = (all + 7) / 8, eights = ((all + cuts - 1) / cuts + 1) / 2 * 2;
-  return {eights, (all + eights - 1) / eights};
-}
+// Steps of 16 of the operand's dimension that are streamed at once.
+__host__ NXS_DEVICE constexpr u32 steps_of(u32 operand_dim) { return operand_dim % 64 == 0 ? 4 : operand_dim % 48 == 0 ? 3 : 2; }
+constexpr u32 kStepBytes = 16 * kCodeTile * 2;
 
 // Where things are in the shared memory of a block, bytes from its start.
 struct EncodeShared {
@@ -59,7 +54,7 @@ struct EncodeShared {
 __host__ NXS_DEVICE EncodeShared encode_shared(const nxs_codebook& book, u32 rows, u32 stages) {
   const u32 padded = static_cast<u32>(book.padded_dim), vectors = rows * (padded + 4) * 4;
   EncodeShared s = {};
-  s.stage_bytes = encode_pieces(static_cast<u32>(book.operand_dim)).eights * 2048;
+  s.stage_bytes = steps_of(static_cast<u32>(book.operand_dim)) * kStepBytes;
   s.x = stages * s.stage_bytes;  // the stages begin at 0
   s.search = s.x + (book.metric == NXS_METRIC_L2 ? 0 : vectors);
   s.a = s.search + vectors;
@@ -69,40 +64,34 @@ __host__ NXS_DEVICE EncodeShared encode_shared(const nxs_codebook& book, u32 row
   return s;
 }
 
-// The pieces of the operand that a block streams, of all levels one after the other.
+// The pieces of the operand that a block streams: of a level one after the other in memory, the levels too.
 struct PieceStream {
   const u8* operand;
-  u32 pieces, tiles, tile_bytes, piece_bytes, all;
+  u32 steps, piece_bytes, pieces, tiles, level_pieces, all;  // pieces: of a tile
   bool one_book;
 
   NXS_DEVICE explicit PieceStream(const nxs_rvq_encode_params& p) {
     const nxs_codebook& book = p.codebook;
-    const EncodePieces cut = encode_pieces(static_cast<u32>(book.operand_dim));
     operand = static_cast<const u8*>(book.prepared) + book.operand_at;
-    pieces = cut.count;
+    steps = steps_of(static_cast<u32>(book.operand_dim));
+    piece_bytes = steps * kStepBytes;
+    pieces = static_cast<u32>(book.operand_dim) / 16 / steps;
     tiles = (static_cast<u32>(book.entries) + kCodeTile - 1) / kCodeTile;
-    tile_bytes = static_cast<u32>(book.operand_dim) * kCodeTile * 2;
-    piece_bytes = cut.eights * 2048;
-    all = static_cast<u32>(p.levels) * tiles * pieces;
+    level_pieces = tiles * pieces;
+    all = static_cast<u32>(p.levels) * level_pieces;
     one_book = book.levels == 1;
   }
 };
 // Walks it.
 struct PieceWalk {
-  u32 piece = 0, tile = 0, level = 0;
-  NXS_DEVICE const u8* from(const PieceStream& s) const {
-    return s.operand + (static_cast<u64>(s.one_book ? 0 : level) * s.tiles + tile) * s.tile_bytes + piece * s.piece_bytes;
-  }
-  NXS_DEVICE u32 bytes(const PieceStream& s) const {
-    const u32 left = s.tile_bytes - piece * s.piece_bytes;
-    return left < s.piece_bytes ? left : s.piece_bytes;
-  }
+  const u8* from;
+  u32 left;  // of the level
+  NXS_DEVICE explicit PieceWalk(const PieceStream& s) : from(s.operand), left(s.level_pieces) {}
   NXS_DEVICE void next(const PieceStream& s) {
-    if (++piece < s.pieces) return;
-    piece = 0;
-    if (++tile < s.tiles) return;
-    tile = 0;
-    ++level;
+    from += s.piece_bytes;
+    if (--left > 0) return;
+    left = s.level_pieces;
+    if (s.one_book) from = s.operand;
   }
 };
 
@@ -260,6 +249,7 @@ template <int kGroup> struct EncodeWarp {
         best[r] = all;
         threshold[r] = all - slack[r];
       }
+      if (!(top[r] >= threshold[r])) continue;
 #pragma unroll
       for (u32 j = 0; j < kGroups; ++j)
         if (most[r][j] >= threshold[r]) list(r, (tile * kGroups + j) * 4 + lane % 4, most[r][j]);

@@ -22,13 +22,12 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
   const u32 tile_rows = static_cast<u32>(p.tile_rows), stages = static_cast<u32>(p.stages);
   const EncodeShared at = encode_shared(p.codebook, tile_rows, stages);
   const PieceStream stream(p);
-  PieceWalk ahead, walk;
+  PieceWalk ahead(stream);
   u32 sent = 0, sent_slot = 0;
   const auto send = [&] {
     if (sent < stream.all) {
-      const u32 to = shared + sent_slot * at.stage_bytes, bytes = ahead.bytes(stream);
-      const u8* from = ahead.from(stream);
-      for (u32 o = thread * 16; o < bytes; o += threads * 16) copy_async<16>(to + o, from + o);
+      const u32 to = shared + sent_slot * at.stage_bytes;
+      for (u32 o = thread * 16; o < stream.piece_bytes; o += threads * 16) copy_async<16>(to + o, ahead.from + o);
       ahead.next(stream);
       ++sent;
       if (++sent_slot == stages) sent_slot = 0;
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
           copy_async_wait<1>();
         block_sync();  // also: the slot that is sent into now has been read by all
         send();
-        const u32 ends = q + walk.bytes(stream) / 2048;
+        const u32 ends = q + 2 * stream.steps;
         u32 b_at = b_from + slot * at.stage_bytes;
 #pragma unroll 1
         for (; q < ends; q += 2, b_at += 2 * kCodeTile * 16) {
@@ -72,7 +71,6 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
             mma_bf16(reinterpret_cast<float(&)[4]>(s[8 * n + 4]), a, b[2], b[3]);
           }
         }
-        walk.next(stream);
         if (++slot == stages) slot = 0;
       }
       warp.take_tile(tile, s);

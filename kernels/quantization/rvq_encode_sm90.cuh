@@ -1,9 +1,9 @@
 // RVQ encode on Hopper: wgmma, bulk copies, a producer warp. rvq_encode.cuh has what is done with the products.
 //
 // Grid       a block for each 64 rows; two share a multiprocessor where their rows leave the room.
-// Block      a consumer warpgroup, whose warps own 16 rows each, and a producer warp, which streams pieces of the operand by bulk
-//            copies: they lie in memory as wgmma wants them, without swizzle (8 rows of 16 bytes side by side). All levels in a
-//            row, so that the next level's first pieces come while winners are chosen.
+// Block      a consumer warpgroup, whose warps own 16 rows each, and a producer warpgroup, one thread of which streams pieces of
+//            the operand by bulk copies: they lie in memory as wgmma wants them, without swizzle (8 rows of 16 bytes side by
+//            side). All levels in a row, so that the next level's first pieces come while winners are chosen.
 // Overlap    two tiles of sums: the maxima of one are taken while the next one's products are under way.
 // Barriers   of a slot: full (the copy), empty (4 warps). The warpgroup meets when A is written, and when it has been read.
 // Limits     dim <= 256; sm_90a.
@@ -17,7 +17,7 @@
 
 namespace nxs::quantization {
 
-constexpr u32 kEncodeSm90Rows = 64, kEncodeConsumers = 128, kEncodeSm90Threads = kEncodeConsumers + kWarpSize;
+constexpr u32 kEncodeSm90Rows = 64, kEncodeConsumers = 128, kEncodeSm90Threads = 2 * kEncodeConsumers;
 
 // A place in the ring: its slot, and the parity that the consumer waits for.
 struct RingPlace {
@@ -29,75 +29,80 @@ struct RingPlace {
   }
 };
 
-// The consumer warpgroup, as each of its warps sees it.
-template <int kGroup> struct EncodeConsumer {
+// The consumer warpgroup, as each of its warps sees it. kSteps: of 16, of a piece.
+template <int kGroup, int kSteps> struct EncodeConsumer {
   EncodeWarp<kGroup>& warp;
-  const PieceStream& stream;
-  const u32 shared, full, empty, stages, stage_bytes, lane;
+  const u32 shared, full, empty, stages, pieces, tiles, lane;
   const u64 a;  // descriptor
-  RingPlace at, before;
-  bool under_way = false;
-  PieceWalk walk;
+  RingPlace at;
+  u32 before = 0;  // slot of the piece that is under way
 
+  NXS_DEVICE void start_piece(float (&now)[64], u32 piece, bool accumulate) {
+    mbarrier_wait(full + 8 * at.slot, at.parity);
+    const u64 b = matrix_descriptor(shared + at.slot * (kSteps * kStepBytes), kCodeTile * 16, 128, Swizzle::kNone);
+    const u64 a_piece = a + piece * (kSteps * 2 * kEncodeSm90Rows * 16 >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (u32 k = 0; k < kSteps; ++k)
+      wgmma_bf16<128>(now, a_piece + k * (2 * kEncodeSm90Rows * 16 >> 4), b + k * (2 * kCodeTile * 16 >> 4), accumulate || k > 0);
+    wgmma_commit();
+  }
+  // The piece before the latest one has been read.
   NXS_DEVICE void release() {
-    if (lane == 0) mbarrier_arrive(empty + 8 * before.slot);
+    if (lane == 0) mbarrier_arrive(empty + 8 * before);
+  }
+  NXS_DEVICE void step() {
+    before = at.slot;
+    at.next(stages);
+  }
+  NXS_DEVICE void rest_of_tile(float (&now)[64]) {
+#pragma unroll 1
+    for (u32 piece = 1; piece < pieces; ++piece) {
+      start_piece(now, piece, true);
+      wgmma_wait<1>();
+      release();
+      step();
+    }
   }
   // Issues the products of a tile. With the first piece on its way, those of the tile before are whole: takes them.
-  NXS_DEVICE void start_tile(u32 tile, float (&now)[64], const float (&last)[64]) {
-    u32 q = 0;
-#pragma unroll 1
-    for (u32 piece = 0; piece < stream.pieces; ++piece) {
-      const u32 eights = walk.bytes(stream) / 2048;
-      mbarrier_wait(full + 8 * at.slot, at.parity);
-      u64 b = matrix_descriptor(shared + at.slot * stage_bytes, kCodeTile * 16, 128, Swizzle::kNone);
-      wgmma_fence();
-#pragma unroll 1
-      for (u32 k = 0; k < eights; k += 2, q += 2, b += 2 * kCodeTile * 16 >> 4)
-        wgmma_bf16<128>(now, a + q * (kEncodeSm90Rows * 16 >> 4), b, q != 0);
-      wgmma_commit();
-      if (under_way) {
-        wgmma_wait<1>();
-        release();
-        if (piece == 0) {
-          keep_registers(const_cast<float(&)[64]>(last));
-          warp.take_tile(tile - 1, last);
-        }
-      }
-      under_way = true;
-      before = at;
-      at.next(stages);
-      walk.next(stream);
-    }
+  NXS_DEVICE void next_tile(u32 tile, float (&now)[64], float (&last)[64]) {
+    start_piece(now, 0, false);
+    wgmma_wait<1>();
+    keep_registers(last);
+    release();
+    step();
+    warp.take_tile(tile - 1, last);
+    rest_of_tile(now);
   }
   NXS_DEVICE void last_tile(u32 tile, float (&last)[64]) {
     wgmma_wait<0>();
     keep_registers(last);
     release();
-    under_way = false;
     warp.take_tile(tile, last);
   }
 
   NXS_DEVICE void run(u32 levels) {
     float even[64], odd[64];
-#pragma unroll
-    for (u32 i = 0; i < 64; ++i) even[i] = odd[i] = 0;
     warp.load_rows();
 #pragma unroll 1
     for (u32 level = 0; level < levels; ++level) {
       warp.begin_level(level);
       fence_async_shared();
       barrier_sync(1, kEncodeConsumers);
-      u32 tile = 0;
+      start_piece(even, 0, false);
+      step();
+      rest_of_tile(even);
+      u32 tile = 1;
 #pragma unroll 1
-      for (; tile + 2 <= stream.tiles; tile += 2) {
-        start_tile(tile, even, odd);
-        start_tile(tile + 1, odd, even);
+      for (; tile + 2 <= tiles; tile += 2) {
+        next_tile(tile, odd, even);
+        next_tile(tile + 1, even, odd);
       }
-      if (tile < stream.tiles) {
-        start_tile(tile, even, odd);
-        last_tile(tile, even);
+      if (tile < tiles) {
+        next_tile(tile, odd, even);
+        last_tile(tile, odd);
       } else {
-        last_tile(tile - 1, odd);
+        last_tile(tile - 1, even);
       }
       warp.choose(level);
       barrier_sync(1, kEncodeConsumers);  // A has been read
@@ -107,7 +112,7 @@ template <int kGroup> struct EncodeConsumer {
   }
 };
 
-template <int kGroup>
+template <int kGroup, int kSteps>
 __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
     rvq_encode_sm90_kernel(const __grid_constant__ nxs_rvq_encode_params p) {
   const u32 shared = dynamic_shared(), thread = thread_index(), stages = static_cast<u32>(p.stages);
@@ -123,36 +128,44 @@ __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
   block_sync();
   const PieceStream stream(p);
   if (thread >= kEncodeConsumers) {
+    lower_registers<40, 2>();
     if (thread == kEncodeConsumers) {
-      PieceWalk walk;
+      PieceWalk walk(stream);
       RingPlace to;
 #pragma unroll 1
       for (u32 i = 0; i < stream.all; ++i) {
         mbarrier_wait(empty + 8 * to.slot, to.parity ^ 1);
-        const u32 bytes = walk.bytes(stream);
-        mbarrier_arrive_expect(full + 8 * to.slot, bytes);
-        bulk_load(shared + to.slot * at.stage_bytes, walk.from(stream), bytes, full + 8 * to.slot);
+        mbarrier_arrive_expect(full + 8 * to.slot, kSteps * kStepBytes);
+        bulk_load(shared + to.slot * (kSteps * kStepBytes), walk.from, kSteps * kStepBytes, full + 8 * to.slot);
         walk.next(stream);
         to.next(stages);
       }
     }
-    return;
+  } else {
+    raise_registers<208, 2>();
+    EncodeWarp<kGroup> warp(p, shared, at, kEncodeSm90Rows, block_index_x(), thread / kWarpSize);
+    EncodeConsumer<kGroup, kSteps>{warp, shared, full, empty, stages, stream.pieces, stream.tiles, thread % kWarpSize,
+                                   matrix_descriptor(shared + at.a, kEncodeSm90Rows * 16, 128, Swizzle::kNone), {}}
+        .run(static_cast<u32>(p.levels));
   }
-  EncodeWarp<kGroup> warp(p, shared, at, kEncodeSm90Rows, block_index_x(), thread / kWarpSize);
-  EncodeConsumer<kGroup>{warp, stream, shared, full, empty, stages, at.stage_bytes, thread % kWarpSize,
-                         matrix_descriptor(shared + at.a, kEncodeSm90Rows * 16, 128, Swizzle::kNone), {}, {}, false, {}}
-      .run(static_cast<u32>(p.levels));
 }
 
-template <int kGroup> nxs_status rvq_encode_sm90_launch(const nxs_rvq_encode_params& p, void* stream) {
+template <int kGroup, int kSteps> nxs_status rvq_encode_sm90_launch_steps(const nxs_rvq_encode_params& p, void* stream) {
   const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, static_cast<u32>(p.stages));
-  const auto kernel = rvq_encode_sm90_kernel<kGroup>;
+  const auto kernel = rvq_encode_sm90_kernel<kGroup, kSteps>;
   NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kEncodeSm90Rows - 1) / kEncodeSm90Rows));
   shape.block = kEncodeSm90Threads;
   shape.dynamic_smem = at.bytes;
   return launch(kernel, shape, stream, p);
+}
+template <int kGroup> nxs_status rvq_encode_sm90_launch(const nxs_rvq_encode_params& p, void* stream) {
+  switch (steps_of(static_cast<u32>(p.codebook.operand_dim))) {
+    case 4: return rvq_encode_sm90_launch_steps<kGroup, 4>(p, stream);
+    case 3: return rvq_encode_sm90_launch_steps<kGroup, 3>(p, stream);
+    default: return rvq_encode_sm90_launch_steps<kGroup, 2>(p, stream);
+  }
 }
 
 }  // namespace nxs::quantization

@@ -148,7 +148,9 @@ impl CodebookBuilder {
             Filter::Auto => 3,
         };
         let padded_dim = self.dim.next_multiple_of(8);
-        let operand_dim = (pieces * padded_dim + 3).next_multiple_of(16);
+        // Kernels take the products' steps of 16 in twos, threes or fours.
+        let steps = (pieces * padded_dim + 3).div_ceil(16);
+        let operand_dim = 16 * [2, 3, 4].map(|n| steps.next_multiple_of(n)).into_iter().min().unwrap_or(steps);
         let padded_entries = self.entries.next_multiple_of(TILE);
         // The greatest product is 2^16 * 2^17 * 2^11 * 4 bytes: no overflow.
         let section = |at: u64, bytes: u64| (at + bytes).next_multiple_of(SECTION);

@@ -240,11 +240,10 @@ impl Plan {
         self.input.shape()[0] * self.input.shape()[1]
     }
 
-    /// Bytes of a piece of the operand that is streamed at once: as many eights of its dimension as divide a tile evenly, up
-    /// to 8, always pairs.
+    /// Bytes of a piece of the operand that is streamed at once: 4, 3 or 2 steps of 16, whichever divides a tile evenly.
     fn stage_bytes(&self) -> u64 {
-        let eights = self.geometry.operand_dim / 8;
-        eights.div_ceil(eights.div_ceil(8)).next_multiple_of(2) * 2048
+        let steps = self.geometry.operand_dim / 16;
+        [4, 3].into_iter().find(|n| steps.is_multiple_of(*n)).unwrap_or(2) * 4096
     }
 
     /// Shared memory of a block of the tensor-core kernels, without the stages; `rvq_encode.cuh` has the same sum.
