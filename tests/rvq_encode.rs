@@ -1033,7 +1033,8 @@ fn bad_buffers_are_refused() {
 
         let padded = Buffer::of(&device, &vec![0u8; bytes + 1], 0);
         let off = plan.run(&stream, RvqEncodeArgs::new(input.input(), padded.input_from(1, bytes), codes.output()));
-        assert_eq!(off, Err(Error::Alignment { arg: "codebook", need: 256 }));
+        let need = if device.is_host() { 4 } else { 256 };
+        assert_eq!(off, Err(Error::Alignment { arg: "codebook", need }));
         let usage = Buffer::of(&device, &problem.usage, 0);
         let rows = Buffer::of(&device, &problem.source, 0);
         let mut memory = Buffer::<u8>::poisoned(&device, bytes, 0);
@@ -1084,4 +1085,66 @@ fn models_get_the_kernels_meant_for_them() {
     assert_eq!((frame.kernel, frame.blocks(), frame.cluster), (EncodeKernel::Stream, 16, 16));
     assert_eq!(schedule(1, 16_384, 8, 16_384).kernel, EncodeKernel::Hopper);
     assert_eq!(schedule(1, 16_384, 512, 4096).kernel, EncodeKernel::Portable);
+}
+
+/// What the emulator counts: that tensor cores filter, and that little is left to score.
+#[cfg(feature = "emulate")]
+mod work {
+    use super::*;
+    use nextscale::emulator::{self, Counters};
+
+    fn count(case: &Case) -> Counters {
+        let problem = case.problem::<f32>();
+        let (codebook, prepared) = prepare(&TestDevice::Emulated, case, &problem);
+        let plan = RvqEncode::<f32, u16>::builder(&codebook).levels(case.levels).rows(case.rows).variant(case.variant);
+        let plan = plan.build(&DeviceInfo::H200).unwrap();
+        let input = Buffer::of(&TestDevice::Emulated, &problem.input, 0);
+        let mut codes = Buffer::<u16>::poisoned(&TestDevice::Emulated, case.rows * case.levels, 0);
+        emulator::reset();
+        let args = RvqEncodeArgs::new(input.input(), prepared.input(), codes.output());
+        plan.run(&TestDevice::Emulated.stream(), args).unwrap();
+        emulator::counters()
+    }
+
+    /// Bytes beside the operand that is streamed: rows, codes, scored rows, values.
+    fn beside(counted: &Counters, streamed: u64) -> u64 {
+        counted.global_load_bytes.checked_sub(streamed).expect("the operand is streamed whole")
+    }
+
+    #[test]
+    fn products_filter_and_little_is_left() {
+        // 128 rows, 4 tiles of 128 codes.
+        for (dim, filter, operand) in [(64, Filter::Bf16, 96), (64, Filter::Bf16x3, 224), (8, Filter::Bf16x3, 32)] {
+            for variant in [EncodeVariant::Portable, EncodeVariant::Hopper] {
+                let of = |data| {
+                    let case = Case { rows: 128, entries: 500, levels: 2, dim, filter, variant, data, ..plain() };
+                    let counted = count(&case);
+                    let flops = 2 * 2 * 128 * 512 * operand;
+                    let (mma, wgmma) = if variant == EncodeVariant::Hopper { (0, flops) } else { (flops, 0) };
+                    assert_eq!((counted.mma_bf16_flops, counted.wgmma_bf16_flops), (mma, wgmma), "{case:?}");
+                    // Each block of 16 or 64 rows streams the operand of both levels.
+                    let blocks = if variant == EncodeVariant::Hopper { 2 } else { 8 };
+                    beside(&counted, blocks * 2 * 512 * operand * 2)
+                };
+                let (gaussian, scanned) = (of(Data::Gaussian), of(Data::Same));
+                let every_code = 2 * 128 * 500 * dim as u64 * 4;
+                assert!(scanned > every_code / 2, "codes that are all the same are scored, each: {scanned}");
+                assert!(gaussian * 8 < every_code, "{gaussian} of {every_code} for {dim} dimensions, {variant:?}");
+            }
+        }
+    }
+
+    /// A cluster reads the searched rows once, however many rows it has.
+    #[test]
+    fn few_rows_read_the_codebook_once_a_cluster() {
+        for (rows, clusters) in [(1, 1), (7, 7), (14, 7)] {
+            let case = Case { rows, entries: 256, dim: 64, levels: 3, variant: EncodeVariant::Stream, ..plain() };
+            let counted = count(&case);
+            let streamed = clusters * 3 * 256 * 64 * 4;
+            // Beside it each block reads its rows, and their winners' values at each level.
+            let blocks = clusters * 8;
+            assert_eq!(beside(&counted, streamed), blocks * (rows as u64).div_ceil(clusters) * 64 * 4 * (1 + 3));
+            assert_eq!(counted.cluster_barriers, clusters * 4);
+        }
+    }
 }

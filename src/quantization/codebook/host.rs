@@ -26,7 +26,6 @@ pub(super) fn prepare<E: Float>(codebook: &Codebook, args: &mut CodebookArgs<'_,
     let usage = args.usage.as_ref().map(|usage| usage.as_host().expect(HERE));
     let prepared = &mut args.prepared.as_host().expect(HERE)[..g.bytes as usize];
     prepared.fill(0);
-    // 256-byte aligned, so each cast is one of the same bytes.
     let mut row = vec![0f32; g.dim as usize];
     for level in 0..g.levels {
         let mut most = [0f32; 3];

@@ -23,10 +23,15 @@ pub struct CodebookArgs<'a, E: Float> {
     pub rows: In<'a, E>,
     /// `[levels, entries]`: required for a moving average, and else `None`.
     pub usage: Option<In<'a, f32>>,
-    /// At least [`Codebook::bytes`], 256-byte aligned: what is written.
+    /// At least [`Codebook::bytes`], 256-byte aligned (on the host 4): what is written.
     pub prepared: Out<'a, u8>,
     /// `[1]`, or `None`: bits are only ever set, so the caller clears it. The host path leaves it alone.
     pub flags: Option<Out<'a, u32>>,
+}
+
+/// What prepared memory must lie at a multiple of: the host reads it as f32.
+pub(crate) fn alignment(device: Device) -> usize {
+    if device == Device::Host { 4 } else { 256 }
 }
 
 impl Codebook {
@@ -86,8 +91,9 @@ impl Codebook {
             return Err(Error::Unsupported { arg: "usage", what: "the plan is for no moving average" });
         }
         let usage_len = if self.usage_eps.is_some() { g.levels * g.entries } else { 0 };
-        if !args.prepared.span().address.is_multiple_of(256) {
-            return Err(Error::Alignment { arg: "prepared", need: 256 });
+        let need = alignment(stream.device());
+        if !args.prepared.span().address.is_multiple_of(need) {
+            return Err(Error::Alignment { arg: "prepared", need });
         }
         Operands::of(&stream)
             .input("rows", &args.rows, self.rows_len)?

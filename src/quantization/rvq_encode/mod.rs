@@ -9,6 +9,7 @@ pub use plan::{EncodeKernel, EncodeSchedule, EncodeVariant, EncodeWork, RvqEncod
 use core::marker::PhantomData;
 
 use super::Codebook;
+use super::codebook::alignment;
 use crate::device::Device;
 use crate::dtype::{Code, Float};
 use crate::error::{Error, Result};
@@ -49,10 +50,9 @@ use crate::view::{In, Out};
 /// let device = DeviceInfo::of(&stream)?;
 /// let rows = [0.0, 0.0, 4.0, 4.0, /* level 1 */ 0.5, 0.0, 0.0, -0.5f32]; // [2 levels, 2 entries, 2 dims]
 /// let codebook = Codebook::builder(2, 2, 2).build(&device)?;
-/// # #[repr(align(256))] struct Aligned([u8; 32768]);
-/// # let mut memory = Aligned([0; 32768]);
-/// # let prepared = &mut memory.0[..codebook.bytes() as usize];
-/// // `prepared`: codebook.bytes() bytes, 256-byte aligned; kept.
+/// // What is searched later; kept. On a GPU 256-byte aligned, as every allocation is.
+/// let mut prepared = vec![0u32; codebook.bytes() as usize / 4];
+/// let prepared: &mut [u8] = bytemuck::cast_slice_mut(&mut prepared);
 /// codebook.prepare(&stream, CodebookArgs {
 ///     rows: In::host(&rows),
 ///     usage: None,
@@ -186,8 +186,9 @@ impl<X: Float, C: Code> RvqEncode<X, C> {
         if lens.codes == 0 {
             return Ok(());
         }
-        if !args.codebook.span().address.is_multiple_of(256) {
-            return Err(Error::Alignment { arg: "codebook", need: 256 });
+        let need = alignment(stream.device());
+        if !args.codebook.span().address.is_multiple_of(need) {
+            return Err(Error::Alignment { arg: "codebook", need });
         }
         match stream.device() {
             Device::Host => {
