@@ -105,7 +105,7 @@ fn case() -> impl Strategy<Value = Case> {
         1..3usize,
         prop_oneof![0..20usize, 0..70usize],
         1..4usize,
-        prop_oneof![1..10usize, 100..300usize, Just(128)],
+        prop_oneof![1..10usize, 100..300usize, Just(128), 385..1100usize],
         prop_oneof![1..10usize, Just(8), Just(32), 1..80usize],
         prop_oneof![4 => Just(0), 1 => 1..50usize],
     );
@@ -708,6 +708,22 @@ fn every_kernel_at_the_edges() {
     }
 }
 
+/// Few rows and many codes: clusters of 2, 4 and 8 blocks deal out the codes of a level.
+#[test]
+fn codes_dealt_out_to_a_cluster_agree() {
+    for device in TestDevice::kernels() {
+        for (entries, cluster) in [(385, 2), (1025, 4), (2047, 8)] {
+            for data in [Data::Gaussian, Data::Lattice, Data::Same] {
+                let case = Case { rows: 70, entries, dim: 9, data, variant: EncodeVariant::Hopper, ..plain() };
+                let case = Case { bad_rows: data == Data::Gaussian, ..case };
+                let schedule = RvqEncode::<f32, u16>::builder(&case.codebook()).rows(70).variant(case.variant);
+                assert_eq!(schedule.build(&DeviceInfo::H200).unwrap().schedule().cluster, cluster);
+                check::<f32, u16>(&device, &case);
+            }
+        }
+    }
+}
+
 /// The dimensions of models, a few codes of them.
 #[test]
 fn every_kernel_at_the_widths_of_models() {
@@ -1081,6 +1097,8 @@ fn models_get_the_kernels_meant_for_them() {
     assert!(encodec.stages >= 2);
     let mimi = schedule(8, 2048, 256, 8000);
     assert_eq!((mimi.kernel, mimi.blocks()), (EncodeKernel::Hopper, 125));
+    let rqvae = schedule(4, 16_384, 256, 4096);
+    assert_eq!((rqvae.kernel, rqvae.cluster, rqvae.blocks()), (EncodeKernel::Hopper, 2, 128));
     let frame = schedule(8, 2048, 256, 1);
     assert_eq!((frame.kernel, frame.blocks(), frame.cluster), (EncodeKernel::Stream, 16, 16));
     assert_eq!(schedule(1, 16_384, 8, 16_384).kernel, EncodeKernel::Hopper);

@@ -89,7 +89,13 @@ __global__ void __launch_bounds__(kPrepareThreads)
       sum[0] = fma(x, x, sum[0]);
       sum[2] = fma(left, left, sum[2]);
     }
-    if (is_code) store_global(reinterpret_cast<Vec<float, 4>*>(value + k), book.metric == NXS_METRIC_COSINE_UNIT ? found : row);
+    if (is_code) {
+      // Element by element: of two vectors the compiler would choose in local memory.
+      if (book.metric == NXS_METRIC_COSINE_UNIT)
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) row.data[i] = found.data[i];
+      store_global(reinterpret_cast<Vec<float, 4>*>(value + k), row);
+    }
     store_global(reinterpret_cast<Vec<float, 4>*>(search + k * kCodeLanes), found);
     const auto put = [&](u32 q, const Vec<bf16, 4>& piece) {
       store_global(reinterpret_cast<Vec<bf16, 4>*>(operand + q / 8 * (kCodeTile * 8) + q % 8), piece);

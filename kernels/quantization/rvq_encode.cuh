@@ -16,6 +16,8 @@
 //   listed groups that still reach the threshold are scored, a lane a code, and an atomic minimum of (score, code) decides.
 //   Where a list overflows, and for rows whose bound means nothing (huge), the warp scores every code; a row with a NaN or an
 //   infinity has no score at all.
+//   With kSplit the codes of a level are dealt out to the blocks of a cluster, which all have the same rows: each finds the winner
+//   among its own, and each warp tells the same warp of the other blocks.
 // Shared     x [rows][P + 4] f32; with a cosine metric the same again for what is searched; A of the products, bf16
 //            [Q / 8][rows][8]; lists of each warp; pieces of the operand, [eights][128][8].
 // Bytes      the operand once for each tile of rows and level (L2); scored rows and winners' values in f32.
@@ -23,7 +25,8 @@
 // Determinism bitwise, whatever the order of lists: the minimum is of exact scores.
 // Limits     batch * rows < 2^31 - 64, entries <= 131072, levels <= 32.
 #pragma once
-#include "common/ptx/shared.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/mbarrier.cuh"
 #include "quantization/rvq_io.cuh"
 
 namespace nxs::quantization {
@@ -49,9 +52,11 @@ constexpr u32 kStepBytes = 16 * kCodeTile * 2;
 
 // Where things are in the shared memory of a block, bytes from its start.
 struct EncodeShared {
-  u32 x, search, a, warps, barriers, stages, stage_bytes, bytes;
+  u32 x, search, a, warps, peers, barriers, stage_bytes, bytes;
 };
-__host__ NXS_DEVICE EncodeShared encode_shared(const nxs_codebook& book, u32 rows, u32 stages) {
+// What the blocks of a cluster tell a warp: a winner a row and block, of odd and of even levels.
+constexpr u32 kMostRanks = 8, kPeerBytes = kMostRanks * kWarpRows * 8;
+__host__ NXS_DEVICE EncodeShared encode_shared(const nxs_codebook& book, u32 rows, u32 stages, u32 ranks) {
   const u32 padded = static_cast<u32>(book.padded_dim), vectors = rows * (padded + 4) * 4;
   EncodeShared s = {};
   s.stage_bytes = steps_of(static_cast<u32>(book.operand_dim)) * kStepBytes;
@@ -59,50 +64,57 @@ __host__ NXS_DEVICE EncodeShared encode_shared(const nxs_codebook& book, u32 row
   s.search = s.x + (book.metric == NXS_METRIC_L2 ? 0 : vectors);
   s.a = s.search + vectors;
   s.warps = s.a + rows * static_cast<u32>(book.operand_dim) * 2;
-  s.barriers = s.warps + rows / kWarpRows * WarpShared::kBytes;
+  s.peers = s.warps + rows / kWarpRows * WarpShared::kBytes;
+  s.barriers = s.peers + (ranks > 1 ? rows / kWarpRows * 2 * kPeerBytes : 0);
   s.bytes = s.barriers + 256;
   return s;
 }
 
 // The pieces of the operand that a block streams: of a level one after the other in memory, the levels too.
 struct PieceStream {
-  const u8* operand;
-  u32 steps, piece_bytes, pieces, tiles, level_pieces, all;  // pieces: of a tile
-  bool one_book;
+  const u8* operand;                // of the first tile
+  u64 level_bytes;                  // from a level to the next
+  u32 steps, piece_bytes, pieces;   // pieces: of a tile
+  u32 first, tiles, level_pieces, all;  // the block's tiles
 
-  NXS_DEVICE explicit PieceStream(const nxs_rvq_encode_params& p) {
+  NXS_DEVICE PieceStream(const nxs_rvq_encode_params& p, u32 rank, u32 ranks) {
     const nxs_codebook& book = p.codebook;
-    operand = static_cast<const u8*>(book.prepared) + book.operand_at;
+    const u32 all_tiles = (static_cast<u32>(book.entries) + kCodeTile - 1) / kCodeTile;
     steps = steps_of(static_cast<u32>(book.operand_dim));
     piece_bytes = steps * kStepBytes;
     pieces = static_cast<u32>(book.operand_dim) / 16 / steps;
-    tiles = (static_cast<u32>(book.entries) + kCodeTile - 1) / kCodeTile;
+    first = all_tiles * rank / ranks;
+    tiles = all_tiles * (rank + 1) / ranks - first;
     level_pieces = tiles * pieces;
     all = static_cast<u32>(p.levels) * level_pieces;
-    one_book = book.levels == 1;
+    const u64 tile_bytes = static_cast<u64>(pieces) * piece_bytes;
+    level_bytes = book.levels == 1 ? 0 : all_tiles * tile_bytes;
+    operand = static_cast<const u8*>(book.prepared) + book.operand_at + first * tile_bytes;
   }
 };
 // Walks it.
 struct PieceWalk {
-  const u8* from;
+  const u8 *level, *from;
   u32 left;  // of the level
-  NXS_DEVICE explicit PieceWalk(const PieceStream& s) : from(s.operand), left(s.level_pieces) {}
+  NXS_DEVICE explicit PieceWalk(const PieceStream& s) : level(s.operand), from(s.operand), left(s.level_pieces) {}
   NXS_DEVICE void next(const PieceStream& s) {
     from += s.piece_bytes;
     if (--left > 0) return;
     left = s.level_pieces;
-    if (s.one_book) from = s.operand;
+    level += s.level_bytes;
+    from = level;
   }
 };
 
 // One warp and its 16 rows.
-template <int kGroup> struct EncodeWarp {
+template <int kGroup, bool kSplit> struct EncodeWarp {
   static constexpr u32 kGroups = 32 / kGroup;  // of a row, in a lane and tile
 
   const nxs_rvq_encode_params& p;
   const u32 lane, padded, stride;
   u32 first, rows;               // of the encode; how many are there
   u32 x, search, a, a_rows, own;  // shared memory: of the first row; rows of A; WarpShared
+  u32 rank = 0, ranks = 1, peers = 0, told = 0;  // with kSplit; told: an mbarrier
   float best[2], threshold[2], slack[2];  // of rows lane / 4 and 8 more
   u32 count[2];
   RowOut out;
@@ -250,9 +262,20 @@ template <int kGroup> struct EncodeWarp {
         threshold[r] = all - slack[r];
       }
       if (!(top[r] >= threshold[r])) continue;
+      u32 above = 0;
 #pragma unroll
       for (u32 j = 0; j < kGroups; ++j)
-        if (most[r][j] >= threshold[r]) list(r, (tile * kGroups + j) * 4 + lane % 4, most[r][j]);
+        if (most[r][j] >= threshold[r]) above |= 1u << j;
+      // Mostly one: a loop is as fast as to write it out for each group, and much less code.
+#pragma unroll 1
+      for (u32 j = 0; above != 0; ++j, above >>= 1) {
+        if (!(above & 1)) continue;
+        float here = most[r][0];
+#pragma unroll
+        for (u32 i = 1; i < kGroups; ++i)
+          if (i == j) here = most[r][i];
+        list(r, (tile * kGroups + j) * 4 + lane % 4, here);
+      }
     }
   }
   struct Listed {
@@ -313,7 +336,8 @@ template <int kGroup> struct EncodeWarp {
   }
 
   // The winners, from what is listed.
-  NXS_DEVICE void choose(u32 level) {
+  NXS_DEVICE void choose(u32 level, u32 first_tile, u32 tiles) {
+    const u32 scan_from = first_tile * kCodeTile, scan_to = scan_from + tiles * kCodeTile;
     const u32 entries = static_cast<u32>(p.codebook.entries), items = own + WarpShared::kItemsAt;
     const float* rows_of_level = searched(level);
 #pragma unroll
@@ -342,7 +366,31 @@ template <int kGroup> struct EncodeWarp {
     for (u32 row = 0; row < kWarpRows; ++row) {
       if (load_shared<u32>(own + WarpShared::kState + row * 4) != kScanned) continue;
 #pragma unroll 1
-      for (u32 code = lane; code < entries; code += kWarpSize) take_score(rows_of_level, row, code, entries);
+      for (u32 code = scan_from + lane; code < scan_to; code += kWarpSize) take_score(rows_of_level, row, code, entries);
+    }
+    warp_sync();
+    if constexpr (kSplit)
+      if (ranks > 1) agree(level);
+  }
+  // The winner among all blocks' codes.
+  NXS_DEVICE void agree(u32 level) const {
+    const u32 words = peers + level % 2 * kPeerBytes, mine = own + WarpShared::kBest + lane * 8;
+    if (lane < kWarpRows) {
+      const u64 winner = load_shared<u64>(mine);
+      for (u32 peer = 0; peer < ranks; ++peer)
+        if (peer != rank) store_cluster(map_to_rank(words + (rank * kWarpRows + lane) * 8, peer), winner);
+    }
+    warp_sync();
+    if (lane < ranks && lane != rank) mbarrier_arrive_cluster(map_to_rank(told, lane));
+    mbarrier_wait_cluster(told, level % 2);
+    if (lane < kWarpRows) {
+      u64 winner = load_shared<u64>(mine);
+      for (u32 peer = 0; peer < ranks; ++peer) {
+        if (peer == rank) continue;
+        const u64 other = load_shared<u64>(words + (peer * kWarpRows + lane) * 8);
+        if (other < winner) winner = other;
+      }
+      store_shared(mine, winner);
     }
     warp_sync();
   }
@@ -356,7 +404,7 @@ template <int kGroup> struct EncodeWarp {
 
   // Writes the winners and takes them from the rows.
   NXS_DEVICE void end_level(u32 level) {
-    if (lane < rows) {
+    if (rank == 0 && lane < rows) {
       const u64 winner = load_shared<u64>(own + WarpShared::kBest + lane * 8);
       out.write(p, level, static_cast<u32>(winner), bits_float(static_cast<u32>(winner >> 32)));
     }
@@ -379,6 +427,7 @@ template <int kGroup> struct EncodeWarp {
   }
 
   NXS_DEVICE void finish() {
+    if (rank != 0) return;
     if (p.residual_or_null) store_residual(p, first, rows, x, stride);
     if (p.quantized_or_null) store_quantized(p, first, rows);
   }

@@ -74,12 +74,11 @@ __global__ void __launch_bounds__(kProjectedThreads, 2)
           for (u32 c = 0; c < 4; ++c) sum[c] = fma(w.data[c], v.data[c], sum[c]);
         }
       } else {
-        for (; k < latent; ++k) {
-          const float w = load_global_nc(weight + k), v = load_shared<float>(from + k * 4);
+#pragma unroll 1
+        for (; k < latent; k += 4)
 #pragma unroll
           for (u32 c = 0; c < 4; ++c)
-            if (k % 4 == c) sum[c] = fma(w, v, sum[c]);
-        }
+            if (k + c < latent) sum[c] = fma(load_global_nc(weight + k + c), load_shared<float>(from + (k + c) * 4), sum[c]);
       }
       store_shared(e + (row * kProjectedDim + j) * 4, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     }

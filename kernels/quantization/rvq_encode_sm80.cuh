@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
     rvq_encode_sm80_kernel(const __grid_constant__ nxs_rvq_encode_params p) {
   const u32 shared = dynamic_shared(), thread = thread_index(), lane = thread % kWarpSize, threads = block_size();
   const u32 tile_rows = static_cast<u32>(p.tile_rows), stages = static_cast<u32>(p.stages);
-  const EncodeShared at = encode_shared(p.codebook, tile_rows, stages);
-  const PieceStream stream(p);
+  const EncodeShared at = encode_shared(p.codebook, tile_rows, stages, 1);
+  const PieceStream stream(p, 0, 1);
   PieceWalk ahead(stream);
   u32 sent = 0, sent_slot = 0;
   const auto send = [&] {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
   };
   for (u32 i = 0; i + 1 < stages; ++i) send();
 
-  EncodeWarp<kGroup> warp(p, shared, at, tile_rows, block_index_x(), thread / kWarpSize);
+  EncodeWarp<kGroup, false> warp(p, shared, at, tile_rows, block_index_x(), thread / kWarpSize);
   warp.load_rows();
   const u32 a_from = warp.a + (lane / 16 * tile_rows + lane % 16) * 16;
   const u32 b_from = shared + (lane / 8 % 2 * kCodeTile + lane % 8 + lane / 16 * 8) * 16;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
       }
       warp.take_tile(tile, s);
     }
-    warp.choose(level);
+    warp.choose(level, 0, stream.tiles);
     warp.end_level(level);
   }
   copy_async_wait<0>();
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
 }
 
 template <int kGroup> nxs_status rvq_encode_sm80_launch(const nxs_rvq_encode_params& p, void* stream) {
-  const EncodeShared at = encode_shared(p.codebook, static_cast<u32>(p.tile_rows), static_cast<u32>(p.stages));
+  const EncodeShared at = encode_shared(p.codebook, static_cast<u32>(p.tile_rows), static_cast<u32>(p.stages), 1);
   const auto kernel = rvq_encode_sm80_kernel<kGroup>;
   NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
   LaunchShape shape;

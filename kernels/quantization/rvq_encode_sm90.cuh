@@ -1,6 +1,7 @@
 // RVQ encode on Hopper: wgmma, bulk copies, a producer warp. rvq_encode.cuh has what is done with the products.
 //
-// Grid       a block for each 64 rows; two share a multiprocessor where their rows leave the room.
+// Grid       a block for each 64 rows, or where these are few a cluster of up to 8, each with a part of the codes; two blocks share
+//            a multiprocessor where their rows leave the room.
 // Block      a consumer warpgroup, whose warps own 16 rows each, and a producer warpgroup, one thread of which streams pieces of
 //            the operand by bulk copies: they lie in memory as wgmma wants them, without swizzle (8 rows of 16 bytes side by
 //            side). All levels in a row, so that the next level's first pieces come while winners are chosen.
@@ -31,8 +32,8 @@ struct RingPlace {
 
 // The consumer warpgroup, as each of its warps sees it. kSteps: of 16, of a piece.
 template <int kGroup, int kSteps> struct EncodeConsumer {
-  EncodeWarp<kGroup>& warp;
-  const u32 shared, full, empty, stages, pieces, tiles, lane;
+  EncodeWarp<kGroup, true>& warp;
+  const u32 shared, full, empty, stages, pieces, first, tiles, lane;
   const u64 a;  // descriptor
   RingPlace at;
   u32 before = 0;  // slot of the piece that is under way
@@ -71,14 +72,14 @@ template <int kGroup, int kSteps> struct EncodeConsumer {
     keep_registers(last);
     release();
     step();
-    warp.take_tile(tile - 1, last);
+    warp.take_tile(first + tile - 1, last);
     rest_of_tile(now);
   }
   NXS_DEVICE void last_tile(u32 tile, float (&last)[64]) {
     wgmma_wait<0>();
     keep_registers(last);
     release();
-    warp.take_tile(tile, last);
+    warp.take_tile(first + tile, last);
   }
 
   NXS_DEVICE void run(u32 levels) {
@@ -104,7 +105,7 @@ template <int kGroup, int kSteps> struct EncodeConsumer {
       } else {
         last_tile(tile - 1, even);
       }
-      warp.choose(level);
+      warp.choose(level, first, tiles);
       barrier_sync(1, kEncodeConsumers);  // A has been read
       warp.end_level(level);
     }
@@ -116,17 +117,24 @@ template <int kGroup, int kSteps>
 __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
     rvq_encode_sm90_kernel(const __grid_constant__ nxs_rvq_encode_params p) {
   const u32 shared = dynamic_shared(), thread = thread_index(), stages = static_cast<u32>(p.stages);
-  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, stages);
-  const u32 full = shared + at.barriers, empty = full + 8 * stages;
+  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, stages, static_cast<u32>(p.cluster));
+  const u32 full = shared + at.barriers, empty = full + 8 * stages, told = empty + 8 * stages;
+  const u32 ranks = static_cast<u32>(p.cluster), rank = ranks > 1 ? cluster_rank() : 0;
   if (thread == 0) {
     for (u32 i = 0; i < stages; ++i) {
       mbarrier_init(full + 8 * i, 1);
       mbarrier_init(empty + 8 * i, kEncodeConsumers / kWarpSize);
     }
+    if (ranks > 1)
+      for (u32 i = 0; i < kEncodeConsumers / kWarpSize; ++i) mbarrier_init(told + 8 * i, ranks - 1);
     fence_mbarrier_init();
   }
   block_sync();
-  const PieceStream stream(p);
+  if (ranks > 1) {
+    cluster_arrive();  // the others tell this block's mbarriers
+    cluster_wait();
+  }
+  const PieceStream stream(p, rank, ranks);
   if (thread >= kEncodeConsumers) {
     lower_registers<40, 2>();
     if (thread == kEncodeConsumers) {
@@ -143,20 +151,27 @@ __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
     }
   } else {
     raise_registers<208, 2>();
-    EncodeWarp<kGroup> warp(p, shared, at, kEncodeSm90Rows, block_index_x(), thread / kWarpSize);
-    EncodeConsumer<kGroup, kSteps>{warp, shared, full, empty, stages, stream.pieces, stream.tiles, thread % kWarpSize,
+    const u32 own = thread / kWarpSize;
+    EncodeWarp<kGroup, true> warp(p, shared, at, kEncodeSm90Rows, block_index_x() / ranks, own);
+    warp.rank = rank;
+    warp.ranks = ranks;
+    warp.peers = shared + at.peers + own * 2 * kPeerBytes;
+    warp.told = told + 8 * own;
+    EncodeConsumer<kGroup, kSteps>{warp, shared, full, empty, stages, stream.pieces, stream.first, stream.tiles, thread % kWarpSize,
                                    matrix_descriptor(shared + at.a, kEncodeSm90Rows * 16, 128, Swizzle::kNone), {}}
         .run(static_cast<u32>(p.levels));
   }
 }
 
 template <int kGroup, int kSteps> nxs_status rvq_encode_sm90_launch_steps(const nxs_rvq_encode_params& p, void* stream) {
-  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, static_cast<u32>(p.stages));
+  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, static_cast<u32>(p.stages),
+                                        static_cast<u32>(p.cluster));
   const auto kernel = rvq_encode_sm90_kernel<kGroup, kSteps>;
   NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kEncodeSm90Rows - 1) / kEncodeSm90Rows));
+  shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kEncodeSm90Rows - 1) / kEncodeSm90Rows * p.cluster));
   shape.block = kEncodeSm90Threads;
+  shape.cluster = static_cast<unsigned>(p.cluster);
   shape.dynamic_smem = at.bytes;
   return launch(kernel, shape, stream, p);
 }

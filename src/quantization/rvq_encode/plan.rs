@@ -247,11 +247,12 @@ impl Plan {
     }
 
     /// Shared memory of a block of the tensor-core kernels, without the stages; `rvq_encode.cuh` has the same sum.
-    fn tile_bytes(&self, tile_rows: u64) -> u64 {
+    fn tile_bytes(&self, tile_rows: u64, cluster: u64) -> u64 {
         let g = &self.geometry;
         let vectors = tile_rows * (g.padded_dim + 4) * 4 * if g.cosine() { 2 } else { 1 };
         let operand = tile_rows * g.operand_dim * 2;
-        vectors + operand + tile_rows / 16 * 5632 + 256
+        let warp = 5632 + if cluster > 1 { 2048 } else { 0 };
+        vectors + operand + tile_rows / 16 * warp + 256
     }
 
     fn schedule_for(&self, device: &DeviceInfo, variant: EncodeVariant) -> Result<EncodeSchedule> {
@@ -270,7 +271,12 @@ impl Plan {
         }
         let stage = self.stage_bytes();
         let hopper = || {
-            let base = self.tile_bytes(64);
+            // Where blocks would leave multiprocessors idle, a cluster deals out the codes: to each at least two tiles.
+            let sms = device.sm_count.max(1) as u64;
+            let sharing = if (shared.saturating_sub(1024) / 2) >= self.tile_bytes(64, 1) + 2 * stage { 2 } else { 1 };
+            let (blocks, tiles) = (rows.div_ceil(64), g.padded_entries / 128);
+            let cluster = [8, 4, 2].into_iter().find(|&n| blocks * n <= sms * sharing && tiles >= 2 * n).unwrap_or(1);
+            let base = self.tile_bytes(64, cluster);
             // Two blocks on a multiprocessor hide each other's waits; each has a KiB reserved.
             let half = (shared.saturating_sub(1024) / 2).saturating_sub(base) / stage;
             let whole = shared.saturating_sub(base) / stage;
@@ -279,7 +285,7 @@ impl Plan {
                 kernel: EncodeKernel::Hopper,
                 tile_rows: 64,
                 stages: stages as u32,
-                cluster: 1,
+                cluster: cluster as u32,
                 rows,
             })
         };
@@ -289,10 +295,10 @@ impl Plan {
             while tile_rows > 16 && rows.div_ceil(tile_rows) < sms {
                 tile_rows /= 2;
             }
-            while tile_rows > 16 && self.tile_bytes(tile_rows) + 2 * stage > shared {
+            while tile_rows > 16 && self.tile_bytes(tile_rows, 1) + 2 * stage > shared {
                 tile_rows /= 2;
             }
-            let stages = (shared.saturating_sub(self.tile_bytes(tile_rows)) / stage).min(3);
+            let stages = (shared.saturating_sub(self.tile_bytes(tile_rows, 1)) / stage).min(3);
             EncodeSchedule {
                 kernel: EncodeKernel::Portable,
                 tile_rows: tile_rows as u32,
