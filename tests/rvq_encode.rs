@@ -430,6 +430,9 @@ impl Case {
     }
 }
 
+/// Finds the score and the code of what is nearest.
+type Search<'a> = &'a dyn Fn(&[f32], &[Vec<f32>]) -> (f32, usize);
+
 /// The score of the formula.
 fn score(x: &[f32], c: &[f32]) -> f32 {
     let mut sum = 0f32;
@@ -933,7 +936,7 @@ fn a_broken_search_is_caught() {
         }
     };
     let tf32 = |x: f32| f32::from_bits(x.to_bits() & !0x1fff);
-    let caught = |case: &Case, broken: &dyn Fn(&[f32], &[Vec<f32>]) -> (f32, usize)| {
+    let caught = |case: &Case, broken: Search<'_>| {
         let problem = case.problem::<f32>();
         let (right, wrong) = (case.oracle(&problem, nearest), case.oracle(&problem, broken));
         same(&right, &right).unwrap();
@@ -1163,6 +1166,117 @@ mod work {
             let blocks = clusters * 8;
             assert_eq!(beside(&counted, streamed), blocks * (rows as u64).div_ceil(clusters) * 64 * 4 * (1 + 3));
             assert_eq!(counted.cluster_barriers, clusters * 4);
+        }
+    }
+}
+
+/// More than 2^31 elements between the first and the last of a buffer.
+#[test]
+fn offsets_are_64_bit() {
+    if std::env::var_os("NXS_SMALL").is_some() {
+        eprintln!("SKIPPED: NXS_SMALL is set, and this takes 8 GiB");
+        return;
+    }
+    let far = (1i64 << 31) + 64;
+    for device in TestDevice::kernels().into_iter().filter(|device| !device.is_emulated()) {
+        let case = Case { rows: 2, levels: 2, entries: 200, dim: 16, ..plain() };
+        let problem = case.problem::<bf16>();
+        let expected = case.oracle(&problem, nearest);
+        let (codebook, prepared) = prepare(&device, &case, &problem);
+        let mut spread = vec![bf16::ZERO; far as usize + 16];
+        spread[..16].copy_from_slice(&problem.input[..16]);
+        spread[far as usize..].copy_from_slice(&problem.input[16..]);
+        let input = Buffer::of(&device, &spread, 0);
+        for variant in VARIANTS {
+            let plan = RvqEncode::<bf16, u16>::builder(&codebook).rows(2).variant(variant);
+            let plan = plan.input_strides([0, far, 1]).codes_strides([0, far, 1]).build(&DeviceInfo::H200).unwrap();
+            let mut codes = Buffer::<u16>::poisoned(&device, far as usize + 2, 0);
+            plan.run(&device.stream(), RvqEncodeArgs::new(input.input(), prepared.input(), codes.output())).unwrap();
+            let codes = codes.read();
+            let got = [0, 1, far as usize, far as usize + 1].map(|at| Some(u32::from(codes[at])));
+            assert_eq!(got, expected.codes[..], "{variant:?}");
+        }
+    }
+}
+
+#[cfg(feature = "cudarc-0_19")]
+mod cudarc {
+    use super::*;
+
+    fn gpus() -> Option<[TestDevice; 2]> {
+        Some([TestDevice::cuda()?, TestDevice::cuda()?])
+    }
+
+    /// A captured graph replays to the same bits, with the input of the moment.
+    #[test]
+    fn graphs_replay() {
+        let Some([device, _]) = gpus() else { return };
+        let TestDevice::Cuda(stream) = device.clone() else { return };
+        for variant in VARIANTS {
+            let case = Case { rows: 100, entries: 600, variant, ..plain() };
+            let problem = case.problem::<f32>();
+            let (codebook, prepared) = prepare(&device, &case, &problem);
+            let plan = RvqEncode::<f32, u32>::builder(&codebook).rows(100).variant(variant);
+            let plan = plan.build(&DeviceInfo::of(&stream).unwrap()).unwrap();
+            let mut input = Buffer::of(&device, &problem.input, 0);
+            let mut codes = Buffer::<u32>::poisoned(&device, 300, 0);
+            let mut eager = Buffer::<u32>::poisoned(&device, 300, 0);
+            let run = |input: In<'_, f32>, codes: Out<'_, u32>| {
+                plan.run(&stream, RvqEncodeArgs::new(input, prepared.input(), codes)).unwrap();
+            };
+            run(input.input(), eager.output()); // loads the code
+            let graph = support::capture(&stream, || run(input.input(), codes.output()));
+            for replay in 0..3 {
+                let moved: Vec<f32> = problem.input.iter().map(|x| x + replay as f32).collect();
+                input.write(&moved);
+                graph.launch().unwrap();
+                run(input.input(), eager.output());
+                assert_eq!(codes.read(), eager.read());
+            }
+        }
+    }
+
+    /// Two streams at once give what one after the other gives.
+    #[test]
+    fn streams_do_not_disturb_each_other() {
+        let Some(devices) = gpus() else { return };
+        let case = Case { rows: 2000, entries: 600, dim: 64, ..plain() };
+        let problem = case.problem::<f32>();
+        let inputs: Vec<_> = devices
+            .iter()
+            .map(|device| (Buffer::of(device, &problem.input, 0), prepare(device, &case, &problem)))
+            .collect();
+        for variant in [EncodeVariant::Portable, EncodeVariant::Hopper] {
+            let plan = RvqEncode::<f32, u32>::builder(&inputs[0].1.0).rows(2000).variant(variant);
+            let plan = plan.build(&DeviceInfo::H200).unwrap();
+            let mut all: Vec<_> = (0..8).map(|i| Buffer::<u32>::poisoned(&devices[i % 2], 6000, 0)).collect();
+            devices.iter().for_each(TestDevice::sync);
+            for (i, codes) in all.iter_mut().enumerate() {
+                let (input, (_, prepared)) = &inputs[i % 2];
+                let args = RvqEncodeArgs::new(input.input(), prepared.input(), codes.output());
+                plan.run(&devices[i % 2].stream(), args).unwrap();
+            }
+            let expected = all[0].read();
+            assert!(all.iter().all(|codes| codes.read() == expected));
+        }
+    }
+
+    /// The shapes of models at full size, against the host: each row alone decides.
+    #[test]
+    fn models_agree_with_the_formula() {
+        let Some([device, _]) = gpus() else { return };
+        for (rows, levels, entries, dim, metric, data) in [
+            (300, 8, 1024, 128, Metric::L2, Data::Gaussian),
+            (200, 4, 2048, 256, Metric::L2, Data::Clusters),
+            (70, 2, 16_384, 256, Metric::L2, Data::Gaussian),
+            (2000, 1, 16_384, 8, Metric::CosineUnit { eps: 1e-12 }, Data::Gaussian),
+            (500, 1, 8912, 32, Metric::CosineUnit { eps: 1e-12 }, Data::Clusters),
+            (64, 4, 2048, 256, Metric::L2, Data::Gaussian),
+            (5, 8, 2048, 256, Metric::L2, Data::Clusters),
+        ] {
+            for variant in [EncodeVariant::Auto, EncodeVariant::Portable] {
+                check::<f32, u32>(&device, &Case { rows, levels, entries, dim, metric, data, variant, ..plain() });
+            }
         }
     }
 }
