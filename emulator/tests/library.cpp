@@ -1,4 +1,6 @@
-// The library's own launchers: Philox and RVQ decode against plain host code, to the bit.
+// The library's own launchers: Philox, RVQ decode and encode against plain host code, to the bit.
+#include <cmath>
+
 #include "device.h"
 
 using namespace test;
@@ -92,6 +94,74 @@ static void test_rvq() {
   }
 }
 
+// Codes of each kernel of RVQ encode, of normals and of codes that 16-bit products cannot tell apart.
+static void test_encode() {
+  const int levels = 3, rows = 70, entries = 600, dim = 20, padded = 24;
+  Random random(8);
+  std::vector<float> books(levels * entries * dim), x(rows * dim);
+  for (size_t i = 0; i < books.size(); ++i) books[i] = i / dim % 2 ? random.symmetric() : 0.5f + 1e-4f * random.symmetric();
+  for (size_t i = 0; i < x.size(); ++i) x[i] = i / dim % 3 ? random.symmetric() : 0.5f + 1e-4f * random.symmetric();
+  x[5 * dim + 3] = NAN;
+  std::vector<uint32_t> want(levels * rows);
+  auto left = x;
+  for (int r = 0; r < rows; ++r)
+    for (int l = 0; l < levels; ++l) {
+      float least = INFINITY;
+      int code = 0;
+      for (int c = 0; c < entries; ++c) {
+        float score = 0;
+        for (int k = 0; k < dim; ++k) {
+          const float difference = left[r * dim + k] - books[(l * entries + c) * dim + k];
+          score = std::fma(difference, difference, score);
+        }
+        if (score < least) least = score, code = c;
+      }
+      want[l * rows + r] = code;
+      for (int k = 0; k < dim; ++k) left[r * dim + k] -= books[(l * entries + code) * dim + k];
+    }
+
+  Buffer<float> device_books(books), device_x(x);
+  for (const int pieces : {1, 3}) {
+    nxs_codebook book = {};
+    const int64_t all = (entries + 127) / 128 * 128;
+    book.entries = entries, book.levels = levels, book.dim = dim, book.padded_dim = padded, book.pieces = pieces;
+    book.operand_dim = pieces == 1 ? 32 : 96;
+    const auto section = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
+    book.values_at = section(levels * 16);
+    book.search_at = book.values_at + section(levels * entries * padded * 4);
+    book.operand_at = book.search_at + section(levels * all * padded * 4);
+    book.bytes = book.operand_at + section(levels * all * book.operand_dim * 2);
+    Buffer<uint8_t> memory(book.bytes);
+    book.prepared = memory.get();
+    nxs_codebook_prepare_params prepare = {};
+    prepare.codebook = book;
+    prepare.rows = device_books.get();
+    prepare.rows_stride_level = entries * dim, prepare.rows_stride_entry = dim;
+    prepare.rows_dtype = NXS_F32;
+    check(finish_launch(nxs_codebook_prepare(&prepare, nullptr)) == NXS_OK, "codebook_prepare runs");
+    const struct {
+      int32_t variant, tile_rows, stages, cluster;
+    } kernels[] = {{NXS_RVQ_ENCODE_SM80, 64, 3, 1}, {NXS_RVQ_ENCODE_SM80, 16, 2, 1}, {NXS_RVQ_ENCODE_SM90, 64, 2, 1},
+                   {NXS_RVQ_ENCODE_SM90, 64, 4, 4}, {NXS_RVQ_ENCODE_STREAM, 8, 0, 16}, {NXS_RVQ_ENCODE_STREAM, 1, 0, 2}};
+    for (const auto& kernel : kernels) {
+      Buffer<uint32_t> codes(levels * rows), flags(std::vector<uint32_t>{0});
+      nxs_rvq_encode_params p = {};
+      p.codebook = book;
+      p.input = device_x.get();
+      p.codes = codes.get();
+      p.flags_or_null = flags.get();
+      p.input_stride_row = dim, p.input_stride_dim = 1;
+      p.codes_stride_level = rows, p.codes_stride_row = 1;
+      p.batch = 1, p.rows = rows, p.levels = levels;
+      p.dtype = NXS_F32, p.codes_dtype = NXS_U32;
+      p.variant = kernel.variant, p.tile_rows = kernel.tile_rows, p.stages = kernel.stages, p.cluster = kernel.cluster;
+      check(finish_launch(nxs_rvq_encode(&p, nullptr)) == NXS_OK, "rvq_encode runs");
+      check(codes.read() == want, "rvq_encode is the reference's, kernel " + std::to_string(kernel.variant));
+      check(flags.read()[0] == NXS_FLAG_ROW_NOT_FINITE, "rvq_encode says that a row was not finite");
+    }
+  }
+}
+
 #if !defined(__CUDACC__)
 static void test_emulator() {
   // 250 positions of 16 bytes: 4000 bytes stored, none loaded.
@@ -129,6 +199,7 @@ static void test_emulator() {
 int main() {
   test_philox();
   test_rvq();
+  test_encode();
 #if !defined(__CUDACC__)
   test_emulator();
 #endif
