@@ -20,6 +20,7 @@ use rand::{RngExt, SeedableRng};
 /// The `#define`s of the header.
 struct Header {
     item_words: usize,
+    tile_words: usize,
     run_words: usize,
     mask_words: usize,
     tile_rows: usize,
@@ -37,6 +38,7 @@ static HEADER: LazyLock<Header> = LazyLock::new(|| {
     };
     Header {
         item_words: number("SCHEDULE_ITEM_WORDS"),
+        tile_words: number("SCHEDULE_TILE_WORDS"),
         run_words: number("SCHEDULE_RUN_WORDS"),
         mask_words: number("SCHEDULE_MASK_WORDS"),
         tile_rows: number("SCHEDULE_TILE_ROWS"),
@@ -123,7 +125,7 @@ impl Words {
 
     /// Items and runs; what can be said of the words without knowing who sees whom.
     fn read(&self) -> Result<Vec<Item>, String> {
-        let Header { item_words, run_words, mask_words, none, hidden, .. } = *HEADER;
+        let Header { item_words, tile_words, run_words, mask_words, none, hidden, .. } = *HEADER;
         let digest = if self.items > 0 { self.at(3)? } else { 1 };
         ensure!(digest != 0, "no digest");
         let mut items = Vec::new();
@@ -132,13 +134,16 @@ impl Words {
             ensure!(self.at(head + 3)? == digest, "item {i} has another digest");
             let (first_run, runs) = (self.at(head)?, self.at(head + 1)?);
             ensure!(first_run % 4 == 0, "the runs of item {i} are not 16-byte aligned");
+            // Four tiles or more are shared by a pair of thread blocks.
+            let of_block = if self.groups < 4 { self.groups } else { self.groups / 2 };
             let tile = |g| -> Result<Tile, String> {
-                Ok(Tile { first: self.at(head + 4 + 2 * g)?, rows: self.at(head + 5 + 2 * g)? })
+                let tile = head + 4 + g / of_block * tile_words + g % of_block * 2;
+                Ok(Tile { first: self.at(tile)?, rows: self.at(tile + 1)? })
             };
             let run = |r| -> Result<Run, String> {
                 let run = first_run + r * run_words;
                 let mask = |g| -> Result<Mask, String> {
-                    let word = self.at(run + 4 + g)?;
+                    let word = self.at(run + 4 + g / of_block * 4 + g % of_block)?;
                     if word == none {
                         return Ok(Mask::None);
                     }
@@ -328,7 +333,7 @@ fn case() -> impl Strategy<Value = Case> {
         prop_oneof![Just(0), -5..0i32, 1..140i32, 100..700i32, Just(i32::MAX), Just(i32::MIN)],
         3,
     );
-    let cut = (1..=3u32, 1..=5u32, 1..=4usize);
+    let cut = (prop::sample::select(vec![1, 2, 3, 4, 6]), 1..=5u32, 1..=4usize);
     (segments(), prop::option::of(segments()), rules, any::<bool>(), lengths, cut).prop_map(
         |(queries, keys, rules, causal, lengths, (groups, splits, pack))| {
             let keys = keys.unwrap_or_else(|| queries.clone());
@@ -411,7 +416,7 @@ fn models_have_sound_schedules() {
         Visibility::cached_step(Segment::tokens(700).with_length(0), (12, 12)).unwrap(),
         var,
     ] {
-        for (groups, splits, pack) in [(1, 1, 1), (2, 1, 1), (3, 3, 1), (2, 2, 4)] {
+        for (groups, splits, pack) in [(1, 1, 1), (2, 1, 1), (3, 3, 1), (2, 2, 4), (4, 1, 1), (6, 2, 1)] {
             for length in [-1, 0, 5, 129, i32::MAX] {
                 words(&visibility, groups, splits, pack).check(&visibility, &[length]).unwrap();
             }
@@ -439,13 +444,14 @@ fn broken_schedules_are_noticed() {
     let scales = [1, 4, 7, 9, 16].map(|n| (n, n));
     let inner = Visibility::scale_local(&scales, 3, 1, 1, 1).unwrap();
     let visibility = inner.with_prefix(Segment::tokens(300).with_length(0), Rule::Causal).unwrap();
+    let Header { item_words, run_words, .. } = *HEADER;
     let sound = words(&visibility, 2, 2, 1);
     sound.check(&visibility, &[200]).unwrap();
     let items = sound.read().unwrap();
     // Keys of a run that its length leaves.
     let exist =
         |run: &Run| run.length.map_or(run.keys, |(_, base)| (base + 200).saturating_sub(run.first).min(run.keys));
-    let run_at = |i: usize, r: usize| sound.words[i * 12] as usize + r * 8;
+    let run_at = |i: usize, r: usize| sound.words[i * item_words] as usize + r * run_words;
     let broken = |what: &str, change: &dyn Fn(&mut Vec<u32>)| {
         let mut broken = sound.clone();
         change(&mut broken.words);
@@ -454,17 +460,17 @@ fn broken_schedules_are_noticed() {
 
     let mut kinds = [false; 6];
     for (i, item) in items.iter().enumerate() {
-        broken("another split", &|words| words[i * 12 + 2] ^= 1);
-        broken("a digest", &|words| words[i * 12 + 3] ^= 1 << 20);
-        broken("one more run", &|words| words[i * 12 + 1] += 1);
+        broken("another split", &|words| words[i * item_words + 2] ^= 1);
+        broken("a digest", &|words| words[i * item_words + 3] ^= 1 << 20);
+        broken("one more run", &|words| words[i * item_words + 1] += 1);
         if item.runs.last().is_some_and(|run| run.masks.contains(&Mask::None) && exist(run) > 0) {
             kinds[0] = true;
-            broken("a run that is left out", &|words| words[i * 12 + 1] -= 1);
+            broken("a run that is left out", &|words| words[i * item_words + 1] -= 1);
         }
         for (g, tile) in item.tiles.iter().enumerate().filter(|(_, tile)| tile.rows > 0) {
-            broken("a tile that begins late", &|words| words[i * 12 + 4 + 2 * g] += 1);
-            broken("a tile with a row less", &|words| words[i * 12 + 5 + 2 * g] -= 1);
-            broken("a tile with a row more", &|words| words[i * 12 + 5 + 2 * g] += 1);
+            broken("a tile that begins late", &|words| words[i * item_words + 4 + 2 * g] += 1);
+            broken("a tile with a row less", &|words| words[i * item_words + 5 + 2 * g] -= 1);
+            broken("a tile with a row more", &|words| words[i * item_words + 5 + 2 * g] += 1);
             for (r, run) in item.runs.iter().enumerate() {
                 let at = run_at(i, r);
                 let exist = exist(run);
@@ -504,7 +510,7 @@ fn broken_schedules_are_noticed() {
         }
         if i > 0 && items[i - 1].chunks() > item.chunks() {
             kinds[5] = true;
-            broken("items in disorder", &|words| (0..12).for_each(|w| words.swap(i * 12 + w, (i - 1) * 12 + w)));
+            broken("items in disorder", &|words| (0..12).for_each(|w| words.swap(i * item_words + w, (i - 1) * 12 + w)));
         }
     }
     assert_eq!(kinds, [true; 6], "the schedule has something of every kind");
