@@ -80,7 +80,7 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   NXS_REQUIRE(p.heads > 0 && p.kv_heads > 0 && p.heads % p.kv_heads == 0, NXS_E_SHAPE);
   NXS_REQUIRE(p.dim > 0 && p.dim <= 128 && p.dim % 8 == 0, NXS_E_SHAPE);
   NXS_REQUIRE(p.pack == 1 || p.pack == p.heads / p.kv_heads, NXS_E_SHAPE);
-  NXS_REQUIRE(p.groups >= 1 && p.groups <= (p.variant == 0 ? 1 : 6) && p.groups != 5, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.groups >= 1 && p.groups <= (p.variant == 0 ? 1 : 4), NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.splits >= 1 && p.splits <= 256, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.scale > 0, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.logit_bound >= 0 && p.logit_bound <= 40 && (p.logit_bound == 0 || p.dtype == NXS_BF16), NXS_E_UNSUPPORTED);

@@ -65,6 +65,9 @@ template <int kDim, int kGroups, int kPair> struct Sm90 {
   static constexpr u32 kChunkBytes = kBlocks * kChunk * 128;  // K or V of one chunk
   static constexpr u32 kThreads = kGroupThreads * (kGroups + 1);
   static constexpr bool kTurns = kGroups > 1;
+  // Whether plain chunks have a loop of their own: measured, ptxas makes better code for two narrow tiles without.
+  static constexpr bool kTight = kDim > 64 || kGroups != 2;
+  static_assert(kPair == 1 || (kPair == 2 && kGroups == 2));  // an item has at most four tiles
 
   static constexpr u32 kSlots = 3;
   static constexpr u32 kQ = 0, kK = kQ + kSlots * kSlotBytes, kV = kK + kStages * kChunkBytes,
@@ -144,17 +147,18 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
       const u32 stage = stage_of<C::kStages>(chunk), parity = parity_of<C::kStages>(chunk) ^ 1;
       const u32 k_full = shared + C::kKFull + 8 * stage, v_full = shared + C::kVFull + 8 * stage;
       const u32 key = walk.first_key(), keys = coming;
-      const Vec<u32, 4> mask = nothing ? Vec<u32, 4>{} : walk.masks(p, rank);
+      const Vec<u32, 4> mask = nothing ? Vec<u32, 4>{} : walk.masks(p);
       coming = walk.next(p, of);
 
       wait_empty(shared + C::kKEmpty + 8 * stage, parity);
       if (lane == 0) {
 #pragma unroll
         for (u32 g = 0; g < kGroups; ++g) {
-          const bool hidden = nothing || mask.data[g] == NXS_MASK_HIDDEN;
+          const u32 of_group = rank == 0 ? mask.data[g] : mask.data[(kGroups + g) % 4];
+          const bool hidden = nothing || of_group == NXS_MASK_HIDDEN;
           ChunkInfo info;
           info.keys = keys | (hidden ? kChunkHidden : 0) | (coming > 0 ? 0 : kChunkLast);
-          info.mask = hidden ? 0 : mask.data[g];
+          info.mask = hidden ? 0 : of_group;
           store_shared(shared + C::kInfo + (stage * kGroups + g) * static_cast<u32>(sizeof(ChunkInfo)), info);
         }
         if (nothing) {
@@ -224,9 +228,8 @@ NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q,
     const Work work = work_at(p, index);
     const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
     const u32 full = shared + C::kQFull + 8 * slot, tiles = shared + C::kQ + slot * C::kSlotBytes;
-    const u32 at = work.item + 4 + rank_in_pair<kPair>() * NXS_SCHEDULE_TILE_WORDS;
-    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(at);
-    const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(at + 4) : Vec<u32, 4>{};
+    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4 + 4 * rank_in_pair<kPair>());
+    const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
     const bool ours = item.data[3] == p.digest;  // else nothing is read or written
     mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
     warp_sync();
@@ -336,6 +339,7 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
   ChunkInfo info;        // of that one
   bool owed = false;     // P V of the chunk before is still to come, with `prob`
   bool settled = false;  // all rows of the warp have a reference
+  u64 q_operand;         // q of the work at hand
 
   float o[kDim / 2];
   float s[kChunk / 2];
@@ -407,13 +411,12 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
   // S = Q K^T
   NXS_DEVICE void start_logits() {
     keep_registers(s);
-    const u64 a = matrix_descriptor(q_tile(slot()), 16, 1024, Swizzle::k128);
     const u64 b = matrix_descriptor(shared + C::kK + stage() * C::kChunkBytes, 16, 1024, Swizzle::k128);
     wgmma_fence();
 #pragma unroll
     for (u32 i = 0; i < kDim / 16; ++i) {
       const u32 block = i / 4, within = i % 4 * 32;
-      multiply<T, kChunk, Major::kK>(s, advanced(a, block * kTileRows * 128 + within), advanced(b, block * kChunk * 128 + within),
+      multiply<T, kChunk, Major::kK>(s, advanced(q_operand, block * kTileRows * 128 + within), advanced(b, block * kChunk * 128 + within),
                                      i != 0);
     }
     wgmma_commit();
@@ -606,31 +609,30 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
       wgmma_wait<0>();
     }
     keep_registers(s);
+    const bool ends = last();
+    release_keys();
     if (starts && owed) close_sums(slot_before());
     set_reference(starts, half, bits);
-    wgmma_wait<0>();
-    keep_registers(o);
-    keep_registers(s);  // so that nothing is written to P before
-    if (owed) release_stage(v_empty(chunk - 1));
     float add[2];
     exponentiate(half, add);
     sum[0] += add[0];
     sum[1] += add[1];
-    round_probabilities(half);
-    const bool ends = last();
-    release_keys();
+    keep_registers(s);
+    if (!ends) wait_chunk();
+    wgmma_wait<0>();
+    keep_registers(o);
     if (owed) {
+      release_stage(v_empty(chunk - 2));
       if (starts)
         leave_tile(slot_before());
       else
         rescale();
     }
+    round_probabilities(half);
     owed = true;
-    if (!ends) wait_chunk();
   }
   // The same for a chunk that all rows see whole and that starts no work: where the time goes.
-  NXS_DEVICE void take_plain_chunk() {
-    const bool ends = last();
+  NXS_DEVICE void take_plain_chunk(bool ends) {
     turn_begin();
     start_logits();
     start_sum();
@@ -736,6 +738,7 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
     const u32 works = all_works(p);
     for (; nth_work<kPair>(work) < works; ++work) {
       mbarrier_wait(shared + C::kQFull + 8 * slot(), parity_of<C::kSlots>(work));
+      q_operand = matrix_descriptor(q_tile(slot()), 16, 1024, Swizzle::k128);
       wait_chunk();
       bool starts = true, ends = false;
       do {
@@ -748,7 +751,10 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
           take_chunk(starts);
           starts = false;
         } else {
-          take_plain_chunk();
+          do {
+            ends = last();
+            take_plain_chunk(ends);
+          } while (C::kTight && !ends && plain());
         }
       } while (!ends);
       if (starts) leave_nothing();

@@ -96,9 +96,9 @@ template <u32 kStep> struct KeyWalk {
     return count;
   }
   NXS_DEVICE u32 first_key() const { return key + keys; }
-  // Of the run at hand the mask of one group, or those of all groups of a block.
+  // The mask of one group, or those of all, of the run at hand.
   NXS_DEVICE u32 mask(const ScaleKernelParams& p, u32 group) const { return load_global_nc(p.schedule + run + 4 + group); }
-  NXS_DEVICE Vec<u32, 4> masks(const ScaleKernelParams& p, u32 block) const { return p.words(run + 4 + 4 * block); }
+  NXS_DEVICE Vec<u32, 4> masks(const ScaleKernelParams& p) const { return p.words(run + 4); }
 };
 
 }  // namespace nxs::attention

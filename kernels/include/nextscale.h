@@ -103,25 +103,23 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
  * with g = h / (heads / kv_heads). A row that sees nothing gives 0, and -inf as its log-sum-exp.
  *
  * The schedule is made by the caller (nextscale's Rust plans make it) and lies in device memory as 32-bit words. An item
- * is a block of query rows that read the same keys: `groups` tiles of up to 64 rows, those of 4 or 6 shared by a pair of
- * thread blocks, a half each. The keys come in runs, and a run in
+ * is a block of query rows that read the same keys: `groups` tiles of up to 64 rows. The keys come in runs, and a run in
  * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
  * the first. Offsets count words from the start of the schedule.
  *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
  *     0 offset of the first run, a multiple of 4   1 runs   2 split   3 digest: the params' value, or the item is not taken
- *     4 + 8 b + 2 g, 5 + 8 b + 2 g: first row and number of rows (0 to 64) of tile g of thread block b of the pair
+ *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
  *   run, NXS_SCHEDULE_RUN_WORDS words:
  *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from
- *     4 + 4 b + g: mask of that tile: NXS_MASK_NONE, all keys of the run are visible; NXS_MASK_HIDDEN, none is: only before the
+ *     4 + g: mask of tile g: NXS_MASK_NONE, all keys of the run are visible; NXS_MASK_HIDDEN, none is: only before the
  *     first run of which the tile sees something, or after the last one; else the offset, even, of a mask of 256 words that
  *     holds for every chunk of the run
  *   mask: two words for each of 128 threads, element i of thread t being bit i % 32 of word 2 t + i / 32: row
  *     16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
  * Each row belongs to one tile of each split.
  */
-#define NXS_SCHEDULE_ITEM_WORDS 20
-#define NXS_SCHEDULE_TILE_WORDS 8
-#define NXS_SCHEDULE_RUN_WORDS 12
+#define NXS_SCHEDULE_ITEM_WORDS 12
+#define NXS_SCHEDULE_RUN_WORDS 8
 #define NXS_SCHEDULE_MASK_WORDS 256
 #define NXS_SCHEDULE_TILE_ROWS 64
 #define NXS_SCHEDULE_CHUNK_KEYS 128
@@ -153,7 +151,7 @@ typedef struct nxs_scale_attention_params {
   int32_t heads, kv_heads, dim;     /* dim: a multiple of 8 up to 128 */
   int32_t items, splits;            /* items of all splits; splits >= 1 */
   int32_t pack;                     /* 1, or heads / kv_heads: rows of the schedule are (row, head within its group) */
-  int32_t groups;                   /* tiles of an item: 1, 2 or 3; 4 or 6 for a pair of thread blocks; 3 and 6 for dim <= 64 */
+  int32_t groups;                   /* tiles of an item: 1 or 2; for dim <= 64 also 3; beyond also 4, which a pair of blocks takes */
   int32_t section;                  /* heads (over the batch) whose items are taken before the next ones'; 0: all */
   int32_t length_count;
   int32_t schedule_head_words;

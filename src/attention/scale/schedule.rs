@@ -14,10 +14,7 @@ const RUN_WORDS: usize = ffi::NXS_SCHEDULE_RUN_WORDS as usize;
 const MASK_WORDS: usize = ffi::NXS_SCHEDULE_MASK_WORDS as usize;
 const TILE_ROWS: u32 = ffi::NXS_SCHEDULE_TILE_ROWS;
 const CHUNK: u32 = ffi::NXS_SCHEDULE_CHUNK_KEYS;
-const TILE_WORDS: usize = ffi::NXS_SCHEDULE_TILE_WORDS as usize;
-/// Of each block of a pair, in a run.
-const MASKS_OF_BLOCK: usize = 4;
-const MOST_GROUPS: usize = 6;
+const MOST_GROUPS: usize = 4;
 
 /// What a tile sees of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +55,7 @@ type Zone = (Range<u32>, Option<(u32, u32)>);
 /// How the rows are cut up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Cut {
-    /// Tiles of an item, shared by a pair of thread blocks if they are 4 or more.
+    /// Tiles of an item, 4 of them shared by a pair of thread blocks.
     pub(super) groups: u32,
     /// Parts that the keys of an item are split into.
     pub(super) splits: u32,
@@ -70,12 +67,6 @@ impl Cut {
     /// Thread blocks that share an item.
     pub(super) fn pair(&self) -> u32 {
         if self.groups < 4 { 1 } else { 2 }
-    }
-
-    /// The thread block of the pair that has tile `g`, and which of its tiles it is.
-    fn place(&self, g: usize) -> (usize, usize) {
-        let of_block = (self.groups / self.pair()) as usize;
-        (g / of_block, g % of_block)
     }
 }
 
@@ -107,7 +98,7 @@ impl Schedule {
         self.cut.splits
     }
 
-    /// Tiles of 64 rows in an item; 4 or more are shared by a pair of thread blocks.
+    /// Tiles of 64 rows in an item; 4 are shared by a pair of thread blocks.
     pub fn groups(&self) -> u32 {
         self.cut.groups
     }
@@ -419,16 +410,14 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
         let head = &mut words[i * ITEM_WORDS..][..ITEM_WORDS];
         head[..3].copy_from_slice(&[run_at as u32, item.runs.len() as u32, item.split]);
         for (g, tile) in item.tiles.iter().enumerate() {
-            let (block, g) = cut.place(g);
-            head[4 + TILE_WORDS * block + 2 * g..][..2].copy_from_slice(&[tile.first, tile.rows]);
+            head[4 + 2 * g..][..2].copy_from_slice(&[tile.first, tile.rows]);
         }
         for run in &item.runs {
             let (length, base) = run.length.map_or((0, 0), |(index, base)| (index + 1, base));
             let out = &mut words[run_at..][..RUN_WORDS];
             out[..4].copy_from_slice(&[run.first, run.keys, length, base]);
-            for (g, sight) in run.sights.into_iter().enumerate().take(cut.groups as usize) {
-                let (block, g) = cut.place(g);
-                out[4 + MASKS_OF_BLOCK * block + g] = match sight {
+            for (out, sight) in out[4..].iter_mut().zip(run.sights) {
+                *out = match sight {
                     Sight::All => ffi::NXS_MASK_NONE,
                     Sight::Nothing => ffi::NXS_MASK_HIDDEN,
                     Sight::Some(number) => (masks_at + number as usize * MASK_WORDS) as u32,
