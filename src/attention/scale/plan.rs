@@ -370,18 +370,23 @@ impl<T: Float> ScaleAttentionBuilder<T> {
 /// Cycles that the Hopper kernel takes for all works of a schedule: a model fitted to an H200.
 fn estimated_cycles(schedule: &Schedule, heads: u64, dim: u64, sms: u32) -> u64 {
     const MOST_SIMULATED: u64 = 1 << 14;
+    /// More, for a chunk with a mask.
+    const MASK: u64 = 600;
     // Of a block or a pair, for a work and for each chunk of it.
     let (work, chunk) = match (dim, schedule.groups()) {
-        (..=64, 1) => (2000, 1500),
-        (..=64, 2) => (2840, 2020),
-        (..=64, _) => (2430, 2510),
-        (_, 1) => (2500, 2190),
-        (_, 2) => (3300, 2600),
+        (..=64, 1) => (1830, 1570),
+        (..=64, 2) => (2560, 1960),
+        (..=64, _) => (3490, 2430),
+        (_, 1) => (2330, 2110),
+        (_, 2) => (4450, 2470),
         // A pair reads L2 half as much, which leaves power for a higher clock.
-        _ => (3700, 2480),
+        _ => (5490, 2420),
     };
     let sms = (sms / schedule.cut().pair()).max(1);
-    let costs: Vec<u64> = schedule.lengths().map(|length| work + chunk * u64::from(length)).collect();
+    let costs: Vec<u64> = schedule
+        .lengths()
+        .map(|(chunks, masked)| work + chunk * u64::from(chunks) + MASK * u64::from(masked))
+        .collect();
     let blocks = u64::from(sms);
     if costs.len() as u64 * heads > MOST_SIMULATED {
         return costs.iter().sum::<u64>() * heads / blocks + costs[0] / 2;

@@ -112,11 +112,15 @@ impl Schedule {
         self.cut
     }
 
-    /// Chunks of each item, longest first.
-    pub(super) fn lengths(&self) -> impl Iterator<Item = u32> + '_ {
-        self.words.chunks_exact(ITEM_WORDS).take(self.items as usize).map(|item| {
+    /// Chunks of each item, longest first, and how many of them a mask is needed for.
+    pub(super) fn lengths(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let masked = |run: &[u32]| run[4..].iter().any(|&word| word != ffi::NXS_MASK_NONE && word != ffi::NXS_MASK_HIDDEN);
+        self.words.chunks_exact(ITEM_WORDS).take(self.items as usize).map(move |item| {
             let runs = self.words[item[0] as usize..].chunks_exact(RUN_WORDS).take(item[1] as usize);
-            runs.map(|run| run[1].div_ceil(CHUNK)).sum()
+            runs.fold((0, 0), |(all, some), run| {
+                let chunks = run[1].div_ceil(CHUNK);
+                (all + chunks, if masked(run) { some + chunks } else { some })
+            })
         })
     }
 
