@@ -22,8 +22,10 @@ struct Header {
     item_words: usize,
     run_words: usize,
     mask_words: usize,
+    wide_mask_words: usize,
     tile_rows: usize,
     chunk_keys: usize,
+    wide_chunk_keys: usize,
     none: usize,
     hidden: usize,
 }
@@ -39,8 +41,10 @@ static HEADER: LazyLock<Header> = LazyLock::new(|| {
         item_words: number("SCHEDULE_ITEM_WORDS"),
         run_words: number("SCHEDULE_RUN_WORDS"),
         mask_words: number("SCHEDULE_MASK_WORDS"),
+        wide_mask_words: number("SCHEDULE_WIDE_MASK_WORDS"),
         tile_rows: number("SCHEDULE_TILE_ROWS"),
         chunk_keys: number("SCHEDULE_CHUNK_KEYS"),
+        wide_chunk_keys: number("SCHEDULE_WIDE_CHUNK_KEYS"),
         none: number("MASK_NONE"),
         hidden: number("MASK_HIDDEN"),
     }
@@ -86,8 +90,8 @@ struct Item {
 }
 
 impl Item {
-    fn chunks(&self) -> usize {
-        self.runs.iter().map(|run| run.keys.div_ceil(HEADER.chunk_keys)).sum()
+    fn chunks(&self, chunk_keys: usize) -> usize {
+        self.runs.iter().map(|run| run.keys.div_ceil(chunk_keys)).sum()
     }
 }
 
@@ -99,14 +103,20 @@ macro_rules! ensure {
     };
 }
 
-/// The word of a mask, and the bit in it, of which the header says that they are this row and key.
-fn place(row: usize, key: usize) -> (usize, usize) {
-    let thread = row / 16 * 32 + row % 8 * 4 + key % 8 / 2;
-    let element = key / 8 * 4 + row / 8 % 2 * 2 + key % 2;
-    (2 * thread + element / 32, element % 32)
-}
-
 impl Words {
+    /// Keys of a chunk and words of a mask: the header has others for items of four tiles.
+    fn sizes(&self) -> (usize, usize) {
+        let h = &*HEADER;
+        if self.groups == 4 { (h.wide_chunk_keys, h.wide_mask_words) } else { (h.chunk_keys, h.mask_words) }
+    }
+
+    /// The word of a mask, and the bit in it, of which the header says that they are this row and key.
+    fn place(&self, row: usize, key: usize) -> (usize, usize) {
+        let thread = row / 16 * 32 + row % 8 * 4 + key % 8 / 2;
+        let element = key / 8 * 4 + row / 8 % 2 * 2 + key % 2;
+        (self.sizes().1 / 128 * thread + element / 32, element % 32)
+    }
+
     fn of(schedule: &Schedule) -> Self {
         Words {
             words: schedule.words().to_vec(),
@@ -123,7 +133,8 @@ impl Words {
 
     /// Items and runs; what can be said of the words without knowing who sees whom.
     fn read(&self) -> Result<Vec<Item>, String> {
-        let Header { item_words, run_words, mask_words, none, hidden, .. } = *HEADER;
+        let Header { item_words, run_words, none, hidden, .. } = *HEADER;
+        let (_, mask_words) = self.sizes();
         let digest = if self.items > 0 { self.at(3)? } else { 1 };
         ensure!(digest != 0, "no digest");
         let mut items = Vec::new();
@@ -145,7 +156,7 @@ impl Words {
                     if word == hidden {
                         return Ok(Mask::Hidden);
                     }
-                    ensure!(word % 2 == 0, "mask at odd offset {word}");
+                    ensure!(word % 4 == 0, "mask at offset {word}, no multiple of 4");
                     ensure!(word >= self.items * item_words, "mask at {word} is among the items");
                     self.at(word + mask_words - 1)?;
                     Ok(Mask::Bits(word))
@@ -169,14 +180,15 @@ impl Words {
 
     /// Whether a mask lets a row of its tile see a key of its chunk.
     fn bit(&self, mask: usize, row: usize, key: usize) -> bool {
-        let (word, bit) = place(row, key);
+        let (word, bit) = self.place(row, key);
         self.words[mask + word] >> bit & 1 == 1
     }
 
     /// Everything the header promises, with these lengths: each visible pair of a row and a key once over the splits,
     /// and no other.
     fn check(&self, visibility: &Visibility, lengths: &[i32]) -> Result<(), String> {
-        let Header { tile_rows, chunk_keys, .. } = *HEADER;
+        let tile_rows = HEADER.tile_rows;
+        let (chunk_keys, _) = self.sizes();
         let (tokens, keys) = (visibility.query_count() as usize, visibility.key_count() as usize);
         let rows = tokens * self.pack;
         let items = self.read()?;
@@ -185,8 +197,8 @@ impl Words {
         let mut longest = usize::MAX;
         for (i, item) in items.iter().enumerate() {
             ensure!(item.split < self.splits, "item {i} is of split {}", item.split);
-            ensure!(item.chunks() <= longest, "item {i} is longer than the one before");
-            longest = item.chunks();
+            ensure!(item.chunks(chunk_keys) <= longest, "item {i} is longer than the one before");
+            longest = item.chunks(chunk_keys);
             for (g, tile) in item.tiles.iter().enumerate() {
                 ensure!(tile.rows <= tile_rows, "tile {g} of item {i} has {} rows", tile.rows);
                 ensure!(tile.first + tile.rows <= rows, "tile {g} of item {i} has rows that are none");
@@ -355,7 +367,7 @@ proptest! {
         let sound = words.check(visibility, lengths);
         prop_assert_eq!(sound, Ok(()));
         // What the plan says of itself.
-        let chunks: Vec<usize> = words.read().unwrap().iter().map(Item::chunks).collect();
+        let chunks: Vec<usize> = words.read().unwrap().iter().map(|item| item.chunks(words.sizes().0)).collect();
         prop_assert_eq!(plan.schedule().chunks(), chunks.iter().sum::<usize>() as u64);
         prop_assert_eq!(plan.schedule().longest() as usize, chunks.first().copied().unwrap_or(0));
     }
@@ -489,7 +501,7 @@ fn broken_schedules_are_noticed() {
                         broken("a mask beyond the end", &|words| words[at + 4 + g] = words.len() as u32 - 254);
                         // Any bit of a row and a key that are there.
                         for n in 0..6 {
-                            let (word, bit) = place(n * 37 % tile.rows, n * 53 % exist.min(128));
+                            let (word, bit) = sound.place(n * 37 % tile.rows, n * 53 % exist.min(128));
                             broken("a bit of a mask", &|words| words[mask + word] ^= 1 << bit);
                         }
                     }
@@ -503,10 +515,11 @@ fn broken_schedules_are_noticed() {
                 }
             }
         }
-        if i > 0 && items[i - 1].chunks() > item.chunks() {
+        let [before, here] = [i.saturating_sub(1), i].map(|i| items[i].chunks(sound.sizes().0));
+        if before > here {
             kinds[5] = true;
             broken("items in disorder", &|words| {
-                (0..12).for_each(|w| words.swap(i * item_words + w, (i - 1) * 12 + w))
+                (0..item_words).for_each(|w| words.swap(i * item_words + w, (i - 1) * item_words + w))
             });
         }
     }

@@ -15,14 +15,14 @@
 //            raised, and O rescaled, only when exponentials grow large: their sum tells, so that no maximum is taken. Then
 //            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all. A bound that the caller
 //            vouches for may stand in for the first maximum.
-// Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators. Of a
-//            chunk of up to 64 keys only half the exponentials are taken.
+// Masks      a chunk whose keys all rows see costs nothing; else a bit for each element of a thread, in the order of its accumulators. Of a
+//            chunk of up to half the keys only half the exponentials are taken.
 // Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: they are overwritten with
 //            zeroes before the consumers see them. K needs nothing, its logits are masked.
-// Shared     q: kSlots slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][128][128 B];
+// Shared     q: kSlots slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][kKeys][128 B];
 //            all with the 128-byte swizzle.
 // Bytes      q and out once; K and V once for each item and head, from L2 once a section's keys are there.
-// FLOPs      4 * kDim * 64 * 128 a tile and chunk.
+// FLOPs      4 * kDim * 64 * kKeys a tile and chunk.
 // Limits     dim <= kDim, a multiple of 8; sm_90a.
 #pragma once
 #include "attention/scale_rows.cuh"
@@ -43,7 +43,7 @@
 namespace nxs::attention {
 
 constexpr u32 kGroupThreads = 128;
-// Where no maximum is taken: of a thread's sum of 32 exponentials. None of them exceeds it then, nor what f16 can hold.
+// Where no maximum is taken: of a thread's sum of the exponentials of a row. None of them exceeds it then, nor what f16 can hold.
 constexpr float kMostSum = 4096.0f;
 // What the producer tells a consumer warpgroup of a chunk.
 struct ChunkInfo {
@@ -59,17 +59,20 @@ template <u32 kStages> NXS_DEVICE u32 parity_of(u32 n) { return n / kStages & 1;
 
 template <int kDim, int kGroups, int kPair> struct Sm90 {
   static constexpr u32 kBlocks = (kDim + 63) / 64;  // columns of 64 elements
+  // A wide chunk has more products to what a chunk costs besides; two slots of q are left beside it, so it is for long items.
+  static constexpr u32 kKeys = kPair > 1 ? NXS_SCHEDULE_WIDE_CHUNK_KEYS : kChunk;
+  static constexpr u32 kMaskWords = (kPair > 1 ? NXS_SCHEDULE_WIDE_MASK_WORDS : NXS_SCHEDULE_MASK_WORDS) / kGroupThreads;
   static constexpr u32 kStages = kDim == 64 ? 4 : 2;  // of K, and of V
   static constexpr u32 kTileBytes = kBlocks * kTileRows * 128;  // q of one group
   static constexpr u32 kSlotBytes = kGroups * kTileBytes;
-  static constexpr u32 kChunkBytes = kBlocks * kChunk * 128;  // K or V of one chunk
+  static constexpr u32 kChunkBytes = kBlocks * kKeys * 128;  // K or V of one chunk
   static constexpr u32 kThreads = kGroupThreads * (kGroups + 1);
   static constexpr bool kTurns = kGroups > 1;
   // Whether plain chunks have a loop of their own: measured, ptxas makes better code for two narrow tiles without.
   static constexpr bool kTight = kDim > 64 || kGroups != 2;
   static_assert(kPair == 1 || (kPair == 2 && kGroups == 2));  // an item has at most four tiles
 
-  static constexpr u32 kSlots = 3;
+  static constexpr u32 kSlots = kPair > 1 ? 2 : 3;
   static constexpr u32 kQ = 0, kK = kQ + kSlots * kSlotBytes, kV = kK + kStages * kChunkBytes,
                        kInfo = kV + kStages * kChunkBytes,
                        kHeader = (kInfo + kStages * kGroups * sizeof(ChunkInfo) + 15) / 16 * 16,
@@ -106,8 +109,8 @@ template <int kPair> NXS_DEVICE u32 rank_in_pair() { return kPair > 1 ? cluster_
 // ---- producer
 
 // V of this chunk has rows that belong to others and lie within the tensor; what lies beyond it comes as zero.
-NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
-  return keys < kChunk && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
+template <u32 kChunkKeys> NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
+  return keys < kChunkKeys && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
 }
 // Warp 0: K and V.
 template <int kDim, int kGroups, int kPair>
@@ -115,11 +118,11 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
   using C = Sm90<kDim, kGroups, kPair>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p), rank = rank_in_pair<kPair>();
   // Of a pair each block loads its share of the rows, for both.
-  constexpr u32 kShare = kChunk / kPair;
+  constexpr u32 kShare = C::kKeys / kPair;
   const auto load = [&](u32 to, const TensorMap* map, u32 barrier, u32 key, i32 kv_head, i32 batch) {
 #pragma unroll
     for (u32 block = 0; block < C::kBlocks; ++block) {
-      const u32 at = to + (block * kChunk + rank * kShare) * 128;
+      const u32 at = to + (block * C::kKeys + rank * kShare) * 128;
       const i32 from[4] = {static_cast<i32>(block * 64), static_cast<i32>(key + rank * kShare), kv_head, batch};
       if constexpr (kPair == 1)
         tensor_load(at, map, barrier, from);
@@ -139,8 +142,8 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
     const i32 kv_head = static_cast<i32>(kv_head_of(p, work));
     const i32 batch_k = p.k_stride_batch ? static_cast<i32>(work.batch) : 0,
               batch_v = p.v_stride_batch ? static_cast<i32>(work.batch) : 0;
-    KeyWalk<kChunk>::Of of;
-    KeyWalk<kChunk> walk(p, work, of);
+    typename KeyWalk<C::kKeys>::Of of;
+    KeyWalk<C::kKeys> walk(p, work, of);
     u32 coming = walk.next(p, of);
     bool nothing = coming == 0;  // a work without keys still has one chunk, hidden from all
     while (coming > 0 || nothing) {
@@ -168,7 +171,7 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
           load(shared + C::kK + stage * C::kChunkBytes, map_k, k_full, key, kv_head, batch_k);
         }
       }
-      const bool tail = !nothing && has_tail(p, key, keys);
+      const bool tail = !nothing && has_tail<C::kKeys>(p, key, keys);
       wait_empty(shared + C::kVEmpty + 8 * stage, parity);
       if (lane == 0) {
         if (nothing) {
@@ -196,18 +199,18 @@ template <int kDim, int kGroups, int kPair> NXS_DEVICE void clean_tails(const Sc
     const u32 index = nth_work<kPair>(n);
     if (index >= works) break;
     const Work work = work_at(p, index);
-    KeyWalk<kChunk>::Of of;
-    KeyWalk<kChunk> walk(p, work, of);
+    typename KeyWalk<C::kKeys>::Of of;
+    KeyWalk<C::kKeys> walk(p, work, of);
     const u32 before = chunk;
     for (u32 keys; (keys = walk.next(p, of)) > 0; ++chunk) {
       const u32 stage = stage_of<C::kStages>(chunk);
-      if (!has_tail(p, walk.first_key(), keys)) continue;
+      if (!has_tail<C::kKeys>(p, walk.first_key(), keys)) continue;
       mbarrier_wait(shared + C::kTail + 8 * stage, parities >> stage & 1);
       parities ^= 1u << stage;
       const u32 tile = shared + C::kV + stage * C::kChunkBytes;
-      for (u32 i = keys * 8 + lane; i < kChunk * 8; i += kWarpSize)
+      for (u32 i = keys * 8 + lane; i < C::kKeys * 8; i += kWarpSize)
 #pragma unroll
-        for (u32 block = 0; block < C::kBlocks; ++block) store_shared(tile + block * kChunk * 128 + i * 16, Vec<u32, 4>{});
+        for (u32 block = 0; block < C::kBlocks; ++block) store_shared(tile + block * C::kKeys * 128 + i * 16, Vec<u32, 4>{});
       fence_async_shared();
       warp_sync();
       if (lane == 0) mbarrier_arrive(shared + C::kVFull + 8 * stage);
@@ -342,8 +345,8 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
   u64 q_operand;         // q of the work at hand
 
   float o[kDim / 2];
-  float s[kChunk / 2];
-  u32 prob[kChunk / 16][4];            // P, as the A operand of P V
+  float s[C::kKeys / 2];
+  u32 prob[C::kKeys / 16][4];            // P, as the A operand of P V
   float reference[2], sum[2], grow[2];  // of the thread's two rows: base-2 reference, sum, factor of the last rescale
 
   NXS_DEVICE Consumer(const ScaleKernelParams& p_, u32 shared_, u32 group_)
@@ -416,7 +419,7 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
 #pragma unroll
     for (u32 i = 0; i < kDim / 16; ++i) {
       const u32 block = i / 4, within = i % 4 * 32;
-      multiply<T, kChunk, Major::kK>(s, advanced(q_operand, block * kTileRows * 128 + within), advanced(b, block * kChunk * 128 + within),
+      multiply<T, C::kKeys, Major::kK>(s, advanced(q_operand, block * kTileRows * 128 + within), advanced(b, block * C::kKeys * 128 + within),
                                      i != 0);
     }
     wgmma_commit();
@@ -424,34 +427,34 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
   // O += P V
   NXS_DEVICE void start_sum() {
     wait_values();
-    const u64 b = matrix_descriptor(shared + C::kV + stage_of<C::kStages>(chunk - 1) * C::kChunkBytes, kChunk * 128, 1024, Swizzle::k128);
+    const u64 b = matrix_descriptor(shared + C::kV + stage_of<C::kStages>(chunk - 1) * C::kChunkBytes, C::kKeys * 128, 1024, Swizzle::k128);
     wgmma_fence();
 #pragma unroll
-    for (u32 i = 0; i < kChunk / 16; ++i) multiply<T, kDim, Major::kMN>(o, prob[i], advanced(b, i * 2048), true);
+    for (u32 i = 0; i < C::kKeys / 16; ++i) multiply<T, kDim, Major::kMN>(o, prob[i], advanced(b, i * 2048), true);
     wgmma_commit();
   }
 
   // Logits that are not to be seen become -inf.
-  NXS_DEVICE void mask_logits(bool half, u64 bits) {
+  NXS_DEVICE void mask_logits(bool half, const Vec<u32, C::kMaskWords>& bits) {
     if (info.mask != 0) {
-      const auto mask = [&](u32 first, u32 word) {
+      const auto mask = [&](u32 first) {
 #pragma unroll
-        for (u32 j = 0; j < kChunk / 4; ++j)
-          if (!(word & 1u << j)) s[first + j] = kNothing;
+        for (u32 i = first; i < first + C::kKeys / 4; ++i)
+          if (!(bits.data[i / 32] & 1u << i % 32)) s[i] = kNothing;
       };
-      mask(0, static_cast<u32>(bits));
-      if (!half) mask(kChunk / 4, static_cast<u32>(bits >> 32));
+      mask(0);
+      if (!half) mask(C::kKeys / 4);
     }
     const i32 left = static_cast<i32>(info.keys & 0xffff) - static_cast<i32>(2 * (lane % 4));
     const auto mask = [&](u32 first) {
 #pragma unroll
-      for (u32 j = 0; j < kChunk / 4; ++j)
+      for (u32 j = 0; j < C::kKeys / 4; ++j)
         if (left <= static_cast<i32>(8 * ((first + j) / 4) + j % 2)) s[first + j] = kNothing;
     };
     if (half)
       mask(0);
     else
-      mask(kChunk / 4);  // more than 64 are left
+      mask(C::kKeys / 4);  // more than half are left
   }
 
   // The maximum of each row decides of its reference; `forced` rows take it even if it grew little.
@@ -459,14 +462,14 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
     float most[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
     const auto look = [&](u32 first) {
 #pragma unroll
-      for (u32 j = 0; j < kChunk / 4; j += 4)
+      for (u32 j = 0; j < C::kKeys / 4; j += 4)
 #pragma unroll
         for (u32 r = 0; r < 2; ++r)
 #pragma unroll
           for (u32 e = 0; e < 2; ++e) most[r][e] = fmaxf(most[r][e], s[first + j + 2 * r + e]);
     };
     look(0);
-    if (!half) look(kChunk / 4);
+    if (!half) look(C::kKeys / 4);
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
       float all = fmaxf(most[r][0], most[r][1]);
@@ -495,8 +498,8 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
   }
   NXS_DEVICE void exponentiate(bool half, float (&add)[2]) {
     float part[2][2] = {};
-    exponentiate(0, kChunk / 4, part);
-    if (!half) exponentiate(kChunk / 4, kChunk / 4, part);
+    exponentiate(0, C::kKeys / 4, part);
+    if (!half) exponentiate(C::kKeys / 4, C::kKeys / 4, part);
     add[0] = part[0][0] + part[0][1];
     add[1] = part[1][0] + part[1][1];
   }
@@ -505,15 +508,15 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
     const u32 q = q_tile(slot()) + (warp * 16 + lane % 16) * 128 + lane / 16 * 16;
     const u32 keys = shared + C::kK + stage() * C::kChunkBytes + (lane % 8 + lane / 16 * 8) * 128 + lane / 8 % 2 * 16;
 #pragma unroll
-    for (u32 i = 0; i < kChunk / 2; ++i) s[i] = 0;
+    for (u32 i = 0; i < C::kKeys / 2; ++i) s[i] = 0;
 #pragma unroll
     for (u32 step = 0; step < kDim / 16; ++step) {
       u32 a[4];
       load_matrix(a, swizzled(q + step / 4 * (kTileRows * 128) + step % 4 * 32, Swizzle::k128));
 #pragma unroll
-      for (u32 n = 0; n < kChunk / 16; ++n) {
+      for (u32 n = 0; n < C::kKeys / 16; ++n) {
         u32 b[4];
-        load_matrix(b, swizzled(keys + step / 4 * (kChunk * 128) + step % 4 * 32 + n * 16 * 128, Swizzle::k128));
+        load_matrix(b, swizzled(keys + step / 4 * (C::kKeys * 128) + step % 4 * 32 + n * 16 * 128, Swizzle::k128));
         multiply_again(reinterpret_cast<float(&)[4]>(s[8 * n]), a, b[0], b[1]);
         multiply_again(reinterpret_cast<float(&)[4]>(s[8 * n + 4]), a, b[2], b[3]);
       }
@@ -535,7 +538,7 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
       raised = warp_any(grow[0] != 1.0f || grow[1] != 1.0f);
     }
     float part[2][2] = {};
-    exponentiate(0, kChunk / 4, part);
+    exponentiate(0, C::kKeys / 4, part);
     // With three groups a look at the sums keeps ptxas from taking these exponentials behind the wait.
     bool large = false;
     if constexpr (kGroups == 3) large = warp_any(fmaxf(part[0][0], part[1][0]) > kMostSum);
@@ -545,8 +548,8 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
     keep_registers(s);  // so that nothing is written to P before
     release_stage(v_empty(chunk - 1));
     round_half(0);
-    exponentiate(kChunk / 4, kChunk / 4, part);
-    round_half(kChunk / 8);
+    exponentiate(C::kKeys / 4, C::kKeys / 4, part);
+    round_half(C::kKeys / 8);
     float add[2] = {part[0][0] + part[0][1], part[1][0] + part[1][1]};
     bool over[2] = {add[0] > kMostSum, add[1] > kMostSum};
     if (__builtin_expect(before && (large || warp_any(over[0] || over[1])), 0)) {
@@ -564,7 +567,7 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
     return raised;
   }
   // Masks the logits of any chunk, and lets their maximum, or a bound, decide of the reference.
-  NXS_DEVICE void set_reference(bool starts, bool half, u64 bits) {
+  NXS_DEVICE void set_reference(bool starts, bool half, const Vec<u32, C::kMaskWords>& bits) {
     if (!plain()) mask_logits(half, bits);
     if (starts && p.logit_bound > 0) {
 #pragma unroll
@@ -581,23 +584,24 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
   }
   NXS_DEVICE void round_half(u32 first) {
 #pragma unroll
-    for (u32 i = first; i < first + kChunk / 8; ++i) prob[i / 4][i % 4] = round_pair<T>(s[2 * i], s[2 * i + 1]);
+    for (u32 i = first; i < first + C::kKeys / 8; ++i) prob[i / 4][i % 4] = round_pair<T>(s[2 * i], s[2 * i + 1]);
   }
   NXS_DEVICE void round_probabilities(bool half) {
     round_half(0);
     if (half)
 #pragma unroll
-      for (u32 i = kChunk / 8; i < kChunk / 4; ++i) prob[i / 4][i % 4] = 0;
+      for (u32 i = C::kKeys / 8; i < C::kKeys / 4; ++i) prob[i / 4][i % 4] = 0;
     else
-      round_half(kChunk / 8);
+      round_half(C::kKeys / 8);
   }
 
   // Logits and exponentials of the chunk at hand, beside the P V that is owed; this chunk's P V is owed then.
   NXS_DEVICE void take_chunk(bool starts) {
-    const bool half = (info.keys & 0xffff) <= kChunk / 2;
-    u64 bits = 0;
+    const bool half = (info.keys & 0xffff) <= C::kKeys / 2;
+    Vec<u32, C::kMaskWords> bits{};
     if (info.mask != 0)
-      bits = load_global_nc(reinterpret_cast<const u64*>(p.schedule + info.mask) + thread_index() % kGroupThreads);
+      bits = load_global_nc(reinterpret_cast<const Vec<u32, C::kMaskWords>*>(p.schedule + info.mask) +
+                            thread_index() % kGroupThreads);
     turn_begin();
     start_logits();
     if (owed) {
@@ -651,7 +655,7 @@ template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
       wait_chunk();
     if (__builtin_expect(raised, 0)) rescale();
   }
-  NXS_DEVICE bool plain() const { return info.mask == 0 && (info.keys & 0x1ffff) == kChunk; }
+  NXS_DEVICE bool plain() const { return info.mask == 0 && (info.keys & 0x1ffff) == C::kKeys; }
   // The P V that is owed to the work in `of_slot`, without another chunk beside it.
   NXS_DEVICE void pay(u32 of_slot) {
     if (!owed) return;
@@ -801,7 +805,7 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups, kPair>::kThreads, 1)
     block_sync();
   }
   if (t < kGroupThreads) {
-    if constexpr (kGroups == 2) lower_registers<56>();
+    if constexpr (kGroups == 2) lower_registers<kPair == 1 ? 56 : 48>();
     if constexpr (kGroups == 3) lower_registers<32>();
     if (t < kWarpSize)
       stream_chunks<kDim, kGroups, kPair>(p, &map_k, &map_v, shared);
@@ -812,7 +816,7 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups, kPair>::kThreads, 1)
     else
       write_results<T, kDim, kGroups, kPair>(p, &map_out, shared);
   } else {
-    if constexpr (kGroups == 2) raise_registers<224>();
+    if constexpr (kGroups == 2) raise_registers<kPair == 1 ? 224 : 232>();
     if constexpr (kGroups == 3) raise_registers<160>();
     Consumer<T, kDim, kGroups, kPair>(p, shared, t / kGroupThreads - 1).run();
   }
@@ -832,8 +836,8 @@ template <typename T, int kDim, int kGroups, int kPair> nxs_status scale_attenti
     u32 box_rows;
   } views[4] = {
       {p.q, p.q_stride_row, p.q_stride_head, p.q_stride_batch, p.q_rows, p.heads, kTileRows},
-      {p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch, p.kv_rows, p.kv_heads, kChunk / kPair},
-      {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch, p.kv_rows, p.kv_heads, kChunk / kPair},
+      {p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch, p.kv_rows, p.kv_heads, C::kKeys / kPair},
+      {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch, p.kv_rows, p.kv_heads, C::kKeys / kPair},
       {p.out, p.out_stride_row, p.out_stride_head, p.out_stride_batch, p.rows, p.heads, 8},
   };
   for (int i = 0; i < 4; ++i) {

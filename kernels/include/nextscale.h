@@ -104,25 +104,27 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
  *
  * The schedule is made by the caller (nextscale's Rust plans make it) and lies in device memory as 32-bit words. An item
  * is a block of query rows that read the same keys: `groups` tiles of up to 64 rows. The keys come in runs, and a run in
- * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
- * the first. Offsets count words from the start of the schedule.
+ * chunks of 128 keys (160 where groups are 4) from its start on, the last one shorter; runs are taken as listed, chunks of a
+ * run from the last to the first. Offsets count words from the start of the schedule.
  *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
  *     0 offset of the first run, a multiple of 4   1 runs   2 split   3 digest: the params' value, or the item is not taken
  *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
  *   run, NXS_SCHEDULE_RUN_WORDS words:
  *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from
  *     4 + g: mask of tile g: NXS_MASK_NONE, all keys of the run are visible; NXS_MASK_HIDDEN, none is: only before the
- *     first run of which the tile sees something, or after the last one; else the offset, even, of a mask of 256 words that
+ *     first run of which the tile sees something, or after the last one; else the offset, a multiple of 4, of a mask that
  *     holds for every chunk of the run
- *   mask: two words for each of 128 threads, element i of thread t being bit i % 32 of word 2 t + i / 32: row
- *     16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
+ *   mask: w = 2 words (4 where groups are 4) for each of 128 threads, element i of thread t being bit i % 32 of word
+ *     w t + i / 32: row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
  * Each row belongs to one tile of each split.
  */
 #define NXS_SCHEDULE_ITEM_WORDS 12
 #define NXS_SCHEDULE_RUN_WORDS 8
 #define NXS_SCHEDULE_MASK_WORDS 256
+#define NXS_SCHEDULE_WIDE_MASK_WORDS 512
 #define NXS_SCHEDULE_TILE_ROWS 64
 #define NXS_SCHEDULE_CHUNK_KEYS 128
+#define NXS_SCHEDULE_WIDE_CHUNK_KEYS 160
 #define NXS_MASK_NONE 0u
 #define NXS_MASK_HIDDEN 1u
 
