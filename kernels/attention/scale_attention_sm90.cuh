@@ -119,11 +119,12 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
   const u32 lane = thread_index() % kWarpSize, works = all_works(p), rank = rank_in_pair<kPair>();
   // Of a pair each block loads its share of the rows, for both.
   constexpr u32 kShare = C::kKeys / kPair;
-  const auto load = [&](u32 to, const TensorMap* map, u32 barrier, u32 key, i32 kv_head, i32 batch) {
+  const auto load = [&](u32 to, const TensorMap* map, u32 barrier, u32 key, u32 kv_head, u32 batch) {
 #pragma unroll
     for (u32 block = 0; block < C::kBlocks; ++block) {
       const u32 at = to + (block * C::kKeys + rank * kShare) * 128;
-      const i32 from[4] = {static_cast<i32>(block * 64), static_cast<i32>(key + rank * kShare), kv_head, batch};
+      const i32 from[4] = {static_cast<i32>(block * 64), static_cast<i32>(key + rank * kShare), static_cast<i32>(kv_head),
+                           static_cast<i32>(batch)};
       if constexpr (kPair == 1)
         tensor_load(at, map, barrier, from);
       else
@@ -138,37 +139,35 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
   for (u32 n = 0;; ++n) {
     const u32 index = nth_work<kPair>(n);
     if (index >= works) break;
-    const Work work = work_at(p, index);
-    const i32 kv_head = static_cast<i32>(kv_head_of(p, work));
-    const i32 batch_k = p.k_stride_batch ? static_cast<i32>(work.batch) : 0,
-              batch_v = p.v_stride_batch ? static_cast<i32>(work.batch) : 0;
     typename KeyWalk<C::kKeys>::Of of;
-    KeyWalk<C::kKeys> walk(p, work, of);
+    KeyWalk<C::kKeys> walk(p, work_at(p, index), of);
     u32 coming = walk.next(p, of);
     bool nothing = coming == 0;  // a work without keys still has one chunk, hidden from all
     while (coming > 0 || nothing) {
       const u32 stage = stage_of<C::kStages>(chunk), parity = parity_of<C::kStages>(chunk) ^ 1;
       const u32 k_full = shared + C::kKFull + 8 * stage, v_full = shared + C::kVFull + 8 * stage;
       const u32 key = walk.first_key(), keys = coming;
-      const Vec<u32, 4> mask = nothing ? Vec<u32, 4>{} : walk.masks(p);
+      const Vec<u32, 4> masks = nothing ? Vec<u32, 4>{} : walk.masks(p);
+      u32 mask[kGroups];
+#pragma unroll
+      for (u32 g = 0; g < kGroups; ++g) mask[g] = rank == 0 ? masks.data[g] : masks.data[(kGroups + g) % 4];
       coming = walk.next(p, of);
 
       wait_empty(shared + C::kKEmpty + 8 * stage, parity);
       if (lane == 0) {
 #pragma unroll
         for (u32 g = 0; g < kGroups; ++g) {
-          const u32 of_group = rank == 0 ? mask.data[g] : mask.data[(kGroups + g) % 4];
-          const bool hidden = nothing || of_group == NXS_MASK_HIDDEN;
+          const bool hidden = nothing || mask[g] == NXS_MASK_HIDDEN;
           ChunkInfo info;
           info.keys = keys | (hidden ? kChunkHidden : 0) | (coming > 0 ? 0 : kChunkLast);
-          info.mask = hidden ? 0 : of_group;
+          info.mask = hidden ? 0 : mask[g];
           store_shared(shared + C::kInfo + (stage * kGroups + g) * static_cast<u32>(sizeof(ChunkInfo)), info);
         }
         if (nothing) {
           mbarrier_arrive(k_full);
         } else {
           mbarrier_arrive_expect(k_full, C::kChunkBytes);
-          load(shared + C::kK + stage * C::kChunkBytes, map_k, k_full, key, kv_head, batch_k);
+          load(shared + C::kK + stage * C::kChunkBytes, map_k, k_full, key, of.kv_head, p.k_stride_batch ? of.batch : 0);
         }
       }
       const bool tail = !nothing && has_tail<C::kKeys>(p, key, keys);
@@ -179,7 +178,7 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
         } else {
           const u32 loaded = tail ? shared + C::kTail + 8 * stage : v_full;
           mbarrier_arrive_expect(loaded, C::kChunkBytes);
-          load(shared + C::kV + stage * C::kChunkBytes, map_v, loaded, key, kv_head, batch_v);
+          load(shared + C::kV + stage * C::kChunkBytes, map_v, loaded, key, of.kv_head, p.v_stride_batch ? of.batch : 0);
           if (tail) mbarrier_arrive(v_full);
         }
       }
@@ -805,7 +804,7 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups, kPair>::kThreads, 1)
     block_sync();
   }
   if (t < kGroupThreads) {
-    if constexpr (kGroups == 2) lower_registers<kPair == 1 ? 56 : 48>();
+    if constexpr (kGroups == 2) lower_registers<kPair == 1 ? 56 : 40>();
     if constexpr (kGroups == 3) lower_registers<32>();
     if (t < kWarpSize)
       stream_chunks<kDim, kGroups, kPair>(p, &map_k, &map_v, shared);

@@ -379,8 +379,8 @@ fn estimated_cycles(schedule: &Schedule, heads: u64, dim: u64, sms: u32) -> u64 
         (..=64, _) => (3490, 2430),
         (_, 1) => (2330, 2110),
         (_, 2) => (4450, 2470),
-        // A pair reads L2 half as much, which leaves power for a higher clock.
-        _ => (5490, 2420),
+        // For 160 keys. A pair reads L2 half as much, which leaves power for a higher clock.
+        _ => (6900, 2880),
     };
     let sms = (sms / schedule.cut().pair()).max(1);
     let costs: Vec<u64> = schedule
