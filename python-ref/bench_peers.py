@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_quantization import RvqEncode
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
@@ -306,6 +307,7 @@ class AttentionPrepare(Expressions):
 
 OPS = {
     "rvq_decode": RvqDecode,
+    "rvq_encode": RvqEncode,
     "scale_attention": ScaleAttention,
     "attention_merge": AttentionMerge,
     "attention_prepare": AttentionPrepare,
@@ -341,7 +343,12 @@ def check_one(out, want, tolerance):
 def poison(like):
     """Memory that a call may get for its output holds NaN afterwards."""
     for tensor in tensors(like):
-        torch.full_like(tensor, float("nan"))
+        torch.full_like(tensor, nothing(tensor))
+
+
+def nothing(tensor):
+    """What no result is."""
+    return float("nan") if tensor.is_floating_point() else -1
 
 
 def milliseconds(work):
@@ -376,7 +383,7 @@ def time_graph(call, verify):
         for _ in range(calls):
             out = call()
     for tensor in tensors(out):
-        tensor.fill_(float("nan"))
+        tensor.fill_(nothing(tensor))
     graph.replay()
     verify(out)
     torch.cuda.synchronize()

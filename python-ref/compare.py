@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compare_attention import scale_attention
+from compare_quantization import rvq_encode
 from nextscale_ref import attention, philox, rvq
 
 DTYPES = {
@@ -326,6 +327,7 @@ def philox_fill(program, number, rng):
 
 OPS = {
     "rvq_decode": rvq_decode,
+    "rvq_encode": rvq_encode,
     "scale_attention": scale_attention,
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,

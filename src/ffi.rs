@@ -24,6 +24,8 @@ pub const NXS_I64: u32 = 9;
 pub const NXS_FLAG_CODE_CLAMPED: u32 = 1;
 pub const NXS_FLAG_APPEND_SKIPPED: u32 = 2;
 pub const NXS_FLAG_POSITION_CLAMPED: u32 = 4;
+pub const NXS_FLAG_CODEBOOK_NOT_FINITE: u32 = 8;
+pub const NXS_FLAG_ROW_NOT_FINITE: u32 = 16;
 pub const NXS_SCHEDULE_ITEM_WORDS: u32 = 12;
 pub const NXS_SCHEDULE_RUN_WORDS: u32 = 8;
 pub const NXS_SCHEDULE_MASK_WORDS: u32 = 256;
@@ -39,6 +41,13 @@ pub const NXS_NORM_RMS: u32 = 2;
 pub const NXS_ROPE_NONE: u32 = 0;
 pub const NXS_ROPE_INTERLEAVED: u32 = 1;
 pub const NXS_ROPE_HALF: u32 = 2;
+pub const NXS_METRIC_L2: u32 = 0;
+pub const NXS_METRIC_COSINE_RAW: u32 = 1;
+pub const NXS_METRIC_COSINE_UNIT: u32 = 2;
+pub const NXS_RVQ_ENCODE_SM80: u32 = 0;
+pub const NXS_RVQ_ENCODE_SM90: u32 = 1;
+pub const NXS_RVQ_ENCODE_STREAM: u32 = 2;
+pub const NXS_RVQ_ENCODE_PROJECTED: u32 = 3;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -611,6 +620,219 @@ impl Default for nxs_rvq_decode_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_codebook {
+    pub prepared: *mut ::core::ffi::c_void,
+    pub values_at: i64,
+    pub search_at: i64,
+    pub operand_at: i64,
+    pub bytes: i64,
+    pub entries: i64,
+    pub levels: i32,
+    pub dim: i32,
+    pub padded_dim: i32,
+    pub operand_dim: i32,
+    pub pieces: i32,
+    pub metric: i32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_codebook"][::core::mem::size_of::<nxs_codebook>() - 80usize];
+    ["Alignment of nxs_codebook"][::core::mem::align_of::<nxs_codebook>() - 8usize];
+    ["Offset of field: nxs_codebook::prepared"][::core::mem::offset_of!(nxs_codebook, prepared) - 0usize];
+    ["Offset of field: nxs_codebook::values_at"][::core::mem::offset_of!(nxs_codebook, values_at) - 8usize];
+    ["Offset of field: nxs_codebook::search_at"][::core::mem::offset_of!(nxs_codebook, search_at) - 16usize];
+    ["Offset of field: nxs_codebook::operand_at"][::core::mem::offset_of!(nxs_codebook, operand_at) - 24usize];
+    ["Offset of field: nxs_codebook::bytes"][::core::mem::offset_of!(nxs_codebook, bytes) - 32usize];
+    ["Offset of field: nxs_codebook::entries"][::core::mem::offset_of!(nxs_codebook, entries) - 40usize];
+    ["Offset of field: nxs_codebook::levels"][::core::mem::offset_of!(nxs_codebook, levels) - 48usize];
+    ["Offset of field: nxs_codebook::dim"][::core::mem::offset_of!(nxs_codebook, dim) - 52usize];
+    ["Offset of field: nxs_codebook::padded_dim"][::core::mem::offset_of!(nxs_codebook, padded_dim) - 56usize];
+    ["Offset of field: nxs_codebook::operand_dim"][::core::mem::offset_of!(nxs_codebook, operand_dim) - 60usize];
+    ["Offset of field: nxs_codebook::pieces"][::core::mem::offset_of!(nxs_codebook, pieces) - 64usize];
+    ["Offset of field: nxs_codebook::metric"][::core::mem::offset_of!(nxs_codebook, metric) - 68usize];
+    ["Offset of field: nxs_codebook::eps"][::core::mem::offset_of!(nxs_codebook, eps) - 72usize];
+};
+impl Default for nxs_codebook {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_codebook_prepare_params {
+    pub codebook: nxs_codebook,
+    pub rows: *const ::core::ffi::c_void,
+    pub usage_or_null: *const f32,
+    pub flags_or_null: *mut u32,
+    pub rows_stride_level: i64,
+    pub rows_stride_entry: i64,
+    pub usage_stride_level: i64,
+    pub usage_eps: f32,
+    pub rows_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_codebook_prepare_params"][::core::mem::size_of::<nxs_codebook_prepare_params>() - 136usize];
+    ["Alignment of nxs_codebook_prepare_params"][::core::mem::align_of::<nxs_codebook_prepare_params>() - 8usize];
+    ["Offset of field: nxs_codebook_prepare_params::codebook"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, codebook) - 0usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows) - 80usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_or_null"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_or_null) - 88usize];
+    ["Offset of field: nxs_codebook_prepare_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, flags_or_null) - 96usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_stride_level"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_stride_level) - 104usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_stride_entry"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_stride_entry) - 112usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_stride_level"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_stride_level) - 120usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_eps"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_eps) - 128usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_dtype"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_dtype) - 132usize];
+};
+impl Default for nxs_codebook_prepare_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_rvq_encode_params {
+    pub codebook: nxs_codebook,
+    pub input: *const ::core::ffi::c_void,
+    pub codes: *mut ::core::ffi::c_void,
+    pub quantized_or_null: *mut ::core::ffi::c_void,
+    pub residual_or_null: *mut ::core::ffi::c_void,
+    pub distances_or_null: *mut f32,
+    pub histogram_or_null: *mut u32,
+    pub flags_or_null: *mut u32,
+    pub in_weight_or_null: *const f32,
+    pub in_bias_or_null: *const f32,
+    pub out_weight_or_null: *const f32,
+    pub out_bias_or_null: *const f32,
+    pub input_stride_batch: i64,
+    pub input_stride_row: i64,
+    pub input_stride_dim: i64,
+    pub codes_stride_batch: i64,
+    pub codes_stride_level: i64,
+    pub codes_stride_row: i64,
+    pub quantized_stride_batch: i64,
+    pub quantized_stride_row: i64,
+    pub quantized_stride_dim: i64,
+    pub residual_stride_batch: i64,
+    pub residual_stride_row: i64,
+    pub residual_stride_dim: i64,
+    pub distances_stride_batch: i64,
+    pub distances_stride_level: i64,
+    pub distances_stride_row: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub levels: i32,
+    pub latent: i32,
+    pub dtype: nxs_dtype,
+    pub codes_dtype: nxs_dtype,
+    pub variant: i32,
+    pub tile_rows: i32,
+    pub stages: i32,
+    pub cluster: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_rvq_encode_params"][::core::mem::size_of::<nxs_rvq_encode_params>() - 336usize];
+    ["Alignment of nxs_rvq_encode_params"][::core::mem::align_of::<nxs_rvq_encode_params>() - 8usize];
+    ["Offset of field: nxs_rvq_encode_params::codebook"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codebook) - 0usize];
+    ["Offset of field: nxs_rvq_encode_params::input"][::core::mem::offset_of!(nxs_rvq_encode_params, input) - 80usize];
+    ["Offset of field: nxs_rvq_encode_params::codes"][::core::mem::offset_of!(nxs_rvq_encode_params, codes) - 88usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_or_null) - 96usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_or_null) - 104usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_or_null) - 112usize];
+    ["Offset of field: nxs_rvq_encode_params::histogram_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, histogram_or_null) - 120usize];
+    ["Offset of field: nxs_rvq_encode_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, flags_or_null) - 128usize];
+    ["Offset of field: nxs_rvq_encode_params::in_weight_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, in_weight_or_null) - 136usize];
+    ["Offset of field: nxs_rvq_encode_params::in_bias_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, in_bias_or_null) - 144usize];
+    ["Offset of field: nxs_rvq_encode_params::out_weight_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, out_weight_or_null) - 152usize];
+    ["Offset of field: nxs_rvq_encode_params::out_bias_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, out_bias_or_null) - 160usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_batch) - 168usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_row) - 176usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_dim) - 184usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_batch) - 192usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_level) - 200usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_row) - 208usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_batch) - 216usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_row) - 224usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_dim) - 232usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_batch) - 240usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_row) - 248usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_dim) - 256usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_batch) - 264usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_level) - 272usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_row) - 280usize];
+    ["Offset of field: nxs_rvq_encode_params::batch"][::core::mem::offset_of!(nxs_rvq_encode_params, batch) - 288usize];
+    ["Offset of field: nxs_rvq_encode_params::rows"][::core::mem::offset_of!(nxs_rvq_encode_params, rows) - 296usize];
+    ["Offset of field: nxs_rvq_encode_params::levels"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, levels) - 304usize];
+    ["Offset of field: nxs_rvq_encode_params::latent"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, latent) - 308usize];
+    ["Offset of field: nxs_rvq_encode_params::dtype"][::core::mem::offset_of!(nxs_rvq_encode_params, dtype) - 312usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_dtype) - 316usize];
+    ["Offset of field: nxs_rvq_encode_params::variant"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, variant) - 320usize];
+    ["Offset of field: nxs_rvq_encode_params::tile_rows"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, tile_rows) - 324usize];
+    ["Offset of field: nxs_rvq_encode_params::stages"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, stages) - 328usize];
+    ["Offset of field: nxs_rvq_encode_params::cluster"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, cluster) - 332usize];
+};
+impl Default for nxs_rvq_encode_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -630,4 +852,9 @@ unsafe extern "C" {
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_codebook_prepare(
+        params: *const nxs_codebook_prepare_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_rvq_encode(params: *const nxs_rvq_encode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

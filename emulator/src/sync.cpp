@@ -71,8 +71,13 @@ void cluster_wait(Where where) {
 
 // ---- setmaxnreg
 
-void change_registers(u32 registers, bool raise, Where where) {
+void change_registers(u32 registers, u32 blocks, bool raise, Where where) {
   Block& block = *self->block;
+  // Blocks that share a multiprocessor begin with less; a launch does not say, the first change does.
+  const u32 launch = launch_registers(self->place.block_threads * blocks);
+  if (blocks > 1)
+    for (Warpgroup& group : block.warpgroups)
+      if (group.registers == launch_registers(self->place.block_threads)) group.registers = launch;
   if (registers < 24 || registers > 256 || registers % 8)
     fail("registers", where, "a limit of %u registers; a multiple of 8 from 24 to 256 is due", registers);
   Warpgroup& group = block.warpgroups[self->place.thread / kWarpgroup];
@@ -88,7 +93,7 @@ void change_registers(u32 registers, bool raise, Where where) {
     block_on(group.waiting, "the other warps of its warpgroup", where);
     return;
   }
-  const u32 pool = launch_registers(self->place.block_threads) * static_cast<u32>(block.warpgroups.size());
+  const u32 pool = launch * static_cast<u32>(block.warpgroups.size());
   for (;;) {
     u32 used = registers;
     for (const Warpgroup& other : block.warpgroups) used += &other == &group ? 0 : other.registers;

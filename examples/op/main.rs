@@ -14,6 +14,7 @@ mod philox_fill;
 mod request;
 mod runner;
 mod rvq_decode;
+mod rvq_encode;
 mod scale_attention;
 mod tensors;
 
@@ -27,8 +28,14 @@ use crate::runner::{DEVICES, Runner};
 use crate::tensors::Tensors;
 
 /// Every op. A new one is a file beside this and a line here.
-static OPS: &[&Op] =
-    &[&rvq_decode::OP, &scale_attention::OP, &attention_merge::OP, &attention_prepare::OP, &philox_fill::OP];
+static OPS: &[&Op] = &[
+    &rvq_decode::OP,
+    &rvq_encode::OP,
+    &scale_attention::OP,
+    &attention_merge::OP,
+    &attention_prepare::OP,
+    &philox_fill::OP,
+];
 
 fn main() -> ExitCode {
     match answer() {

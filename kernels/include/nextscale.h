@@ -55,6 +55,8 @@ typedef int32_t nxs_dtype;
 #define NXS_FLAG_CODE_CLAMPED 1u     /* a code was outside its codebook and was clamped to the nearest entry */
 #define NXS_FLAG_APPEND_SKIPPED 2u   /* a row had no place in the cache and was not written */
 #define NXS_FLAG_POSITION_CLAMPED 4u /* a position was outside its table and was clamped to the nearest row */
+#define NXS_FLAG_CODEBOOK_NOT_FINITE 8u /* a codebook has elements that are NaN or infinite; they were taken as 0 */
+#define NXS_FLAG_ROW_NOT_FINITE 16u  /* a row had no finite distance to any code, and got code 0 */
 
 /* The version this library was built with. */
 uint32_t nxs_abi_version(void);
@@ -310,6 +312,103 @@ typedef struct nxs_rvq_decode_params {
 } nxs_rvq_decode_params;
 
 nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);
+
+/* What is nearest, and what a code stands for. */
+#define NXS_METRIC_L2 0          /* the code of least distance; its row */
+#define NXS_METRIC_COSINE_RAW 1  /* input and rows divided by max(norm, eps), then as L2; the row as it was (DAC, VAR znorm) */
+#define NXS_METRIC_COSINE_UNIT 2 /* the same search; the row that was divided (LlamaGen) */
+
+/*
+ * Codebooks made ready for search by nxs_codebook_prepare, in one piece of memory of `bytes` bytes. With P = padded_dim,
+ * Q = operand_dim and R = entries rounded up to 128:
+ *   at 0           f32 [levels, 4]: greatest norm of a searched row, of its second bf16 piece, of what the pieces leave out; 0
+ *   at values_at   f32 [levels, entries, P]: what codes stand for
+ *   at search_at   f32 [levels, R / 32, P / 4, 32, 4]: searched rows, element k of code c at [c / 32, k / 4, c % 32, k % 4]
+ *   at operand_at  bf16 [levels, R / 128, Q / 8, 128, 8]: B of the products, element q of code c at [c / 128, q / 8, c % 128,
+ *                  q % 8]; of a searched row c, with hi = bf16(c), lo = bf16(c - hi) and three pieces n of -|c|^2 / 2:
+ *                  (pieces 1) hi, n, 0, ...; (pieces 3) hi, hi, lo, n, 0, ...
+ * Elements from dim on are 0, as are searched rows from entries on; the first piece of their n is -2^120.
+ */
+typedef struct nxs_codebook {
+  void *prepared;       /* 256-byte aligned */
+  int64_t values_at, search_at, operand_at, bytes; /* multiples of 256 */
+  int64_t entries;      /* 1 to 131072 */
+  int32_t levels;       /* 1 to 65536 */
+  int32_t dim;          /* 1 to 512 */
+  int32_t padded_dim;   /* dim rounded up to 8 */
+  int32_t operand_dim;  /* pieces * padded_dim + 3 rounded up to 16 times a multiple of 2, 3 or 4: the least of these */
+  int32_t pieces;       /* 1 or 3 */
+  int32_t metric;       /* NXS_METRIC_* */
+  float eps;            /* least norm that a row is divided by */
+} nxs_codebook;
+
+/*
+ * Fills codebook.prepared from rows, or, if usage is given, from rows / max(usage, usage_eps) (running sums and counts of an
+ * exponential moving average). Elements that are not finite are taken as 0, and NXS_FLAG_CODEBOOK_NOT_FINITE is OR-ed into
+ * *flags_or_null.
+ */
+typedef struct nxs_codebook_prepare_params {
+  nxs_codebook codebook;
+  const void *rows;           /* [levels, entries, dim] rows_dtype */
+  const float *usage_or_null; /* [levels, entries] */
+  uint32_t *flags_or_null;    /* [1]; only ever OR-ed into: the caller clears it */
+  int64_t rows_stride_level, rows_stride_entry, usage_stride_level;
+  float usage_eps;
+  nxs_dtype rows_dtype;       /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_codebook_prepare_params;
+
+nxs_status nxs_codebook_prepare(const nxs_codebook_prepare_params *params, void *stream);
+
+/*
+ * Residual-vector-quantization encode (EnCodec, Mimi, RQ-VAE, DAC; with one level vector quantization):
+ *   r = input[b, t, :] in f32
+ *   for l ascending: codes[b, l, t] = argmin over c of |s - search[l, c]|^2 with s = r, or with a cosine metric
+ *                    r / max(|r|, eps);  r = r - values[l, codes[b, l, t]]
+ *   residual[b, t, :] = round(r); quantized[b, t, :] = round(sum over l ascending of values[l, codes[b, l, t]])
+ * The score that is least is f32: acc = fma(s[k] - c[k], s[k] - c[k], acc) for k ascending from acc = 0; the lowest code wins
+ * ties. A code whose score is NaN or infinite does not win; if all are, the code is 0, its distance +inf, and
+ * NXS_FLAG_ROW_NOT_FINITE is OR-ed into *flags_or_null. Norms are sqrt of an f32 fma chain, k ascending.
+ *
+ * With latent > 0 (DAC) input, residual and quantized have `latent` elements a row, and each level searches
+ *   e[j] = fma over k ascending of in_weight[l, j, k] r[k], from in_bias[l, j], in four chains: of k % 4 = 0, 1, 2, 3, the first
+ *          from in_bias, the others from 0, added as (0 + 1) + (2 + 3)
+ * instead of r, and takes y[k] = fma over j ascending of out_weight[l, k, j] values[l, code, j], from out_bias[l, k], from r.
+ */
+typedef struct nxs_rvq_encode_params {
+  nxs_codebook codebook;           /* levels 1: shared by all levels */
+  const void *input;               /* [batch, rows, dim or latent] dtype, every dimension strided */
+  void *codes;                     /* [batch, levels, rows] codes_dtype, every dimension strided */
+  void *quantized_or_null;         /* [batch, rows, dim or latent] dtype, every dimension strided; no elements overlap */
+  void *residual_or_null;          /* [batch, rows, dim or latent] dtype, every dimension strided; no elements overlap */
+  float *distances_or_null;        /* [batch, levels, rows]: the winners' scores, every dimension strided */
+  uint32_t *histogram_or_null;     /* [levels, entries], contiguous: counts are added to what is there */
+  uint32_t *flags_or_null;         /* [1]; only ever OR-ed into: the caller clears it */
+  const float *in_weight_or_null;  /* [levels, dim, latent]; these four contiguous and required with latent > 0 */
+  const float *in_bias_or_null;    /* [levels, dim] */
+  const float *out_weight_or_null; /* [levels, latent, dim] */
+  const float *out_bias_or_null;   /* [levels, latent] */
+  int64_t input_stride_batch, input_stride_row, input_stride_dim;
+  int64_t codes_stride_batch, codes_stride_level, codes_stride_row;
+  int64_t quantized_stride_batch, quantized_stride_row, quantized_stride_dim;
+  int64_t residual_stride_batch, residual_stride_row, residual_stride_dim;
+  int64_t distances_stride_batch, distances_stride_level, distances_stride_row;
+  int64_t batch, rows;
+  int32_t levels;                  /* 1 to 32; at most codebook.levels unless that is 1 */
+  int32_t latent;                  /* 0, or 1 to 1024 with dim up to 32 */
+  nxs_dtype dtype;                 /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype codes_dtype;           /* NXS_U16 (entries up to 65536), NXS_U32 or NXS_I64 */
+  int32_t variant;                 /* NXS_RVQ_ENCODE_* */
+  int32_t tile_rows;               /* SM80: 16, 32 or 64; SM90: 64; STREAM: rows of a cluster, 1 to 8; PROJECTED: 16 */
+  int32_t stages;                  /* SM80, SM90: pieces of the operand that shared memory has room for, 2 to 8 */
+  int32_t cluster;                 /* SM90, STREAM: blocks of a cluster, 1, 2, 4 or 8, STREAM also 16; SM90: at most one for
+                                      each 128 entries */
+} nxs_rvq_encode_params;
+#define NXS_RVQ_ENCODE_SM80 0      /* mma.sync */
+#define NXS_RVQ_ENCODE_SM90 1      /* wgmma; dim up to 256 */
+#define NXS_RVQ_ENCODE_STREAM 2    /* few rows, one cluster each tile_rows; sm_90 */
+#define NXS_RVQ_ENCODE_PROJECTED 3 /* latent > 0 */
+
+nxs_status nxs_rvq_encode(const nxs_rvq_encode_params *params, void *stream);
 
 #ifdef __cplusplus
 }

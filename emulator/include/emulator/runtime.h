@@ -80,7 +80,7 @@ void fence_mbarrier();
 void block_barrier(u32 id, u32 threads, bool wait, bool whole_block, Where where);
 void cluster_arrive(Where where);
 void cluster_wait(Where where);
-void change_registers(u32 registers, bool raise, Where where);
+void change_registers(u32 registers, u32 blocks, bool raise, Where where);
 
 // ---- warps: every lane of `mask` calls with its own slot; the last one to come runs `finish` over all.
 enum class Collective : u8 { kSync, kShuffle, kVote, kMatch, kReduce, kElect, kLoadMatrix, kStoreMatrix, kMma };

@@ -188,13 +188,13 @@ NXS_WGMMA(wgmma_bf16, kBf16)
 NXS_WGMMA(wgmma_f16, kF16)
 #undef NXS_WGMMA
 
-// setmaxnreg.inc, .dec: the registers of each thread, 24 to 256 by 8, of a kernel with __launch_bounds__(threads, 1).
-// All warps of a warpgroup call it; inc waits until others have given back enough. Sums stay within the launch's
+// setmaxnreg.inc, .dec: the registers of each thread, 24 to 256 by 8, of a kernel with __launch_bounds__(threads,
+// kBlocks). All warps of a warpgroup call it; inc waits until others have given back enough. Sums stay within the launch's
 // registers.
-template <int kRegisters> NXS_DEVICE void raise_registers() {
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void raise_registers() {
   NXS_SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters) : "memory");
 }
-template <int kRegisters> NXS_DEVICE void lower_registers() {
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void lower_registers() {
   NXS_SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters) : "memory");
 }
 

@@ -36,11 +36,11 @@ NXS_WGMMA(wgmma_bf16, kBf16)
 NXS_WGMMA(wgmma_f16, kF16)
 #undef NXS_WGMMA
 
-template <int kRegisters> NXS_DEVICE void raise_registers(NXS_WHERE) {
-  emulator::change_registers(kRegisters, true, where);
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void raise_registers(NXS_WHERE) {
+  emulator::change_registers(kRegisters, kBlocks, true, where);
 }
-template <int kRegisters> NXS_DEVICE void lower_registers(NXS_WHERE) {
-  emulator::change_registers(kRegisters, false, where);
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void lower_registers(NXS_WHERE) {
+  emulator::change_registers(kRegisters, kBlocks, false, where);
 }
 
 }  // namespace nxs
