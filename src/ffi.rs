@@ -37,6 +37,14 @@ pub const NXS_NORM_RMS: u32 = 2;
 pub const NXS_ROPE_NONE: u32 = 0;
 pub const NXS_ROPE_INTERLEAVED: u32 = 1;
 pub const NXS_ROPE_HALF: u32 = 2;
+pub const NXS_RESIZE_BICUBIC: u32 = 0;
+pub const NXS_RESIZE_BILINEAR: u32 = 1;
+pub const NXS_RESIZE_AREA: u32 = 2;
+pub const NXS_TOKENS_CODES: u32 = 0;
+pub const NXS_TOKENS_EMBEDDINGS: u32 = 1;
+pub const NXS_TOKENS_BITS: u32 = 2;
+pub const NXS_MAX_SCALES: u32 = 32;
+pub const NXS_DOMAIN_BIT_FLIP: u32 = 1650879600;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -609,6 +617,201 @@ impl Default for nxs_rvq_decode_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_multi_scale_params {
+    pub tokens_or_null: *const ::core::ffi::c_void,
+    pub codebook_or_null: *const f32,
+    pub phi_or_null: *const f32,
+    pub f_hat_or_null: *const f32,
+    pub f_hat_out_or_null: *mut f32,
+    pub target_or_null: *const f32,
+    pub next_or_null: *mut ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub flipped_or_null: *mut u8,
+    pub seeds_or_null: *const i64,
+    pub flags_or_null: *mut u32,
+    pub tokens_stride_batch: i64,
+    pub next_stride_batch: i64,
+    pub labels_stride_batch: i64,
+    pub batch: i64,
+    pub entries: i64,
+    pub first_label: i64,
+    pub channels: i32,
+    pub height: i32,
+    pub width: i32,
+    pub patch: i32,
+    pub scales: i32,
+    pub prefixes: i32,
+    pub independent: i32,
+    pub scale_height: [u16; 32usize],
+    pub scale_width: [u16; 32usize],
+    pub scale_phi: [i8; 32usize],
+    pub up: i32,
+    pub down: i32,
+    pub next_height: i32,
+    pub next_width: i32,
+    pub next_of_residual: i32,
+    pub repeat: i32,
+    pub tokens_kind: i32,
+    pub tokens_dtype: nxs_dtype,
+    pub next_dtype: nxs_dtype,
+    pub bit_scale: f32,
+    pub flip_rate: f32,
+    pub rows: i32,
+    pub group: i32,
+    pub band: i32,
+    pub plane_shared: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_multi_scale_params"][::core::mem::size_of::<nxs_multi_scale_params>() - 384usize];
+    ["Alignment of nxs_multi_scale_params"][::core::mem::align_of::<nxs_multi_scale_params>() - 8usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_or_null) - 0usize];
+    ["Offset of field: nxs_multi_scale_params::codebook_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, codebook_or_null) - 8usize];
+    ["Offset of field: nxs_multi_scale_params::phi_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, phi_or_null) - 16usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_or_null) - 24usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_out_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_out_or_null) - 32usize];
+    ["Offset of field: nxs_multi_scale_params::target_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, target_or_null) - 40usize];
+    ["Offset of field: nxs_multi_scale_params::next_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_or_null) - 48usize];
+    ["Offset of field: nxs_multi_scale_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_or_null) - 56usize];
+    ["Offset of field: nxs_multi_scale_params::flipped_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flipped_or_null) - 64usize];
+    ["Offset of field: nxs_multi_scale_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, seeds_or_null) - 72usize];
+    ["Offset of field: nxs_multi_scale_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flags_or_null) - 80usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_stride_batch) - 88usize];
+    ["Offset of field: nxs_multi_scale_params::next_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_stride_batch) - 96usize];
+    ["Offset of field: nxs_multi_scale_params::labels_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_stride_batch) - 104usize];
+    ["Offset of field: nxs_multi_scale_params::batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, batch) - 112usize];
+    ["Offset of field: nxs_multi_scale_params::entries"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, entries) - 120usize];
+    ["Offset of field: nxs_multi_scale_params::first_label"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, first_label) - 128usize];
+    ["Offset of field: nxs_multi_scale_params::channels"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, channels) - 136usize];
+    ["Offset of field: nxs_multi_scale_params::height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, height) - 140usize];
+    ["Offset of field: nxs_multi_scale_params::width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, width) - 144usize];
+    ["Offset of field: nxs_multi_scale_params::patch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, patch) - 148usize];
+    ["Offset of field: nxs_multi_scale_params::scales"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scales) - 152usize];
+    ["Offset of field: nxs_multi_scale_params::prefixes"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, prefixes) - 156usize];
+    ["Offset of field: nxs_multi_scale_params::independent"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, independent) - 160usize];
+    ["Offset of field: nxs_multi_scale_params::scale_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_height) - 164usize];
+    ["Offset of field: nxs_multi_scale_params::scale_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_width) - 228usize];
+    ["Offset of field: nxs_multi_scale_params::scale_phi"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_phi) - 292usize];
+    ["Offset of field: nxs_multi_scale_params::up"][::core::mem::offset_of!(nxs_multi_scale_params, up) - 324usize];
+    ["Offset of field: nxs_multi_scale_params::down"][::core::mem::offset_of!(nxs_multi_scale_params, down) - 328usize];
+    ["Offset of field: nxs_multi_scale_params::next_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_height) - 332usize];
+    ["Offset of field: nxs_multi_scale_params::next_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_width) - 336usize];
+    ["Offset of field: nxs_multi_scale_params::next_of_residual"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_of_residual) - 340usize];
+    ["Offset of field: nxs_multi_scale_params::repeat"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, repeat) - 344usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_kind"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_kind) - 348usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_dtype) - 352usize];
+    ["Offset of field: nxs_multi_scale_params::next_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_dtype) - 356usize];
+    ["Offset of field: nxs_multi_scale_params::bit_scale"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, bit_scale) - 360usize];
+    ["Offset of field: nxs_multi_scale_params::flip_rate"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flip_rate) - 364usize];
+    ["Offset of field: nxs_multi_scale_params::rows"][::core::mem::offset_of!(nxs_multi_scale_params, rows) - 368usize];
+    ["Offset of field: nxs_multi_scale_params::group"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, group) - 372usize];
+    ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
+    ["Offset of field: nxs_multi_scale_params::plane_shared"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+};
+impl Default for nxs_multi_scale_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_nearest_code_params {
+    pub z: *const f32,
+    pub codebook: *const f32,
+    pub codes: *mut ::core::ffi::c_void,
+    pub codes_stride_batch: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub entries: i64,
+    pub channels: i32,
+    pub normalize: i32,
+    pub eps: f32,
+    pub codes_dtype: nxs_dtype,
+    pub log2_tile: i32,
+    pub splits: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_nearest_code_params"][::core::mem::size_of::<nxs_nearest_code_params>() - 80usize];
+    ["Alignment of nxs_nearest_code_params"][::core::mem::align_of::<nxs_nearest_code_params>() - 8usize];
+    ["Offset of field: nxs_nearest_code_params::z"][::core::mem::offset_of!(nxs_nearest_code_params, z) - 0usize];
+    ["Offset of field: nxs_nearest_code_params::codebook"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codebook) - 8usize];
+    ["Offset of field: nxs_nearest_code_params::codes"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes) - 16usize];
+    ["Offset of field: nxs_nearest_code_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_stride_batch) - 24usize];
+    ["Offset of field: nxs_nearest_code_params::batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, batch) - 32usize];
+    ["Offset of field: nxs_nearest_code_params::rows"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, rows) - 40usize];
+    ["Offset of field: nxs_nearest_code_params::entries"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, entries) - 48usize];
+    ["Offset of field: nxs_nearest_code_params::channels"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, channels) - 56usize];
+    ["Offset of field: nxs_nearest_code_params::normalize"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, normalize) - 60usize];
+    ["Offset of field: nxs_nearest_code_params::eps"][::core::mem::offset_of!(nxs_nearest_code_params, eps) - 64usize];
+    ["Offset of field: nxs_nearest_code_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_dtype) - 68usize];
+    ["Offset of field: nxs_nearest_code_params::log2_tile"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, log2_tile) - 72usize];
+    ["Offset of field: nxs_nearest_code_params::splits"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, splits) - 76usize];
+};
+impl Default for nxs_nearest_code_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -628,4 +831,6 @@ unsafe extern "C" {
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_multi_scale(params: *const nxs_multi_scale_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_nearest_code(params: *const nxs_nearest_code_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

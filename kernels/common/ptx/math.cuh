@@ -24,6 +24,9 @@ NXS_SPECIAL(tanh_approx, "tanh.approx")
 
 // fma.rn: a * b + c, rounded once
 NXS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// sqrt.rn, div.rn: rounded to nearest even
+NXS_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+NXS_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 // popc, clz
 NXS_DEVICE u32 population_count(u32 x) { return static_cast<u32>(__popc(x)); }
 NXS_DEVICE u32 leading_zeros(u32 x) { return static_cast<u32>(__clz(static_cast<int>(x))); }

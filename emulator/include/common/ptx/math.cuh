@@ -33,6 +33,8 @@ NXS_DEVICE float tanh_approx(float x, NXS_WHERE) {
 }
 
 NXS_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
+NXS_DEVICE float square_root(float x) { return std::sqrt(x); }
+NXS_DEVICE float divide(float a, float b) { return a / b; }
 NXS_DEVICE u32 population_count(u32 x) { return std::popcount(x); }
 NXS_DEVICE u32 leading_zeros(u32 x) { return std::countl_zero(x); }
 NXS_DEVICE u32 float_bits(float x) { return std::bit_cast<u32>(x); }

@@ -1,0 +1,810 @@
+// Multi-scale residual quantizers: a scale's tokens, resized and convolved, are added to the running map, and the map is
+// resized to what the next scale reads, in one launch.
+//
+//   h = resize(tokens of scale s -> H x W);  f_hat += phi_s(h);  next = resize(f_hat -> next size), token-major
+//
+// Layouts    as nextscale.h says: maps [batch, C, H, W] f32, tokens [batch, l, C] or codes [batch, l] with a codebook
+//            [V, C], next [repeat, batch, l, C]; phi packed [phis, C / 4, 9 C + 1, 4].
+// Who does what, `owner` kernel (any call)
+//            A block of 256 threads owns p.group channels of one image, for a phi mixes all inputs into each output but
+//            outputs do not meet: no block waits for another. It works on bands of p.band rows, scale after scale:
+//            1. gather: the tokens that the band reaches, all channels with a phi, else its own, to shared memory
+//               [pixel][channel], eight chunks of four channels in flight a thread;
+//            2. resize: a thread takes a column x, four channels and a stretch of rows; it keeps the up to four source
+//               rows that are in reach, each resized along x once, in registers. With a phi into `up`
+//               [channel][band + 2 rows][x], zeros around the map; else straight into f_hat;
+//            3. phi: a thread takes 2 x 4 pixels, four outputs and an eighth of the inputs: 32 sums, for each input 8
+//               loads of pixels and 9 of weights (broadcast) beside 288 FMAs. The eighths meet in shared memory and are
+//               added in order, so no cut of the work changes a bit;
+//            4. f_hat: read, added, written, and kept in shared memory for
+//            5. next: a thread takes a pixel of the next map and four channels; large windows are shared by up to 32
+//               lanes and summed by shuffles.
+// `rows` kernel (no phi; next by bilinear sampling, or of the tokens; f_hat into another buffer)
+//            A block makes one row of the new f_hat, or one row of next, for which it works out the four pixels of f_hat
+//            that each sample needs once more: no barrier between the two, and batch x (H + rows of next) blocks.
+// Bytes      tokens, f_hat read and written, next written; each of the C / group blocks of an image reads all tokens and
+//            its part of a phi, which L2 holds.
+// FLOPs      18 C^2 H W an image with a phi (4.7 MFLOP for C 32 at 16 x 16), about 32 C H W for resizing.
+// Limits     C <= 256, sides <= 1024, 32 scales a call; the working set of a band in shared memory.
+#pragma once
+#include "common/chunk.cuh"
+#include "common/dtype.cuh"
+#include "common/philox.cuh"
+#include "common/ptx/async_copy.cuh"
+#include "common/ptx/launch.cuh"
+#include "common/ptx/math.cuh"
+#include "common/ptx/shared.cuh"
+#include "common/ptx/warp.cuh"
+
+namespace nxs::quantization {
+
+constexpr u32 kScaleThreads = 256;
+constexpr u32 kParts = 8;   // parts of a phi's inputs
+constexpr u32 kAhead = 8;   // chunks of tokens that a thread has in flight
+using Params = nxs_multi_scale_params;
+using Four = Vec<float, 4>;
+
+__host__ NXS_DEVICE constexpr u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
+__host__ NXS_DEVICE constexpr u32 round_up(u32 a, u32 b) { return ceil_div(a, b) * b; }
+__host__ NXS_DEVICE constexpr u32 min_of(u32 a, u32 b) { return a < b ? a : b; }
+NXS_DEVICE constexpr i32 clamp_to(i32 x, i32 last) { return x < 0 ? 0 : x > last ? last : x; }
+
+// Words between rows of `up`: the row, a zero on either side, and such that the pixels of eight neighbouring tiles lie in
+// different banks.
+__host__ NXS_DEVICE constexpr u32 up_stride(u32 width) {
+  const u32 width4 = round_up(width, 4);
+  return width4 == 16 ? 24 : width4 + 4;
+}
+
+// Where the owner kernel keeps things, bytes from the start of shared memory.
+struct OwnerLayout {
+  u32 weights, plane, up, work, bytes;
+};
+inline OwnerLayout owner_layout(const Params& p, u32 taps) {
+  const u32 channels4 = round_up(p.channels, 4), width4 = round_up(p.width, 4);
+  const bool plane = p.plane_shared && p.next_height > 0;
+  u32 work = 0;
+  bool conv = false;
+  for (int s = 0; s < p.scales; ++s) {
+    const bool phi = p.scale_phi[s] >= 0, copy = p.scale_height[s] == p.height && p.scale_width[s] == p.width;
+    conv |= phi;
+    const u32 rows = p.band + (phi ? 2 : 0), channels = phi ? channels4 : p.group, height = p.scale_height[s];
+    const u32 reach = copy ? rows : ceil_div((rows - 1) * height, p.height) + taps;
+    const u32 bytes = min_of(reach, height) * p.scale_width[s] * (channels + 4) * 4;
+    if (bytes > work) work = bytes;
+  }
+  const u32 parts = kParts * 16 * p.band * width4;
+  if (conv && parts > work) work = parts;
+  OwnerLayout at;
+  at.weights = round_up(p.height * 20, 16);
+  at.plane = at.weights + (conv ? p.group / 4 * (9 * p.channels + 1) * 16 : 0);
+  at.up = at.plane + (plane ? p.group * p.height * p.width * 4 : 0);
+  at.work = at.up + (conv ? channels4 * (p.band + 2) * up_stride(p.width) * 4 : 0);
+  at.bytes = at.work + work;
+  return at;
+}
+
+// Params as the kernels take them: with what the launcher worked out.
+struct ScaleParams {
+  Params p;
+  OwnerLayout at;
+  u32 lanes;         // that share a window of next
+  bool vector_rows;  // chunks of four of the codebook or of embeddings and bits are aligned
+  bool vector_map;   // f_hat rows too
+  bool vector_next;
+};
+
+// ---- resizing
+
+// The taps of one place of an axis that is made `to` from `from` long: the first one's place (not clamped) and weights.
+// The position is a fraction of integers, so the weights are those of its exact value.
+template <int kTaps> struct Taps {
+  i32 first;
+  float weight[kTaps];
+};
+template <int kTaps> NXS_DEVICE Taps<kTaps> taps_at(u32 place, u32 from, u32 to) {
+  Taps<kTaps> taps;
+  const i32 twice = static_cast<i32>(2 * to);
+  i32 position = static_cast<i32>((2 * place + 1) * from) - static_cast<i32>(to);  // in units of 1 / twice
+  if (kTaps == 2 && position < 0) position = 0;
+  const i32 whole = (position + twice) / twice - 1;  // position >= -to
+  const float t = static_cast<float>(position - whole * twice) / static_cast<float>(twice);
+  if constexpr (kTaps == 2) {
+    taps.first = whole;
+    taps.weight[0] = 1.0f - t;
+    taps.weight[1] = t;
+  } else {
+    constexpr float kA = -0.75f;
+    const float near[2] = {t, 1.0f - t}, far[2] = {t + 1.0f, 2.0f - t};
+    taps.first = whole - 1;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float s = near[i], r = far[i];
+      taps.weight[1 + i] = fma(fma(kA + 2.0f, s, -(kA + 3.0f)) * s, s, 1.0f);
+      taps.weight[3 * i] = fma(fma(fma(kA, r, -5.0f * kA), r, 8.0f * kA), r, -4.0f * kA);
+    }
+  }
+  return taps;
+}
+
+// ---- tokens
+
+NXS_DEVICE i64 load_code(const void* codes, nxs_dtype dtype, i64 at) {
+  switch (dtype) {
+    case NXS_U16: return load_global_nc(static_cast<const u16*>(codes) + at);
+    case NXS_U32: return load_global_nc(static_cast<const u32*>(codes) + at);
+    default: return load_global_nc(static_cast<const i64*>(codes) + at);
+  }
+}
+
+// Element `at`, as a float; of a chunk of four, aligned.
+NXS_DEVICE float load_element(const Params& p, i64 at) {
+  switch (p.tokens_dtype) {
+    case NXS_F32: return load_global_nc(static_cast<const float*>(p.tokens_or_null) + at);
+    case NXS_F16: return to_f32(load_global_nc(static_cast<const f16*>(p.tokens_or_null) + at));
+    case NXS_BF16: return to_f32(load_global_nc(static_cast<const bf16*>(p.tokens_or_null) + at));
+    default: return load_global_nc(static_cast<const u8*>(p.tokens_or_null) + at) ? p.bit_scale : -p.bit_scale;
+  }
+}
+template <typename T> NXS_DEVICE Four load_floats(const void* from, i64 at) {
+  const Vec<T, 4> chunk = load_global_nc(reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(from) + at));
+  Four four;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four.data[i] = to_f32(chunk.data[i]);
+  return four;
+}
+NXS_DEVICE Four load_elements(const Params& p, i64 at) {
+  switch (p.tokens_dtype) {
+    case NXS_F32: return load_floats<float>(p.tokens_or_null, at);
+    case NXS_F16: return load_floats<f16>(p.tokens_or_null, at);
+    case NXS_BF16: return load_floats<bf16>(p.tokens_or_null, at);
+    default: break;
+  }
+  const u32 bits = load_global_nc(reinterpret_cast<const u32*>(static_cast<const u8*>(p.tokens_or_null) + at));
+  Four four;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four.data[i] = bits >> (8 * i) & 255 ? p.bit_scale : -p.bit_scale;
+  return four;
+}
+
+// Where a pixel of a map of tokens is: its token, and with a patch its place in that.
+struct Place {
+  u32 token, corner;
+};
+NXS_DEVICE Place place_of(const Params& p, u32 y, u32 x, u32 width) {
+  if (p.patch == 1) return {y * width + x, 0};
+  return {y / 2 * (width / 2) + x / 2, y % 2 * 2 + x % 2};
+}
+
+// The tokens of one scale of one image.
+struct Grid {
+  i64 first;  // element of p.tokens_or_null
+  u32 height, width;
+};
+
+// First half of a load, all that a second half depends on: the codebook's row, or where the token's elements begin.
+NXS_DEVICE i64 locate(const Params& p, const Grid& grid, u32 y, u32 x, bool& clamped) {
+  const Place place = place_of(p, y, x, grid.width);
+  if (p.tokens_kind != NXS_TOKENS_CODES)
+    return grid.first + static_cast<i64>(place.token) * (p.channels * p.patch * p.patch) + place.corner;
+  const i64 code = load_code(p.tokens_or_null, p.tokens_dtype, grid.first + place.token);
+  const i64 entry = code < 0 ? 0 : code >= p.entries ? p.entries - 1 : code;
+  clamped |= entry != code;
+  return entry * p.channels;
+}
+// Channels c to c + 3; zeros beyond the last.
+NXS_DEVICE Four load_token(const ScaleParams& q, i64 at, u32 c) {
+  const Params& p = q.p;
+  const bool codes = p.tokens_kind == NXS_TOKENS_CODES;
+  if (q.vector_rows) return codes ? load_floats<float>(p.codebook_or_null, at + c) : load_elements(p, at + c);
+  Four four;
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    four.data[i] = 0;
+    if (c + i < static_cast<u32>(p.channels))
+      four.data[i] = codes ? load_global_nc(p.codebook_or_null + at + c + i)
+                           : load_element(p, at + static_cast<i64>(c + i) * (p.patch * p.patch));
+  }
+  return four;
+}
+
+NXS_DEVICE void add_scaled(Four& sum, float weight, const Four& value) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum.data[i] = fma(weight, value.data[i], sum.data[i]);
+}
+NXS_DEVICE Four scaled(float weight, const Four& value) {
+  Four four;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) four.data[i] = weight * value.data[i];
+  return four;
+}
+
+// ---- the next scale's input
+
+NXS_DEVICE void store_next(const ScaleParams& q, u32 b, const Place& place, u32 c, const Four& value) {
+  const Params& p = q.p;
+  const i64 at = b * p.next_stride_batch + static_cast<i64>(place.token) * (p.channels * p.patch * p.patch);
+  for (int r = 0; r < p.repeat; ++r) {
+    const i64 to = at + r * p.batch * p.next_stride_batch;
+    if (q.vector_next) {
+      switch (p.next_dtype) {
+        case NXS_F32: store_chunk<false>(static_cast<float*>(p.next_or_null) + to + c, value.data); break;
+        case NXS_F16: store_chunk<false>(static_cast<f16*>(p.next_or_null) + to + c, value.data); break;
+        default: store_chunk<false>(static_cast<bf16*>(p.next_or_null) + to + c, value.data); break;
+      }
+      continue;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      if (c + i >= static_cast<u32>(p.channels)) break;
+      const i64 element = to + static_cast<i64>(c + i) * (p.patch * p.patch) + place.corner;
+      switch (p.next_dtype) {
+        case NXS_F32: store_global(static_cast<float*>(p.next_or_null) + element, value.data[i]); break;
+        case NXS_F16: store_global(static_cast<f16*>(p.next_or_null) + element, from_f32<f16>(value.data[i])); break;
+        default: store_global(static_cast<bf16*>(p.next_or_null) + element, from_f32<bf16>(value.data[i])); break;
+      }
+    }
+  }
+}
+
+NXS_DEVICE void store_labels(const Params& p, u32 b, const Place& place, u32 c, const Four& value) {
+  const u32 width = p.channels * p.patch * p.patch;
+  const i64 at = b * p.labels_stride_batch + static_cast<i64>(place.token) * width;
+  const u64 seed = p.flipped_or_null ? static_cast<u64>(load_global_nc(p.seeds_or_null + b)) : 0;
+  const u64 position = static_cast<u64>(p.first_label + place.token) * ceil_div(width, 4);
+  PhiloxBlock block = {};
+  u32 of = 0xffffffffu;
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i) {
+    if (c + i >= static_cast<u32>(p.channels)) break;
+    const u32 element = (c + i) * (p.patch * p.patch) + place.corner;
+    const u8 bit = value.data[i] > 0;
+    store_global(p.labels_or_null + at + element, bit);
+    if (!p.flipped_or_null) continue;
+    if (element / 4 != of) {
+      of = element / 4;
+      block = philox(seed, position + of, NXS_DOMAIN_BIT_FLIP, 0);
+    }
+    u32 word = block.word[0];
+#pragma unroll
+    for (u32 k = 1; k < 4; ++k) word = element % 4 == k ? block.word[k] : word;
+    store_global(p.flipped_or_null + at + element, static_cast<u8>(bit ^ (philox_uniform(word) < p.flip_rate ? 1 : 0)));
+  }
+}
+
+// ---- the owner kernel
+
+// What a block of the owner kernel knows.
+struct Owner {
+  u32 image, channel, own;  // its first channel and their number, a multiple of 4
+  u32 shared;
+  const float* before;  // f_hat before the scale, of the image; null: zeroes
+  float* after;         // null: not kept
+};
+
+NXS_DEVICE Four map_before(const ScaleParams& q, const Owner& o, u32 c, u32 y, u32 x, bool vector) {
+  const Params& p = q.p;
+  Four four = {};
+  if (!o.before) return four;
+  const float* from = o.before + (static_cast<i64>(c) * p.height + y) * p.width + x;
+  if (vector) return load_global(reinterpret_cast<const Four*>(from));
+#pragma unroll
+  for (u32 i = 0; i < 4; ++i)
+    if (x + i < static_cast<u32>(p.width)) four.data[i] = load_global(from + i);
+  return four;
+}
+
+// Loads the band's source rows [lo, hi], channels [c0, c0 + 4 chunks), as rows of chunks * 4 + 4 words.
+NXS_DEVICE void gather(const ScaleParams& q, const Grid& grid, u32 lo, u32 hi, u32 c0, u32 chunks, u32 to,
+                       bool& clamped) {
+  const u32 items = (hi - lo + 1) * grid.width * chunks;
+  for (u32 base = thread_index(); base < items; base += kAhead * kScaleThreads) {
+    i64 at[kAhead];
+    Four four[kAhead];
+#pragma unroll
+    for (u32 k = 0; k < kAhead; ++k) {
+      const u32 item = base + k * kScaleThreads, pixel = item / chunks;
+      if (item < items) at[k] = locate(q.p, grid, lo + pixel / grid.width, pixel % grid.width, clamped);
+    }
+#pragma unroll
+    for (u32 k = 0; k < kAhead; ++k) {
+      const u32 item = base + k * kScaleThreads;
+      if (item < items) four[k] = load_token(q, at[k], c0 + item % chunks * 4);
+    }
+#pragma unroll
+    for (u32 k = 0; k < kAhead; ++k) {
+      const u32 item = base + k * kScaleThreads, pixel = item / chunks;
+      if (item < items) store_shared(to + (pixel * (chunks + 1) + item % chunks) * 16, four[k]);
+    }
+  }
+}
+
+// Four channels of source row `row`, resized along x.
+template <int kTaps>
+NXS_DEVICE Four resized_row(const ScaleParams& q, u32 row, u32 pixel_bytes, const u32 (&column)[kTaps],
+                            const float (&weight)[kTaps]) {
+  Four sum = scaled(weight[0], load_shared<Four>(row + column[0] * pixel_bytes));
+#pragma unroll
+  for (int t = 1; t < kTaps; ++t) add_scaled(sum, weight[t], load_shared<Four>(row + column[t] * pixel_bytes));
+  return sum;
+}
+
+// Resizes the gathered rows to rows [ya, yb) of the map, and hands each (chunk, y, x, value) to `take`.
+template <int kTaps, typename Take>
+NXS_DEVICE void resize(const ScaleParams& q, const Grid& grid, u32 shared, u32 lo, u32 chunks, u32 ya, u32 yb,
+                       Take take) {
+  const u32 width = q.p.width, height = q.p.height, rows = yb - ya, pixel_bytes = (chunks + 1) * 16;
+  const u32 tokens = shared + q.at.work, row_bytes = grid.width * pixel_bytes, lines = width * chunks;
+  const bool copy = grid.height == height && grid.width == width;
+  const u32 segments = lines >= kScaleThreads ? 1 : min_of(kScaleThreads / lines, rows);
+  for (u32 item = thread_index(); item < lines * segments; item += kScaleThreads) {
+    const u32 x = item % width, rest = item / width, chunk = rest % chunks, segment = rest / chunks;
+    const u32 from = ya + segment * rows / segments, to = ya + (segment + 1) * rows / segments;
+    const u32 base = tokens + chunk * 16;
+    if (copy) {
+      for (u32 y = from; y < to; ++y) take(chunk, y, x, load_shared<Four>(base + (y - lo) * row_bytes + x * pixel_bytes));
+      continue;
+    }
+    const Taps<kTaps> across = taps_at<kTaps>(x, grid.width, width);
+    u32 column[kTaps];
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) column[t] = clamp_to(across.first + t, grid.width - 1);
+    const auto source = [&](i32 row) {
+      const u32 at = base + (clamp_to(row, grid.height - 1) - lo) * row_bytes;
+      return resized_row<kTaps>(q, at, pixel_bytes, column, across.weight);
+    };
+    Four reach[kTaps];
+    i32 first = load_shared<i32>(shared + from * 4);
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) reach[t] = source(first + t);
+    for (u32 y = from; y < to; ++y) {
+      // Maps only grow, so a row down is at most a source row down.
+      if (load_shared<i32>(shared + y * 4) != first) {
+        ++first;
+#pragma unroll
+        for (int t = 0; t + 1 < kTaps; ++t) reach[t] = reach[t + 1];
+        reach[kTaps - 1] = source(first + kTaps - 1);
+      }
+      const u32 weights = shared + height * 4 + y * (kTaps * 4);
+      Four sum = scaled(load_shared<float>(weights), reach[0]);
+#pragma unroll
+      for (int t = 1; t < kTaps; ++t) add_scaled(sum, load_shared<float>(weights + t * 4), reach[t]);
+      take(chunk, y, x, sum);
+    }
+  }
+}
+
+// The phi of a band: sums of each eighth of the inputs, for outputs 4 `group` and on, to the working memory.
+NXS_DEVICE void convolve(const ScaleParams& q, u32 shared, u32 group) {
+  const Params& p = q.p;
+  const u32 channels = p.channels, band = p.band, stride = up_stride(p.width) * 4, plane = (band + 2) * stride;
+  const u32 columns = ceil_div(p.width, 4), tiles = band / 2 * columns, share = ceil_div(channels, kParts);
+  const u32 weights = shared + q.at.weights + group * (9 * channels + 1) * 16;
+  for (u32 item = thread_index(); item < tiles * kParts; item += kScaleThreads) {
+    const u32 tile = item % tiles, part = item / tiles, row = tile / columns * 2, x = tile % columns * 4;
+    const u32 begin = min_of(part * share, channels), end = min_of(begin + share, channels);
+    const u32 pixels = shared + q.at.up + row * stride + x * 4;
+    float sum[2][4][4] = {};  // row, x, output
+    for (u32 input = begin; input < end; ++input) {
+      float pixel[4][6];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const u32 at = pixels + input * plane + r * stride;
+        const Four four = load_shared<Four>(at);
+        const Vec<float, 2> two = load_shared<Vec<float, 2>>(at + 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pixel[r][i] = four.data[i];
+        pixel[r][4] = two.data[0], pixel[r][5] = two.data[1];
+      }
+#pragma unroll
+      for (int tap = 0; tap < 9; ++tap) {
+        const Four weight = load_shared<Four>(weights + (input * 9 + tap) * 16);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+              sum[r][i][k] = fma(pixel[r + tap / 3][i + tap % 3], weight.data[k], sum[r][i][k]);
+      }
+    }
+    const u32 to = shared + q.at.work + ((part * 4 * band + row) * columns + x / 4) * 16;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        store_shared(to + (k * band + r) * columns * 16, Four{{sum[r][0][k], sum[r][1][k], sum[r][2][k], sum[r][3][k]}});
+  }
+}
+
+// Adds the eighths and the bias to f_hat, rows [y0, y0 + band), outputs 4 `group` and on.
+NXS_DEVICE void add_phi(const ScaleParams& q, const Owner& o, u32 group, u32 y0) {
+  const Params& p = q.p;
+  const u32 band = p.band, columns = ceil_div(p.width, 4), height = p.height, width = p.width;
+  for (u32 item = thread_index(); item < 4 * band * columns; item += kScaleThreads) {
+    const u32 x = item % columns * 4, y = y0 + item / columns % band, k = item / columns / band;
+    const u32 channel = o.channel + group * 4 + k;
+    if (y >= height || channel >= static_cast<u32>(p.channels)) continue;
+    Four old = map_before(q, o, channel, y, x, q.vector_map);
+    const u32 bias = o.shared + q.at.weights + ((group + 1) * (9 * p.channels + 1) - 1) * 16 + k * 4;
+    Four h = load_shared<Four>(o.shared + q.at.work + item * 16);
+#pragma unroll
+    for (u32 part = 1; part < kParts; ++part)
+      add_scaled(h, 1.0f, load_shared<Four>(o.shared + q.at.work + (part * 4 * band * columns + item) * 16));
+    const float add = load_shared<float>(bias);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) old.data[i] += h.data[i] + add;
+    float* to = o.after + (static_cast<i64>(channel) * height + y) * width + x;
+    const u32 kept = o.shared + q.at.plane + (((group * 4 + k) * height + y) * width + x) * 4;
+    const bool keep = p.plane_shared && p.next_height > 0;
+    if (q.vector_map) {
+      store_global(reinterpret_cast<Four*>(to), old);
+      if (keep) store_shared(kept, old);
+    } else {
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) {
+        if (x + i >= width) break;
+        store_global(to + i, old.data[i]);
+        if (keep) store_shared(kept + i * 4, old.data[i]);
+      }
+    }
+  }
+}
+
+// One pixel of next, four channels: of the map, of target - map, or only of the target.
+template <typename Read>
+NXS_DEVICE Four sample(const Params& p, bool area, u32 y, u32 x, u32 lane, u32 lanes, Read read) {
+  Four sum = {};
+  const u32 height = p.height, width = p.width, to_height = p.next_height, to_width = p.next_width;
+  if (area) {
+    const u32 y0 = y * height / to_height, y1 = ceil_div((y + 1) * height, to_height);
+    const u32 x0 = x * width / to_width, x1 = ceil_div((x + 1) * width, to_width);
+    const u32 columns = x1 - x0, count = (y1 - y0) * columns;
+    for (u32 i = lane; i < count; i += lanes) add_scaled(sum, 1.0f, read(y0 + i / columns, x0 + i % columns));
+    return sum;
+  }
+  if (lane > 0) return sum;
+  const Taps<2> down = taps_at<2>(y, height, to_height), across = taps_at<2>(x, width, to_width);
+  const u32 columns[2] = {static_cast<u32>(clamp_to(across.first, width - 1)),
+                          static_cast<u32>(clamp_to(across.first + 1, width - 1))};
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    if (t == 1 && down.weight[1] == 0) break;  // what has no weight is not looked at: it might be infinite
+    const u32 row = clamp_to(down.first + t, height - 1);
+    Four line = scaled(across.weight[0], read(row, columns[0]));
+    if (across.weight[1] != 0) add_scaled(line, across.weight[1], read(row, columns[1]));
+    add_scaled(sum, down.weight[t], line);
+  }
+  return sum;
+}
+
+// All pixels of next, of the block's channels.
+NXS_DEVICE void make_next(const ScaleParams& q, const Owner& o, bool labels) {
+  const Params& p = q.p;
+  const u32 height = p.height, width = p.width, pixels = p.next_height * p.next_width, chunks = o.own / 4;
+  const bool residual = labels || p.next_of_residual, area = labels || p.down == NXS_RESIZE_AREA;
+  const u32 lanes = area ? q.lanes : 1, items = pixels * chunks;
+  const float* target = p.target_or_null + static_cast<i64>(o.image) * p.channels * height * width;
+  for (u32 base = 0; base < items * lanes; base += kScaleThreads) {
+    const u32 item = (base + thread_index()) / lanes, lane = thread_index() % lanes;
+    const u32 pixel = item % pixels, chunk = item / pixels, c = o.channel + chunk * 4;
+    const u32 y = pixel / p.next_width, x = pixel % p.next_width;
+    Four sum = {};
+    if (item < items) {
+      sum = sample(p, area, y, x, lane, lanes, [&](u32 y, u32 x) {
+        Four four = {};
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+          if (c + i >= static_cast<u32>(p.channels)) break;
+          const i64 at = (static_cast<i64>(c + i) * height + y) * width + x;
+          float value = 0;
+          if (p.scales > 0)
+            value = p.plane_shared ? load_shared<float>(o.shared + q.at.plane + (((chunk * 4 + i) * height + y) * width + x) * 4)
+                                   : load_global(o.after + at);
+          four.data[i] = residual ? load_global_nc(target + at) - value : value;
+        }
+        return four;
+      });
+    }
+    for (u32 distance = lanes / 2; distance > 0; distance /= 2)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum.data[i] += shuffle_xor(sum.data[i], distance);
+    if (item >= items || lane > 0) continue;
+    if (area) {
+      const u32 rows = ceil_div((y + 1) * height, p.next_height) - y * height / p.next_height;
+      const u32 columns = ceil_div((x + 1) * width, p.next_width) - x * width / p.next_width;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum.data[i] /= static_cast<float>(rows * columns);
+    }
+    const Place place = place_of(p, y, x, p.next_width);
+    if (labels)
+      store_labels(p, o.image, place, c, sum);
+    else
+      store_next(q, o.image, place, c, sum);
+  }
+}
+
+template <int kTaps>
+__global__ void __launch_bounds__(kScaleThreads) multi_scale_owner_kernel(const __grid_constant__ ScaleParams q) {
+  const Params& p = q.p;
+  const u32 channels4 = round_up(p.channels, 4), height = p.height, width = p.width;
+  Owner o;
+  o.image = block_index_y();
+  o.channel = block_index_x() * p.group;
+  o.own = min_of(p.group, channels4 - o.channel);
+  o.shared = dynamic_shared();
+  const i64 image = static_cast<i64>(o.image) * p.channels * height * width;
+  const i64 maps = p.batch * p.channels * height * width;
+  o.before = p.f_hat_or_null && !p.independent ? p.f_hat_or_null + image : nullptr;
+  o.after = p.f_hat_out_or_null ? p.f_hat_out_or_null + image : nullptr;
+  const bool keep = p.plane_shared && p.next_height > 0;
+  bool clamped = false;
+  Grid grid;
+  grid.first = o.image * p.tokens_stride_batch;
+  i32 loaded = -1;
+  bool zeroed = false;
+  for (int s = 0; s < p.scales; ++s) {
+    grid.height = p.scale_height[s], grid.width = p.scale_width[s];
+    const i32 phi = p.scale_phi[s];
+    if (phi >= 0 && phi != loaded) {
+      const u32 rows = 9 * p.channels + 1, chunks = o.own / 4 * rows;
+      const float* from = p.phi_or_null + (static_cast<i64>(phi) * (channels4 / 4) + o.channel / 4) * rows * 4;
+      for (u32 i = thread_index(); i < chunks; i += kScaleThreads)
+        copy_async<16>(o.shared + q.at.weights + i * 16, from + i * 4);
+      loaded = phi;
+    }
+    copy_async_commit();
+    for (u32 y = thread_index(); y < height; y += kScaleThreads) {
+      const Taps<kTaps> taps = taps_at<kTaps>(y, grid.height, height);
+      store_shared(o.shared + y * 4, taps.first);
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) store_shared(o.shared + height * 4 + (y * kTaps + t) * 4, taps.weight[t]);
+    }
+    const u32 stride = up_stride(width);
+    if (phi >= 0 && !zeroed) {
+      // What lies beside the map; what lies above and below is written with each band.
+      for (u32 i = thread_index(); i < channels4 * (p.band + 2) * stride / 4; i += kScaleThreads)
+        store_shared(o.shared + q.at.up + i * 16, Four{});
+      zeroed = true;
+    }
+    const bool copy = grid.height == height && grid.width == width;
+    for (u32 y0 = 0; y0 < height; y0 += p.band) {
+      const u32 y1 = min_of(y0 + p.band, height);
+      const u32 ya = phi >= 0 && y0 > 0 ? y0 - 1 : y0, yb = phi >= 0 ? min_of(y1 + 1, height) : y1;
+      const u32 lo = copy ? ya : clamp_to(taps_at<kTaps>(ya, grid.height, height).first, grid.height - 1);
+      const u32 hi =
+          copy ? yb - 1 : clamp_to(taps_at<kTaps>(yb - 1, grid.height, height).first + kTaps - 1, grid.height - 1);
+      const u32 chunks = (phi >= 0 ? channels4 : o.own) / 4;
+      gather(q, grid, lo, hi, phi >= 0 ? 0 : o.channel, chunks, o.shared + q.at.work, clamped);
+      copy_async_wait<0>();
+      block_sync();
+      if (phi >= 0) {
+        const u32 plane = (p.band + 2) * stride;
+        resize<kTaps>(q, grid, o.shared, lo, chunks, ya, yb, [&](u32 chunk, u32 y, u32 x, const Four& h) {
+          const u32 to = o.shared + q.at.up + (chunk * 4 * plane + (y + 1 - y0) * stride + x + 1) * 4;
+#pragma unroll
+          for (u32 i = 0; i < 4; ++i) store_shared(to + i * plane * 4, h.data[i]);
+        });
+        // Rows of the band above and below the map.
+        const u32 above = y0 == 0 ? 1 : 0, below = p.band + 1 - (yb - y0);
+        for (u32 i = thread_index(); i < (above + below) * width * channels4; i += kScaleThreads) {
+          const u32 x = i % width, row = i / width % (above + below), c = i / width / (above + below);
+          const u32 at = row < above ? 0 : p.band + 2 - below + (row - above);
+          store_shared(o.shared + q.at.up + (c * plane + at * stride + x + 1) * 4, 0.0f);
+        }
+        block_sync();
+        for (u32 group = 0; group < o.own / 4; ++group) {
+          convolve(q, o.shared, group);
+          block_sync();
+          add_phi(q, o, group, y0);
+          block_sync();
+        }
+      } else {
+        resize<kTaps>(q, grid, o.shared, lo, chunks, ya, yb, [&](u32 chunk, u32 y, u32 x, const Four& h) {
+#pragma unroll
+          for (u32 i = 0; i < 4; ++i) {
+            const u32 c = o.channel + chunk * 4 + i;
+            if (c >= static_cast<u32>(p.channels)) break;
+            const i64 at = (static_cast<i64>(c) * height + y) * width + x;
+            const float sum = (o.before ? load_global(o.before + at) : 0.0f) + h.data[i];
+            store_global(o.after + at, sum);
+            if (keep) store_shared(o.shared + q.at.plane + (((chunk * 4 + i) * height + y) * width + x) * 4, sum);
+          }
+        });
+        block_sync();
+      }
+    }
+    grid.first += static_cast<i64>(grid.height) * grid.width *
+                  (p.tokens_kind == NXS_TOKENS_CODES ? 1 : p.channels);  // pixels times channels, whatever the patch
+    if (s + 1 == p.scales) break;
+    if (!p.independent) o.before = o.after;
+    if (p.prefixes) o.after += maps;
+  }
+  if (p.next_height > 0) {
+    if (p.next_or_null) make_next(q, o, false);
+    if (p.labels_or_null) make_next(q, o, true);
+  }
+  if (clamped && p.flags_or_null) atomic_or_global(p.flags_or_null, NXS_FLAG_CODE_CLAMPED);
+}
+
+// ---- the kernel of rows
+
+// A row of the map of tokens, resized along y to place `y` of `to`, to shared memory [x][channel].
+template <int kTaps>
+NXS_DEVICE void gather_row(const ScaleParams& q, const Grid& grid, u32 y, u32 to, u32 at, bool& clamped) {
+  const u32 chunks = ceil_div(q.p.channels, 4), items = grid.width * chunks;
+  const bool copy = grid.height == to;
+  const Taps<kTaps> taps = taps_at<kTaps>(y, grid.height, to);
+  for (u32 item = thread_index(); item < items; item += kScaleThreads) {
+    const u32 x = item / chunks, chunk = item % chunks;
+    Four sum;
+    if (copy) {
+      sum = load_token(q, locate(q.p, grid, y, x, clamped), chunk * 4);
+    } else {
+      i64 places[kTaps];
+      Four rows[kTaps];
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t)
+        places[t] = locate(q.p, grid, clamp_to(taps.first + t, grid.height - 1), x, clamped);
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) rows[t] = load_token(q, places[t], chunk * 4);
+      sum = scaled(taps.weight[0], rows[0]);
+#pragma unroll
+      for (int t = 1; t < kTaps; ++t) add_scaled(sum, taps.weight[t], rows[t]);
+    }
+    store_shared(at + (x * (chunks + 1) + chunk) * 16, sum);
+  }
+}
+
+// Four channels of place `x` of `to`, from a row in shared memory.
+template <int kTaps>
+NXS_DEVICE Four across_row(const Grid& grid, u32 at, u32 pixel_bytes, u32 x, u32 to) {
+  if (grid.width == to) return load_shared<Four>(at + x * pixel_bytes);
+  const Taps<kTaps> taps = taps_at<kTaps>(x, grid.width, to);
+  Four sum = {};
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) {
+    const Four four = load_shared<Four>(at + clamp_to(taps.first + t, grid.width - 1) * pixel_bytes);
+    if (t == 0)
+      sum = scaled(taps.weight[0], four);
+    else
+      add_scaled(sum, taps.weight[t], four);
+  }
+  return sum;
+}
+
+template <int kTaps>
+__global__ void __launch_bounds__(kScaleThreads) multi_scale_rows_kernel(const __grid_constant__ ScaleParams q) {
+  constexpr u32 kEarly = 2;  // items whose old values are asked for before the barrier
+  const Params& p = q.p;
+  const u32 height = p.height, width = p.width, channels = p.channels, chunks = ceil_div(channels, 4);
+  const u32 pixel_bytes = (chunks + 1) * 16, shared = dynamic_shared(), image = block_index_y();
+  const u32 map_rows = p.f_hat_out_or_null ? height : 0;
+  bool clamped = false;
+  Grid grid;
+  grid.first = image * p.tokens_stride_batch;
+  grid.height = p.scale_height[0], grid.width = p.scale_width[0];
+  const i64 first = static_cast<i64>(image) * channels * height * width;
+  const float* before = p.f_hat_or_null && !p.independent ? p.f_hat_or_null + first : nullptr;
+  // Four channels of a pixel of the map before; nothing writes it.
+  const auto old_at = [&](u32 chunk, u32 y, u32 x) {
+    Four four = {};
+    if (!before) return four;
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+      if (chunk * 4 + i < channels)
+        four.data[i] = load_global_nc(before + (static_cast<i64>(chunk * 4 + i) * height + y) * width + x);
+    return four;
+  };
+
+  if (block_index_x() < map_rows) {
+    const u32 y = block_index_x(), items = width * chunks;
+    Four early[kEarly];
+#pragma unroll
+    for (u32 k = 0; k < kEarly; ++k) {
+      const u32 item = thread_index() + k * kScaleThreads;
+      early[k] = item < items ? old_at(item / width, y, item % width) : Four{};
+    }
+    gather_row<kTaps>(q, grid, y, height, shared, clamped);
+    block_sync();
+    const auto add = [&](u32 item, const Four& old) {
+      const u32 x = item % width, chunk = item / width;
+      const Four h = across_row<kTaps>(grid, shared + chunk * 16, pixel_bytes, x, width);
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i)
+        if (chunk * 4 + i < channels)
+          store_global(p.f_hat_out_or_null + first + (static_cast<i64>(chunk * 4 + i) * height + y) * width + x,
+                       old.data[i] + h.data[i]);
+    };
+#pragma unroll
+    for (u32 k = 0; k < kEarly; ++k) {
+      const u32 item = thread_index() + k * kScaleThreads;
+      if (item < items) add(item, early[k]);
+    }
+    for (u32 item = thread_index() + kEarly * kScaleThreads; item < items; item += kScaleThreads)
+      add(item, old_at(item / width, y, item % width));
+  } else {
+    const u32 y = block_index_x() - map_rows, to_width = p.next_width, row_bytes = grid.width * pixel_bytes;
+    const u32 staged = shared + 2 * row_bytes;
+    // The map's rows that this row of next lies between; of the tokens themselves it is one.
+    const Taps<2> down = taps_at<2>(y, height, p.next_height);
+    const u32 rows[2] = {static_cast<u32>(clamp_to(down.first, height - 1)),
+                         static_cast<u32>(clamp_to(down.first + 1, height - 1))};
+    if (p.independent) {
+      gather_row<kTaps>(q, grid, y, p.next_height, shared, clamped);
+    } else {
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) gather_row<kTaps>(q, grid, rows[r], height, shared + r * row_bytes, clamped);
+    }
+    block_sync();
+    for (u32 item = thread_index(); item < to_width * chunks; item += kScaleThreads) {
+      const u32 x = item % to_width, chunk = item / to_width;
+      Four sum = {};
+      if (p.independent) {
+        sum = across_row<kTaps>(grid, shared + chunk * 16, pixel_bytes, x, to_width);
+      } else {
+        const Taps<2> across = taps_at<2>(x, width, to_width);
+        const u32 columns[2] = {static_cast<u32>(clamp_to(across.first, width - 1)),
+                                static_cast<u32>(clamp_to(across.first + 1, width - 1))};
+        Four old[2][2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) old[r][k] = old_at(chunk, rows[r], columns[k]);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (r == 1 && down.weight[1] == 0) break;
+          Four line = {};
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            if (k == 1 && across.weight[1] == 0) break;
+            const Four h =
+                across_row<kTaps>(grid, shared + r * row_bytes + chunk * 16, pixel_bytes, columns[k], width);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) old[r][k].data[i] += h.data[i];
+            add_scaled(line, across.weight[k], old[r][k]);
+          }
+          add_scaled(sum, down.weight[r], line);
+        }
+      }
+      store_shared(staged + x * pixel_bytes + chunk * 16, sum);
+    }
+    block_sync();
+    // Neighbouring lanes write neighbouring chunks.
+    for (u32 item = thread_index(); item < to_width * chunks; item += kScaleThreads) {
+      const u32 x = item / chunks, chunk = item % chunks;
+      store_next(q, image, place_of(p, y, x, to_width), chunk * 4,
+                 load_shared<Four>(staged + x * pixel_bytes + chunk * 16));
+    }
+  }
+  if (clamped && p.flags_or_null) atomic_or_global(p.flags_or_null, NXS_FLAG_CODE_CLAMPED);
+}
+
+inline u32 rows_bytes(const Params& p) {
+  return (2 * p.scale_width[0] + p.next_width) * (round_up(p.channels, 4) + 4) * 4;
+}
+
+// One instantiation file per number of taps.
+template <int kTaps> nxs_status multi_scale_launch(const ScaleParams& q, void* stream);
+
+template <int kTaps> nxs_status multi_scale_launch_taps(ScaleParams q, void* stream) {
+  const Params& p = q.p;
+  LaunchShape shape;
+  shape.block = kScaleThreads;
+  if (p.rows) {
+    const unsigned rows = (p.f_hat_out_or_null ? p.height : 0) + p.next_height;
+    shape.grid = dim3(rows, static_cast<unsigned>(p.batch));
+    shape.dynamic_smem = rows_bytes(p);
+    if (shape.dynamic_smem > 48 << 10)
+      NXS_TRY(allow_dynamic_smem(multi_scale_rows_kernel<kTaps>, shape.dynamic_smem));
+    return launch(multi_scale_rows_kernel<kTaps>, shape, stream, q);
+  }
+  q.at = owner_layout(p, kTaps);
+  shape.grid = dim3(ceil_div(round_up(p.channels, 4), p.group), static_cast<unsigned>(p.batch));
+  shape.dynamic_smem = q.at.bytes;
+  if (shape.dynamic_smem > 48 << 10)
+    NXS_TRY(allow_dynamic_smem(multi_scale_owner_kernel<kTaps>, shape.dynamic_smem));
+  return launch(multi_scale_owner_kernel<kTaps>, shape, stream, q);
+}
+
+}  // namespace nxs::quantization
