@@ -45,6 +45,12 @@ pub const NXS_TOKENS_EMBEDDINGS: u32 = 1;
 pub const NXS_TOKENS_BITS: u32 = 2;
 pub const NXS_MAX_SCALES: u32 = 32;
 pub const NXS_DOMAIN_BIT_FLIP: u32 = 1650879600;
+pub const NXS_BITS_MSB_FIRST: u32 = 0;
+pub const NXS_BITS_LSB_FIRST: u32 = 1;
+pub const NXS_FSQ_TANH: u32 = 0;
+pub const NXS_FSQ_SYMMETRIC: u32 = 1;
+pub const NXS_FSQ_CLAMP: u32 = 2;
+pub const NXS_FSQ_MOST_DIM: u32 = 16;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -812,6 +818,147 @@ impl Default for nxs_nearest_code_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_bits_params {
+    pub input: *const ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub codes_or_null: *mut ::core::ffi::c_void,
+    pub seeds_or_null: *const i64,
+    pub rows: i64,
+    pub rows_per_seed: i64,
+    pub first_row: i64,
+    pub dim: i32,
+    pub order: i32,
+    pub scale: f32,
+    pub flip_rate: f32,
+    pub input_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub codes_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_bits_params"][::core::mem::size_of::<nxs_bits_params>() - 96usize];
+    ["Alignment of nxs_bits_params"][::core::mem::align_of::<nxs_bits_params>() - 8usize];
+    ["Offset of field: nxs_bits_params::input"][::core::mem::offset_of!(nxs_bits_params, input) - 0usize];
+    ["Offset of field: nxs_bits_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, labels_or_null) - 8usize];
+    ["Offset of field: nxs_bits_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, values_or_null) - 16usize];
+    ["Offset of field: nxs_bits_params::codes_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, codes_or_null) - 24usize];
+    ["Offset of field: nxs_bits_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, seeds_or_null) - 32usize];
+    ["Offset of field: nxs_bits_params::rows"][::core::mem::offset_of!(nxs_bits_params, rows) - 40usize];
+    ["Offset of field: nxs_bits_params::rows_per_seed"]
+        [::core::mem::offset_of!(nxs_bits_params, rows_per_seed) - 48usize];
+    ["Offset of field: nxs_bits_params::first_row"][::core::mem::offset_of!(nxs_bits_params, first_row) - 56usize];
+    ["Offset of field: nxs_bits_params::dim"][::core::mem::offset_of!(nxs_bits_params, dim) - 64usize];
+    ["Offset of field: nxs_bits_params::order"][::core::mem::offset_of!(nxs_bits_params, order) - 68usize];
+    ["Offset of field: nxs_bits_params::scale"][::core::mem::offset_of!(nxs_bits_params, scale) - 72usize];
+    ["Offset of field: nxs_bits_params::flip_rate"][::core::mem::offset_of!(nxs_bits_params, flip_rate) - 76usize];
+    ["Offset of field: nxs_bits_params::input_dtype"][::core::mem::offset_of!(nxs_bits_params, input_dtype) - 80usize];
+    ["Offset of field: nxs_bits_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_bits_params, values_dtype) - 84usize];
+    ["Offset of field: nxs_bits_params::codes_dtype"][::core::mem::offset_of!(nxs_bits_params, codes_dtype) - 88usize];
+};
+impl Default for nxs_bits_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_fsq_params {
+    pub z_or_null: *const ::core::ffi::c_void,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub indices_or_null: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub rows: i64,
+    pub dim: i32,
+    pub quantizers: i32,
+    pub levels: [i32; 16usize],
+    pub scales: [f32; 256usize],
+    pub soft: [f32; 16usize],
+    pub bound: i32,
+    pub z_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub indices_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_fsq_params"][::core::mem::size_of::<nxs_fsq_params>() - 1216usize];
+    ["Alignment of nxs_fsq_params"][::core::mem::align_of::<nxs_fsq_params>() - 8usize];
+    ["Offset of field: nxs_fsq_params::z_or_null"][::core::mem::offset_of!(nxs_fsq_params, z_or_null) - 0usize];
+    ["Offset of field: nxs_fsq_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_or_null) - 8usize];
+    ["Offset of field: nxs_fsq_params::indices_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_or_null) - 16usize];
+    ["Offset of field: nxs_fsq_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_fsq_params::rows"][::core::mem::offset_of!(nxs_fsq_params, rows) - 32usize];
+    ["Offset of field: nxs_fsq_params::dim"][::core::mem::offset_of!(nxs_fsq_params, dim) - 40usize];
+    ["Offset of field: nxs_fsq_params::quantizers"][::core::mem::offset_of!(nxs_fsq_params, quantizers) - 44usize];
+    ["Offset of field: nxs_fsq_params::levels"][::core::mem::offset_of!(nxs_fsq_params, levels) - 48usize];
+    ["Offset of field: nxs_fsq_params::scales"][::core::mem::offset_of!(nxs_fsq_params, scales) - 112usize];
+    ["Offset of field: nxs_fsq_params::soft"][::core::mem::offset_of!(nxs_fsq_params, soft) - 1136usize];
+    ["Offset of field: nxs_fsq_params::bound"][::core::mem::offset_of!(nxs_fsq_params, bound) - 1200usize];
+    ["Offset of field: nxs_fsq_params::z_dtype"][::core::mem::offset_of!(nxs_fsq_params, z_dtype) - 1204usize];
+    ["Offset of field: nxs_fsq_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_dtype) - 1208usize];
+    ["Offset of field: nxs_fsq_params::indices_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_dtype) - 1212usize];
+};
+impl Default for nxs_fsq_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_remap_params {
+    pub codes: *const ::core::ffi::c_void,
+    pub table: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub count: i64,
+    pub entries: i64,
+    pub codes_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_remap_params"][::core::mem::size_of::<nxs_remap_params>() - 56usize];
+    ["Alignment of nxs_remap_params"][::core::mem::align_of::<nxs_remap_params>() - 8usize];
+    ["Offset of field: nxs_remap_params::codes"][::core::mem::offset_of!(nxs_remap_params, codes) - 0usize];
+    ["Offset of field: nxs_remap_params::table"][::core::mem::offset_of!(nxs_remap_params, table) - 8usize];
+    ["Offset of field: nxs_remap_params::out"][::core::mem::offset_of!(nxs_remap_params, out) - 16usize];
+    ["Offset of field: nxs_remap_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_remap_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_remap_params::count"][::core::mem::offset_of!(nxs_remap_params, count) - 32usize];
+    ["Offset of field: nxs_remap_params::entries"][::core::mem::offset_of!(nxs_remap_params, entries) - 40usize];
+    ["Offset of field: nxs_remap_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_remap_params, codes_dtype) - 48usize];
+    ["Offset of field: nxs_remap_params::out_dtype"][::core::mem::offset_of!(nxs_remap_params, out_dtype) - 52usize];
+};
+impl Default for nxs_remap_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -833,4 +980,7 @@ unsafe extern "C" {
     pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_multi_scale(params: *const nxs_multi_scale_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_nearest_code(params: *const nxs_nearest_code_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_bits(params: *const nxs_bits_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_fsq(params: *const nxs_fsq_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_remap(params: *const nxs_remap_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

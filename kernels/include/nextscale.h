@@ -402,6 +402,86 @@ typedef struct nxs_nearest_code_params {
 
 nxs_status nxs_nearest_code(const nxs_nearest_code_params *params, void *stream);
 
+/* Which channel is the most significant bit of an integer of `dim` bits. */
+#define NXS_BITS_MSB_FIRST 0 /* channel 0, as Infinity and LFQ have it */
+#define NXS_BITS_LSB_FIRST 1 /* the last one */
+
+/*
+ * Bits between their forms (LFQ, BSQ): values by their signs, labels, integers.
+ *   bit[r, k] = input > 0 (values; 0 for NaN), input != 0 (labels), bit k of the integer in `order`
+ *   flipped where philox_uniform(Philox(seeds[r / rows_per_seed], (first_row + r % rows_per_seed) * ceil(dim / 4) + k / 4,
+ *   NXS_DOMAIN_BIT_FLIP, 0) word k % 4) < flip_rate, if there are seeds
+ *   labels = bit;  values = bit ? scale : -scale, NaN where the input was a NaN;  codes = the integer
+ */
+typedef struct nxs_bits_params {
+  const void *input;            /* [rows, dim] NXS_F32, NXS_F16, NXS_BF16 values or NXS_U8 labels; [rows] NXS_U16, NXS_U32
+                                   or NXS_I64 integers */
+  uint8_t *labels_or_null;      /* [rows, dim] */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *codes_or_null;          /* [rows] codes_dtype */
+  const int64_t *seeds_or_null; /* [ceil(rows / rows_per_seed)], bits of u64 */
+  int64_t rows, rows_per_seed, first_row;
+  int32_t dim;                  /* 1 to 4096; at most the bits of an integer where there are integers */
+  int32_t order;                /* NXS_BITS_* */
+  float scale, flip_rate;
+  nxs_dtype input_dtype;
+  nxs_dtype values_dtype;       /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_bits_params;
+
+nxs_status nxs_bits(const nxs_bits_params *params, void *stream);
+
+/* How finite scalar quantization bounds a value. */
+#define NXS_FSQ_TANH 0      /* tanh(z + shift) half - offset, rounded to even (arXiv 2309.15505) */
+#define NXS_FSQ_SYMMETRIC 1 /* floor((L - 1) (tanh(z) + 1) / 2 + 0.5) */
+#define NXS_FSQ_CLAMP 2     /* the same with clamp(z, -1, 1) for tanh(z) */
+#define NXS_FSQ_MOST_DIM 16
+
+/*
+ * Finite scalar quantization, of one or more quantizers one after the other (residual FSQ):
+ *   r = z, or tanh(z / soft[k]) soft[k] where soft[k] > 0
+ *   for each quantizer q:  v = value(level(r / scales[q, k]));  r -= v scales[q, k];  values += v scales[q, k]
+ *   index[q] = sum over k of level * (product of levels before k)
+ * With halves H = levels / 2 (an integer division): NXS_FSQ_TANH has level - H = round(tanh(z + shift) half - offset),
+ * half = (levels - 1) 1.001 / 2, offset 0.5 for even levels and 0 for odd ones, shift = atanh(offset / half), and value =
+ * (level - H) / H; the symmetric ones have value = (2 level - (levels - 1)) / (levels - 1). Levels are clamped to
+ * [0, levels). A NaN has level 0 and stays a NaN in values.
+ * Without z, values are made from indices; an index outside [0, product of levels) is clamped, and NXS_FLAG_CODE_CLAMPED
+ * is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_fsq_params {
+  const void *z_or_null;        /* [rows, dim] z_dtype */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *indices_or_null;        /* [rows, quantizers] indices_dtype: written, or without z read */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t rows;
+  int32_t dim;                  /* 1 to NXS_FSQ_MOST_DIM */
+  int32_t quantizers;           /* 1 to 16 */
+  int32_t levels[NXS_FSQ_MOST_DIM];    /* 2 to 65536; the product at most what an index can hold, and 2^31 */
+  float scales[16 * NXS_FSQ_MOST_DIM]; /* of quantizer q and channel k at 16 q + k */
+  float soft[NXS_FSQ_MOST_DIM];
+  int32_t bound;                /* NXS_FSQ_* */
+  nxs_dtype z_dtype, values_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype indices_dtype;      /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_fsq_params;
+
+nxs_status nxs_fsq(const nxs_fsq_params *params, void *stream);
+
+/*
+ * Labels by a table (coarse labels of codes):  out[i] = table[codes[i]]
+ * A code outside [0, entries) is clamped and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_remap_params {
+  const void *codes;            /* [count] codes_dtype */
+  const void *table;            /* [entries] out_dtype */
+  void *out;                    /* [count] out_dtype */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t count, entries;       /* entries: 1 to 2^31 - 1 */
+  nxs_dtype codes_dtype, out_dtype; /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_remap_params;
+
+nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -33,6 +33,7 @@
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
+#include "common/ptx/memory.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/warp.cuh"
 
@@ -236,7 +237,7 @@ NXS_DEVICE void store_next(const ScaleParams& q, u32 b, const Place& place, u32 
     }
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      if (c + i >= static_cast<u32>(p.channels)) break;
+      if (c + i >= static_cast<u32>(p.channels)) continue;
       const i64 element = to + static_cast<i64>(c + i) * (p.patch * p.patch) + place.corner;
       switch (p.next_dtype) {
         case NXS_F32: store_global(static_cast<float*>(p.next_or_null) + element, value.data[i]); break;
@@ -256,7 +257,7 @@ NXS_DEVICE void store_labels(const Params& p, u32 b, const Place& place, u32 c, 
   u32 of = 0xffffffffu;
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) {
-    if (c + i >= static_cast<u32>(p.channels)) break;
+    if (c + i >= static_cast<u32>(p.channels)) continue;
     const u32 element = (c + i) * (p.patch * p.patch) + place.corner;
     const u8 bit = value.data[i] > 0;
     store_global(p.labels_or_null + at + element, bit);
@@ -443,7 +444,7 @@ NXS_DEVICE void add_phi(const ScaleParams& q, const Owner& o, u32 group, u32 y0)
     } else {
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        if (x + i >= width) break;
+        if (x + i >= width) continue;
         store_global(to + i, old.data[i]);
         if (keep) store_shared(kept + i * 4, old.data[i]);
       }
@@ -495,7 +496,7 @@ NXS_DEVICE void make_next(const ScaleParams& q, const Owner& o, bool labels) {
         Four four = {};
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
-          if (c + i >= static_cast<u32>(p.channels)) break;
+          if (c + i >= static_cast<u32>(p.channels)) continue;
           const i64 at = (static_cast<i64>(c + i) * height + y) * width + x;
           float value = 0;
           if (p.scales > 0)
@@ -604,7 +605,7 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_owner_kernel(const 
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
             const u32 c = o.channel + chunk * 4 + i;
-            if (c >= static_cast<u32>(p.channels)) break;
+            if (c >= static_cast<u32>(p.channels)) continue;
             const i64 at = (static_cast<i64>(c) * height + y) * width + x;
             const float sum = (o.before ? load_global(o.before + at) : 0.0f) + h.data[i];
             store_global(o.after + at, sum);

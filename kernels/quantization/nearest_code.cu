@@ -17,6 +17,7 @@
 #include "common/ptx/cluster.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
+#include "common/ptx/memory.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/warp.cuh"
 

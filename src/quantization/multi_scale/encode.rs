@@ -15,7 +15,9 @@ const HERE: &str = "operands are on the stream's device";
 
 fn refuse_independent(plan: &Plan) -> Result<()> {
     match plan.next {
-        Next::Tokens => Err(Error::Unsupported { arg: "next", what: "scales that do not add up are encoded each by itself" }),
+        Next::Tokens => {
+            Err(Error::Unsupported { arg: "next", what: "scales that do not add up are encoded each by itself" })
+        }
         _ => Ok(()),
     }
 }
@@ -130,20 +132,23 @@ fn on_host<C: Code + super::Token>(plan: &Plan, args: EncodeArgs<'_, C>) -> Resu
             }
         }
         let tokens = In::host(&*codes_of);
-        host::run::<C, f32>(plan, Call {
-            first: s,
-            scales: 1,
-            tokens: Some(&tokens),
-            tokens_at: scale.first as usize,
-            tokens_stride: plan.tokens as usize,
-            codebook: Some(&codebook),
-            phi: phi.as_ref(),
-            f_hat: Some(&mut f_hat),
-            prefixes: false,
-            next: None,
-            repeat: 1,
-            flags: None,
-        })?;
+        host::run::<C, f32>(
+            plan,
+            Call {
+                first: s,
+                scales: 1,
+                tokens: Some(&tokens),
+                tokens_at: scale.first as usize,
+                tokens_stride: plan.tokens as usize,
+                codebook: Some(&codebook),
+                phi: phi.as_ref(),
+                f_hat: Some(&mut f_hat),
+                prefixes: false,
+                next: None,
+                repeat: 1,
+                flags: None,
+            },
+        )?;
         f_hat = f_hat.in_place();
     }
     Ok(())
@@ -240,18 +245,21 @@ fn add_bits<O: Float>(
     f_hat: &mut FHat<'_>,
     next: Option<(&mut Out<'_, O>, usize, usize)>,
 ) -> Result<()> {
-    host::run::<u8, O>(plan, Call {
-        first: s,
-        scales: 1,
-        tokens: Some(tokens),
-        tokens_at: plan.scales[s].first as usize * plan.token_width() as usize,
-        tokens_stride,
-        codebook: None,
-        phi: None,
-        f_hat: Some(f_hat),
-        prefixes: false,
-        next,
-        repeat: 1,
-        flags: None,
-    })
+    host::run::<u8, O>(
+        plan,
+        Call {
+            first: s,
+            scales: 1,
+            tokens: Some(tokens),
+            tokens_at: plan.scales[s].first as usize * plan.token_width() as usize,
+            tokens_stride,
+            codebook: None,
+            phi: None,
+            f_hat: Some(f_hat),
+            prefixes: false,
+            next,
+            repeat: 1,
+            flags: None,
+        },
+    )
 }

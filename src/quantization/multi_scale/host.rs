@@ -2,8 +2,8 @@
 
 use core::ops::Range;
 
-use super::plan::{MOST_PHI_CHANNELS, Next, Plan, Up};
 use super::phi::packed_len;
+use super::plan::{MOST_PHI_CHANNELS, Next, Plan, Up};
 use super::{Call, FHat, Token, TokenKind};
 use crate::dtype::Float;
 use crate::error::{Error, Result};

@@ -443,20 +443,23 @@ impl<T: Token, O: Float> MultiScale<T, O> {
             let input = plan.scales.get(call + 1).map_or(0, |next| next.first - plan.scales[0].tokens);
             let width = plan.token_width() as usize;
             let next = if call + 1 < scales { next.as_mut() } else { None };
-            self.call(&stream, Call {
-                first,
-                scales: taken,
-                tokens: Some(&tokens),
-                tokens_at: first_token * elements,
-                tokens_stride: plan.tokens as usize * elements,
-                codebook: codebook.as_ref(),
-                phi: phi.as_ref(),
-                f_hat: has_map.then_some(&mut f_hat),
-                prefixes,
+            self.call(
+                &stream,
+                Call {
+                    first,
+                    scales: taken,
+                    tokens: Some(&tokens),
+                    tokens_at: first_token * elements,
+                    tokens_stride: plan.tokens as usize * elements,
+                    codebook: codebook.as_ref(),
+                    phi: phi.as_ref(),
+                    f_hat: has_map.then_some(&mut f_hat),
+                    prefixes,
                     next: next.map(|next| (next, input as usize * width, plan.input_tokens() as usize * width)),
-                repeat: 1,
-                flags: flags.as_ref(),
-            })?;
+                    repeat: 1,
+                    flags: flags.as_ref(),
+                },
+            )?;
         }
         Ok(())
     }

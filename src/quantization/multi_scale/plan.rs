@@ -337,7 +337,8 @@ impl Plan {
         let even_height = self.height.next_multiple_of(2);
         let conv = self.phi.iter().any(|&phi| phi >= 0);
         // With a phi: a tile of 2 x 4 pixels and an eighth of the inputs for each of 256 threads.
-        let wanted = if conv { 256u64.div_ceil(self.width.next_multiple_of(4)).next_multiple_of(2) } else { even_height };
+        let wanted =
+            if conv { 256u64.div_ceil(self.width.next_multiple_of(4)).next_multiple_of(2) } else { even_height };
         loop {
             let mut band = wanted.min(even_height);
             loop {
