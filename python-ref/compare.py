@@ -19,6 +19,7 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import compare_quantization
 from compare_attention import scale_attention
 from nextscale_ref import attention, philox, rvq
 
@@ -330,7 +331,7 @@ OPS = {
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,
     "philox_fill": philox_fill,
-}
+} | compare_quantization.OPS
 
 
 def main():

@@ -10,10 +10,12 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod multi_scale;
 mod philox_fill;
 mod request;
 mod runner;
 mod rvq_decode;
+mod scalar_quantize;
 mod scale_attention;
 mod tensors;
 
@@ -27,8 +29,18 @@ use crate::runner::{DEVICES, Runner};
 use crate::tensors::Tensors;
 
 /// Every op. A new one is a file beside this and a line here.
-static OPS: &[&Op] =
-    &[&rvq_decode::OP, &scale_attention::OP, &attention_merge::OP, &attention_prepare::OP, &philox_fill::OP];
+static OPS: &[&Op] = &[
+    &rvq_decode::OP,
+    &scale_attention::OP,
+    &attention_merge::OP,
+    &attention_prepare::OP,
+    &multi_scale::OP,
+    &multi_scale::ENCODE,
+    &scalar_quantize::BITS,
+    &scalar_quantize::FSQ,
+    &scalar_quantize::REMAP,
+    &philox_fill::OP,
+];
 
 fn main() -> ExitCode {
     match answer() {

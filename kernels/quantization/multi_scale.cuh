@@ -266,9 +266,7 @@ NXS_DEVICE void store_labels(const Params& p, u32 b, const Place& place, u32 c, 
       of = element / 4;
       block = philox(seed, position + of, NXS_DOMAIN_BIT_FLIP, 0);
     }
-    u32 word = block.word[0];
-#pragma unroll
-    for (u32 k = 1; k < 4; ++k) word = element % 4 == k ? block.word[k] : word;
+    const u32 word = philox_word(block, element);
     store_global(p.flipped_or_null + at + element, static_cast<u8>(bit ^ (philox_uniform(word) < p.flip_rate ? 1 : 0)));
   }
 }
@@ -468,14 +466,15 @@ NXS_DEVICE Four sample(const Params& p, bool area, u32 y, u32 x, u32 lane, u32 l
   const Taps<2> down = taps_at<2>(y, height, to_height), across = taps_at<2>(x, width, to_width);
   const u32 columns[2] = {static_cast<u32>(clamp_to(across.first, width - 1)),
                           static_cast<u32>(clamp_to(across.first + 1, width - 1))};
-#pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    if (t == 1 && down.weight[1] == 0) break;  // what has no weight is not looked at: it might be infinite
-    const u32 row = clamp_to(down.first + t, height - 1);
-    Four line = scaled(across.weight[0], read(row, columns[0]));
-    if (across.weight[1] != 0) add_scaled(line, across.weight[1], read(row, columns[1]));
-    add_scaled(sum, down.weight[t], line);
-  }
+  // What has no weight is not looked at: it might be infinite.
+  const auto line = [&](i32 row) {
+    const u32 at = clamp_to(row, height - 1);
+    Four four = scaled(across.weight[0], read(at, columns[0]));
+    if (across.weight[1] != 0) add_scaled(four, across.weight[1], read(at, columns[1]));
+    return four;
+  };
+  sum = scaled(down.weight[0], line(down.first));
+  if (down.weight[1] != 0) add_scaled(sum, down.weight[1], line(down.first + 1));
   return sum;
 }
 
@@ -754,18 +753,17 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_rows_kernel(const _
           for (int k = 0; k < 2; ++k) old[r][k] = old_at(chunk, rows[r], columns[k]);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (r == 1 && down.weight[1] == 0) break;
           Four line = {};
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            if (k == 1 && across.weight[1] == 0) break;
             const Four h =
                 across_row<kTaps>(grid, shared + r * row_bytes + chunk * 16, pixel_bytes, columns[k], width);
 #pragma unroll
             for (int i = 0; i < 4; ++i) old[r][k].data[i] += h.data[i];
-            add_scaled(line, across.weight[k], old[r][k]);
+            // What has no weight is not looked at: it might be infinite.
+            if (k == 0 || across.weight[k] != 0) add_scaled(line, across.weight[k], old[r][k]);
           }
-          add_scaled(sum, down.weight[r], line);
+          if (r == 0 || down.weight[r] != 0) add_scaled(sum, down.weight[r], line);
         }
       }
       store_shared(staged + x * pixel_bytes + chunk * 16, sum);

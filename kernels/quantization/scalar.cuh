@@ -109,10 +109,7 @@ __global__ void __launch_bounds__(kScalarThreads) bits_kernel(const __grid_const
 #pragma unroll
       for (u32 i = 0; i < kVec; ++i) {
         if (kVec == 1 || i % 4 == 0) block = philox(seed, position + (k + i) / 4, NXS_DOMAIN_BIT_FLIP, 0);
-        u32 word = block.word[i % 4];
-        if (kVec == 1)
-#pragma unroll
-          for (u32 j = 1; j < 4; ++j) word = k % 4 == j ? block.word[j] : word;
+        const u32 word = kVec == 1 ? philox_word(block, k) : block.word[i % 4];
         chunk.bits ^= (philox_uniform(word) < p.flip_rate ? 1u : 0u) << i;
       }
     }
