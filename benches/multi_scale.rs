@@ -84,29 +84,35 @@ where
                 _ => FHat::Between(second.input(), first.output()),
             };
             let mut next = next.get(scale).map(RefCell::borrow_mut);
-            plan.step(stream, StepArgs {
-                scale,
-                tokens: tokens[scale].input(),
-                codebook: books(),
-                phi: phis(),
-                f_hat: Some(f_hat),
-                next: next.as_deref_mut().map(Buffer::output),
-                flags: None,
-            })
+            plan.step(
+                stream,
+                StepArgs {
+                    scale,
+                    tokens: tokens[scale].input(),
+                    codebook: books(),
+                    phi: phis(),
+                    f_hat: Some(f_hat),
+                    next: next.as_deref_mut().map(Buffer::output),
+                    flags: None,
+                },
+            )
             .unwrap();
         }
     };
     let decode = |plan: &MultiScale<T, bf16>| {
         let mut maps = maps.borrow_mut();
-        plan.decode(stream, DecodeArgs {
-            tokens: all.input(),
-            codebook: books(),
-            phi: phis(),
-            f_hat: maps[0].output(),
-            prefixes: false,
-            next: None,
-            flags: None,
-        })
+        plan.decode(
+            stream,
+            DecodeArgs {
+                tokens: all.input(),
+                codebook: books(),
+                phi: phis(),
+                f_hat: maps[0].output(),
+                prefixes: false,
+                next: None,
+                flags: None,
+            },
+        )
         .unwrap();
     };
     let moved: u64 = (0..scales).map(|scale| plan.traffic(scale).unwrap()).map(|t| t.read + t.written).sum();
@@ -165,15 +171,18 @@ impl Encode for MultiScale<u16, bf16> {
         to: &mut Encoded,
         maps: &RefCell<[Buffer<f32>; 2]>,
     ) {
-        self.encode(stream, EncodeArgs {
-            f: f.input(),
-            codebook: codebook.input(),
-            search: None,
-            phi: phi.map(Buffer::input),
-            codes: to.codes.output(),
-            f_hat: maps.borrow_mut()[0].output(),
-            workspace: Some(to.workspace.output()),
-        })
+        self.encode(
+            stream,
+            EncodeArgs {
+                f: f.input(),
+                codebook: codebook.input(),
+                search: None,
+                phi: phi.map(Buffer::input),
+                codes: to.codes.output(),
+                f_hat: maps.borrow_mut()[0].output(),
+                workspace: Some(to.workspace.output()),
+            },
+        )
         .unwrap();
     }
 }
@@ -196,13 +205,16 @@ impl Encode for MultiScale<u8, bf16> {
         to: &mut Encoded,
         maps: &RefCell<[Buffer<f32>; 2]>,
     ) {
-        self.encode_bits(stream, EncodeBitsArgs {
-            f: f.input(),
-            labels: to.labels.output(),
-            flips: None,
-            f_hat: maps.borrow_mut()[0].output(),
-            next: None,
-        })
+        self.encode_bits(
+            stream,
+            EncodeBitsArgs {
+                f: f.input(),
+                labels: to.labels.output(),
+                flips: None,
+                f_hat: maps.borrow_mut()[0].output(),
+                next: None,
+            },
+        )
         .unwrap();
     }
 }

@@ -1,12 +1,15 @@
-// C entry of the multi-scale quantizers: refuse what the kernels cannot take, work out alignment, pick the resizing.
+// C entry of the multi-scale quantizers: refuse what the kernels cannot take, work out alignment, pick the kind of tokens.
 #include "quantization/multi_scale.cuh"
 
 #include "common/check.h"
 
 namespace nxs::quantization {
 
-template <> nxs_status multi_scale_launch<2>(const ScaleParams&, void*);
-template <> nxs_status multi_scale_launch<4>(const ScaleParams&, void*);
+template <> nxs_status multi_scale_launch<Codes>(const ScaleParams&, void*);
+template <> nxs_status multi_scale_launch<float>(const ScaleParams&, void*);
+template <> nxs_status multi_scale_launch<f16>(const ScaleParams&, void*);
+template <> nxs_status multi_scale_launch<bf16>(const ScaleParams&, void*);
+template <> nxs_status multi_scale_launch<u8>(const ScaleParams&, void*);
 
 namespace {
 
@@ -111,5 +114,12 @@ extern "C" nxs_status nxs_multi_scale(const nxs_multi_scale_params* params, void
     const u32 window = ceil_div(p.height, p.next_height) * ceil_div(p.width, p.next_width);
     while (q.lanes < 32 && q.lanes * 8 < window) q.lanes *= 2;
   }
-  return p.up == NXS_RESIZE_BICUBIC ? multi_scale_launch<4>(q, stream) : multi_scale_launch<2>(q, stream);
+  // Without tokens it does not matter of what kind they are.
+  if (codes || p.scales == 0) return multi_scale_launch<Codes>(q, stream);
+  switch (p.tokens_dtype) {
+    case NXS_F32: return multi_scale_launch<float>(q, stream);
+    case NXS_F16: return multi_scale_launch<f16>(q, stream);
+    case NXS_BF16: return multi_scale_launch<bf16>(q, stream);
+    default: return multi_scale_launch<u8>(q, stream);
+  }
 }

@@ -27,6 +27,8 @@
 // FLOPs      18 C^2 H W an image with a phi (4.7 MFLOP for C 32 at 16 x 16), about 32 C H W for resizing.
 // Limits     C <= 256, sides <= 1024, 32 scales a call; the working set of a band in shared memory.
 #pragma once
+#include <type_traits>
+
 #include "common/chunk.cuh"
 #include "common/dtype.cuh"
 #include "common/philox.cuh"
@@ -108,8 +110,12 @@ template <int kTaps> NXS_DEVICE Taps<kTaps> taps_at(u32 place, u32 from, u32 to)
   const i32 twice = static_cast<i32>(2 * to);
   i32 position = static_cast<i32>((2 * place + 1) * from) - static_cast<i32>(to);  // in units of 1 / twice
   if (kTaps == 2 && position < 0) position = 0;
-  const i32 whole = (position + twice) / twice - 1;  // position >= -to
-  const float t = static_cast<float>(position - whole * twice) / static_cast<float>(twice);
+  // An integer division takes a hundred instructions; the quotient is off by at most one.
+  i32 whole = static_cast<i32>(static_cast<float>(position + twice) * reciprocal_approx(static_cast<float>(twice))) - 1;
+  i32 rest = position - whole * twice;
+  if (rest < 0) --whole, rest += twice;
+  if (rest >= twice) ++whole, rest -= twice;
+  const float t = divide(static_cast<float>(rest), static_cast<float>(twice));
   if constexpr (kTaps == 2) {
     taps.first = whole;
     taps.weight[0] = 1.0f - t;
@@ -130,6 +136,9 @@ template <int kTaps> NXS_DEVICE Taps<kTaps> taps_at(u32 place, u32 from, u32 to)
 
 // ---- tokens
 
+// What tokens are: codes, or elements f32, f16, bf16 or bits (u8).
+struct Codes {};
+
 NXS_DEVICE i64 load_code(const void* codes, nxs_dtype dtype, i64 at) {
   switch (dtype) {
     case NXS_U16: return load_global_nc(static_cast<const u16*>(codes) + at);
@@ -138,35 +147,8 @@ NXS_DEVICE i64 load_code(const void* codes, nxs_dtype dtype, i64 at) {
   }
 }
 
-// Element `at`, as a float; of a chunk of four, aligned.
-NXS_DEVICE float load_element(const Params& p, i64 at) {
-  switch (p.tokens_dtype) {
-    case NXS_F32: return load_global_nc(static_cast<const float*>(p.tokens_or_null) + at);
-    case NXS_F16: return to_f32(load_global_nc(static_cast<const f16*>(p.tokens_or_null) + at));
-    case NXS_BF16: return to_f32(load_global_nc(static_cast<const bf16*>(p.tokens_or_null) + at));
-    default: return load_global_nc(static_cast<const u8*>(p.tokens_or_null) + at) ? p.bit_scale : -p.bit_scale;
-  }
-}
-template <typename T> NXS_DEVICE Four load_floats(const void* from, i64 at) {
-  const Vec<T, 4> chunk = load_global_nc(reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(from) + at));
-  Four four;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) four.data[i] = to_f32(chunk.data[i]);
-  return four;
-}
-NXS_DEVICE Four load_elements(const Params& p, i64 at) {
-  switch (p.tokens_dtype) {
-    case NXS_F32: return load_floats<float>(p.tokens_or_null, at);
-    case NXS_F16: return load_floats<f16>(p.tokens_or_null, at);
-    case NXS_BF16: return load_floats<bf16>(p.tokens_or_null, at);
-    default: break;
-  }
-  const u32 bits = load_global_nc(reinterpret_cast<const u32*>(static_cast<const u8*>(p.tokens_or_null) + at));
-  Four four;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) four.data[i] = bits >> (8 * i) & 255 ? p.bit_scale : -p.bit_scale;
-  return four;
-}
+template <typename T> NXS_DEVICE float element_value(const Params&, T element) { return to_f32(element); }
+template <> NXS_DEVICE float element_value<u8>(const Params& p, u8 bit) { return bit ? p.bit_scale : -p.bit_scale; }
 
 // Where a pixel of a map of tokens is: its token, and with a patch its place in that.
 struct Place {
@@ -176,6 +158,10 @@ NXS_DEVICE Place place_of(const Params& p, u32 y, u32 x, u32 width) {
   if (p.patch == 1) return {y * width + x, 0};
   return {y / 2 * (width / 2) + x / 2, y % 2 * 2 + x % 2};
 }
+NXS_DEVICE Place place_of_pixel(const Params& p, u32 pixel, u32 width) {
+  if (p.patch == 1) return {pixel, 0};
+  return place_of(p, pixel / width, pixel % width, width);
+}
 
 // The tokens of one scale of one image.
 struct Grid {
@@ -183,28 +169,42 @@ struct Grid {
   u32 height, width;
 };
 
-// First half of a load, all that a second half depends on: the codebook's row, or where the token's elements begin.
-NXS_DEVICE i64 locate(const Params& p, const Grid& grid, u32 y, u32 x, bool& clamped) {
-  const Place place = place_of(p, y, x, grid.width);
-  if (p.tokens_kind != NXS_TOKENS_CODES)
+// First half of a load, all that a second half depends on: where the codebook's row or the token's elements begin.
+template <typename T> NXS_DEVICE i64 locate(const Params& p, const Grid& grid, u32 pixel, bool& clamped) {
+  const Place place = place_of_pixel(p, pixel, grid.width);
+  if constexpr (std::is_same_v<T, Codes>) {
+    const i64 code = load_code(p.tokens_or_null, p.tokens_dtype, grid.first + place.token);
+    const i64 entry = code < 0 ? 0 : code >= p.entries ? p.entries - 1 : code;
+    clamped |= entry != code;
+    return entry * p.channels;
+  } else {
     return grid.first + static_cast<i64>(place.token) * (p.channels * p.patch * p.patch) + place.corner;
-  const i64 code = load_code(p.tokens_or_null, p.tokens_dtype, grid.first + place.token);
-  const i64 entry = code < 0 ? 0 : code >= p.entries ? p.entries - 1 : code;
-  clamped |= entry != code;
-  return entry * p.channels;
+  }
 }
-// Channels c to c + 3; zeros beyond the last.
-NXS_DEVICE Four load_token(const ScaleParams& q, i64 at, u32 c) {
-  const Params& p = q.p;
-  const bool codes = p.tokens_kind == NXS_TOKENS_CODES;
-  if (q.vector_rows) return codes ? load_floats<float>(p.codebook_or_null, at + c) : load_elements(p, at + c);
+// Channels c to c + 3, in one load.
+template <typename T> NXS_DEVICE Four load_four(const Params& p, i64 at, u32 c) {
+  Four four;
+  if constexpr (std::is_same_v<T, Codes>) {
+    four = load_global_nc(reinterpret_cast<const Four*>(p.codebook_or_null + at + c));
+  } else {
+    const auto chunk = load_global_nc(reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(p.tokens_or_null) + at + c));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.data[i] = element_value(p, chunk.data[i]);
+  }
+  return four;
+}
+// One by one; zeros beyond the last channel.
+template <typename T> NXS_DEVICE Four load_singly(const Params& p, i64 at, u32 c) {
   Four four;
 #pragma unroll
   for (u32 i = 0; i < 4; ++i) {
     four.data[i] = 0;
-    if (c + i < static_cast<u32>(p.channels))
-      four.data[i] = codes ? load_global_nc(p.codebook_or_null + at + c + i)
-                           : load_element(p, at + static_cast<i64>(c + i) * (p.patch * p.patch));
+    if (c + i >= static_cast<u32>(p.channels)) continue;
+    if constexpr (std::is_same_v<T, Codes>)
+      four.data[i] = load_global_nc(p.codebook_or_null + at + c + i);
+    else
+      four.data[i] = element_value(p, load_global_nc(static_cast<const T*>(p.tokens_or_null) + at +
+                                                     static_cast<i64>(c + i) * (p.patch * p.patch)));
   }
   return four;
 }
@@ -293,28 +293,37 @@ NXS_DEVICE Four map_before(const ScaleParams& q, const Owner& o, u32 c, u32 y, u
   return four;
 }
 
-// Loads the band's source rows [lo, hi], channels [c0, c0 + 4 chunks), as rows of chunks * 4 + 4 words.
+// Loads the band's source rows [lo, hi], channels [c0, c0 + 4 chunks), as rows of chunks * 4 + 4 words. A thread has one
+// chunk of each of its pixels.
+template <typename T>
 NXS_DEVICE void gather(const ScaleParams& q, const Grid& grid, u32 lo, u32 hi, u32 c0, u32 chunks, u32 to,
                        bool& clamped) {
-  const u32 items = (hi - lo + 1) * grid.width * chunks;
-  for (u32 base = thread_index(); base < items; base += kAhead * kScaleThreads) {
+  const u32 pixels = (hi - lo + 1) * grid.width, lanes = kScaleThreads / chunks, first = lo * grid.width;
+  const u32 lane = thread_index() / chunks, chunk = thread_index() - lane * chunks, c = c0 + chunk * 4;
+  if (lane >= lanes) return;
+  const u32 at_chunk = to + chunk * 16, pixel_bytes = (chunks + 1) * 16;
+  if (!q.vector_rows) {
+#pragma unroll 1
+    for (u32 pixel = lane; pixel < pixels; pixel += lanes)
+      store_shared(at_chunk + pixel * pixel_bytes,
+                   load_singly<T>(q.p, locate<T>(q.p, grid, first + pixel, clamped), c));
+    return;
+  }
+#pragma unroll 1
+  for (u32 base = lane; base < pixels; base += kAhead * lanes) {
     i64 at[kAhead];
     Four four[kAhead];
 #pragma unroll
     for (u32 k = 0; k < kAhead; ++k) {
-      const u32 item = base + k * kScaleThreads, pixel = item / chunks;
-      if (item < items) at[k] = locate(q.p, grid, lo + pixel / grid.width, pixel % grid.width, clamped);
+      const u32 pixel = base + k * lanes;
+      at[k] = pixel < pixels ? locate<T>(q.p, grid, first + pixel, clamped) : 0;
     }
 #pragma unroll
-    for (u32 k = 0; k < kAhead; ++k) {
-      const u32 item = base + k * kScaleThreads;
-      if (item < items) four[k] = load_token(q, at[k], c0 + item % chunks * 4);
-    }
+    for (u32 k = 0; k < kAhead; ++k)
+      if (base + k * lanes < pixels) four[k] = load_four<T>(q.p, at[k], c);
 #pragma unroll
-    for (u32 k = 0; k < kAhead; ++k) {
-      const u32 item = base + k * kScaleThreads, pixel = item / chunks;
-      if (item < items) store_shared(to + (pixel * (chunks + 1) + item % chunks) * 16, four[k]);
-    }
+    for (u32 k = 0; k < kAhead; ++k)
+      if (base + k * lanes < pixels) store_shared(at_chunk + (base + k * lanes) * pixel_bytes, four[k]);
   }
 }
 
@@ -459,7 +468,13 @@ NXS_DEVICE Four sample(const Params& p, bool area, u32 y, u32 x, u32 lane, u32 l
     const u32 y0 = y * height / to_height, y1 = ceil_div((y + 1) * height, to_height);
     const u32 x0 = x * width / to_width, x1 = ceil_div((x + 1) * width, to_width);
     const u32 columns = x1 - x0, count = (y1 - y0) * columns;
-    for (u32 i = lane; i < count; i += lanes) add_scaled(sum, 1.0f, read(y0 + i / columns, x0 + i % columns));
+    u32 row = lane / columns, column = lane - row * columns;
+    for (u32 i = lane; i < count; i += lanes) {
+      const Four four = read(y0 + row, x0 + column);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum.data[k] += four.data[k];
+      for (column += lanes; column >= columns; column -= columns) ++row;
+    }
     return sum;
   }
   if (lane > 0) return sum;
@@ -524,8 +539,8 @@ NXS_DEVICE void make_next(const ScaleParams& q, const Owner& o, bool labels) {
   }
 }
 
-template <int kTaps>
-__global__ void __launch_bounds__(kScaleThreads) multi_scale_owner_kernel(const __grid_constant__ ScaleParams q) {
+template <typename T, int kTaps>
+__global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(const __grid_constant__ ScaleParams q) {
   const Params& p = q.p;
   const u32 channels4 = round_up(p.channels, 4), height = p.height, width = p.width;
   Owner o;
@@ -575,7 +590,7 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_owner_kernel(const 
       const u32 hi =
           copy ? yb - 1 : clamp_to(taps_at<kTaps>(yb - 1, grid.height, height).first + kTaps - 1, grid.height - 1);
       const u32 chunks = (phi >= 0 ? channels4 : o.own) / 4;
-      gather(q, grid, lo, hi, phi >= 0 ? 0 : o.channel, chunks, o.shared + q.at.work, clamped);
+      gather<T>(q, grid, lo, hi, phi >= 0 ? 0 : o.channel, chunks, o.shared + q.at.work, clamped);
       copy_async_wait<0>();
       block_sync();
       if (phi >= 0) {
@@ -615,7 +630,7 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_owner_kernel(const 
       }
     }
     grid.first += static_cast<i64>(grid.height) * grid.width *
-                  (p.tokens_kind == NXS_TOKENS_CODES ? 1 : p.channels);  // pixels times channels, whatever the patch
+                  (std::is_same_v<T, Codes> ? 1 : p.channels);  // pixels times channels, whatever the patch
     if (s + 1 == p.scales) break;
     if (!p.independent) o.before = o.after;
     if (p.prefixes) o.after += maps;
@@ -630,51 +645,64 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_owner_kernel(const 
 // ---- the kernel of rows
 
 // A row of the map of tokens, resized along y to place `y` of `to`, to shared memory [x][channel].
-template <int kTaps>
-NXS_DEVICE void gather_row(const ScaleParams& q, const Grid& grid, u32 y, u32 to, u32 at, bool& clamped) {
-  const u32 chunks = ceil_div(q.p.channels, 4), items = grid.width * chunks;
+template <typename T, int kTaps>
+NXS_DEVICE void gather_row(const ScaleParams& q, const Grid& grid, u32 y, u32 to, u32 shared, bool& clamped) {
+  const u32 chunks = ceil_div(q.p.channels, 4), lanes = kScaleThreads / chunks;
+  const u32 lane = thread_index() / chunks, chunk = thread_index() - lane * chunks, c = chunk * 4;
+  if (lane >= lanes) return;
   const bool copy = grid.height == to;
   const Taps<kTaps> taps = taps_at<kTaps>(y, grid.height, to);
-  for (u32 item = thread_index(); item < items; item += kScaleThreads) {
-    const u32 x = item / chunks, chunk = item % chunks;
-    Four sum;
-    if (copy) {
-      sum = load_token(q, locate(q.p, grid, y, x, clamped), chunk * 4);
-    } else {
-      i64 places[kTaps];
-      Four rows[kTaps];
+  u32 row[kTaps];
 #pragma unroll
-      for (int t = 0; t < kTaps; ++t)
-        places[t] = locate(q.p, grid, clamp_to(taps.first + t, grid.height - 1), x, clamped);
+  for (int t = 0; t < kTaps; ++t) row[t] = clamp_to(taps.first + t, grid.height - 1) * grid.width;
+#pragma unroll 1
+  for (u32 x = lane; x < grid.width; x += lanes) {
+    i64 at[kTaps];
+    Four four[kTaps];
 #pragma unroll
-      for (int t = 0; t < kTaps; ++t) rows[t] = load_token(q, places[t], chunk * 4);
-      sum = scaled(taps.weight[0], rows[0]);
+    for (int t = 0; t < kTaps; ++t)
+      at[t] = !copy || t == 0 ? locate<T>(q.p, grid, (copy ? y * grid.width : row[t]) + x, clamped) : 0;
 #pragma unroll
-      for (int t = 1; t < kTaps; ++t) add_scaled(sum, taps.weight[t], rows[t]);
+    for (int t = 0; t < kTaps; ++t)
+      if (!copy || t == 0) four[t] = q.vector_rows ? load_four<T>(q.p, at[t], c) : load_singly<T>(q.p, at[t], c);
+    Four sum = four[0];
+    if (!copy) {
+      sum = scaled(taps.weight[0], four[0]);
+#pragma unroll
+      for (int t = 1; t < kTaps; ++t) add_scaled(sum, taps.weight[t], four[t]);
     }
-    store_shared(at + (x * (chunks + 1) + chunk) * 16, sum);
+    store_shared(shared + (x * (chunks + 1) + chunk) * 16, sum);
   }
 }
 
-// Four channels of place `x` of `to`, from a row in shared memory.
-template <int kTaps>
-NXS_DEVICE Four across_row(const Grid& grid, u32 at, u32 pixel_bytes, u32 x, u32 to) {
-  if (grid.width == to) return load_shared<Four>(at + x * pixel_bytes);
+// Where place `x` of `to` is in a row in shared memory, and with what weights.
+template <int kTaps> struct Across {
+  u32 at[kTaps];
+  float weight[kTaps];
+  bool copy;
+};
+template <int kTaps> NXS_DEVICE Across<kTaps> across_at(const Grid& grid, u32 pixel_bytes, u32 x, u32 to) {
+  Across<kTaps> across;
+  across.copy = grid.width == to;
   const Taps<kTaps> taps = taps_at<kTaps>(x, grid.width, to);
-  Four sum = {};
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    const Four four = load_shared<Four>(at + clamp_to(taps.first + t, grid.width - 1) * pixel_bytes);
-    if (t == 0)
-      sum = scaled(taps.weight[0], four);
-    else
-      add_scaled(sum, taps.weight[t], four);
+    across.at[t] = (across.copy ? x : clamp_to(taps.first + t, grid.width - 1)) * pixel_bytes;
+    across.weight[t] = taps.weight[t];
   }
+  return across;
+}
+template <int kTaps> NXS_DEVICE Four across_row(const Across<kTaps>& across, u32 row) {
+  Four sum = load_shared<Four>(row + across.at[0]);
+  if (across.copy) return sum;
+  sum = scaled(across.weight[0], sum);
+#pragma unroll
+  for (int t = 1; t < kTaps; ++t) add_scaled(sum, across.weight[t], load_shared<Four>(row + across.at[t]));
   return sum;
 }
 
-template <int kTaps>
-__global__ void __launch_bounds__(kScaleThreads) multi_scale_rows_kernel(const __grid_constant__ ScaleParams q) {
+template <typename T, int kTaps>
+__global__ void __launch_bounds__(kScaleThreads, 2) multi_scale_rows_kernel(const __grid_constant__ ScaleParams q) {
   constexpr u32 kEarly = 2;  // items whose old values are asked for before the barrier
   const Params& p = q.p;
   const u32 height = p.height, width = p.width, channels = p.channels, chunks = ceil_div(channels, 4);
@@ -705,11 +733,11 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_rows_kernel(const _
       const u32 item = thread_index() + k * kScaleThreads;
       early[k] = item < items ? old_at(item / width, y, item % width) : Four{};
     }
-    gather_row<kTaps>(q, grid, y, height, shared, clamped);
+    gather_row<T, kTaps>(q, grid, y, height, shared, clamped);
     block_sync();
     const auto add = [&](u32 item, const Four& old) {
       const u32 x = item % width, chunk = item / width;
-      const Four h = across_row<kTaps>(grid, shared + chunk * 16, pixel_bytes, x, width);
+      const Four h = across_row(across_at<kTaps>(grid, pixel_bytes, x, width), shared + chunk * 16);
 #pragma unroll
       for (u32 i = 0; i < 4; ++i)
         if (chunk * 4 + i < channels)
@@ -731,17 +759,18 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_rows_kernel(const _
     const u32 rows[2] = {static_cast<u32>(clamp_to(down.first, height - 1)),
                          static_cast<u32>(clamp_to(down.first + 1, height - 1))};
     if (p.independent) {
-      gather_row<kTaps>(q, grid, y, p.next_height, shared, clamped);
+      gather_row<T, kTaps>(q, grid, y, p.next_height, shared, clamped);
     } else {
-#pragma unroll
-      for (u32 r = 0; r < 2; ++r) gather_row<kTaps>(q, grid, rows[r], height, shared + r * row_bytes, clamped);
+#pragma unroll 1
+      for (u32 r = 0; r < 2; ++r)
+        gather_row<T, kTaps>(q, grid, r == 0 ? rows[0] : rows[1], height, shared + r * row_bytes, clamped);
     }
     block_sync();
     for (u32 item = thread_index(); item < to_width * chunks; item += kScaleThreads) {
       const u32 x = item % to_width, chunk = item / to_width;
       Four sum = {};
       if (p.independent) {
-        sum = across_row<kTaps>(grid, shared + chunk * 16, pixel_bytes, x, to_width);
+        sum = across_row(across_at<kTaps>(grid, pixel_bytes, x, to_width), shared + chunk * 16);
       } else {
         const Taps<2> across = taps_at<2>(x, width, to_width);
         const u32 columns[2] = {static_cast<u32>(clamp_to(across.first, width - 1)),
@@ -751,13 +780,14 @@ __global__ void __launch_bounds__(kScaleThreads) multi_scale_rows_kernel(const _
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int k = 0; k < 2; ++k) old[r][k] = old_at(chunk, rows[r], columns[k]);
+        const Across<kTaps> at[2] = {across_at<kTaps>(grid, pixel_bytes, columns[0], width),
+                                     across_at<kTaps>(grid, pixel_bytes, columns[1], width)};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           Four line = {};
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            const Four h =
-                across_row<kTaps>(grid, shared + r * row_bytes + chunk * 16, pixel_bytes, columns[k], width);
+            const Four h = across_row(at[k], shared + r * row_bytes + chunk * 16);
 #pragma unroll
             for (int i = 0; i < 4; ++i) old[r][k].data[i] += h.data[i];
             // What has no weight is not looked at: it might be infinite.
@@ -783,10 +813,10 @@ inline u32 rows_bytes(const Params& p) {
   return (2 * p.scale_width[0] + p.next_width) * (round_up(p.channels, 4) + 4) * 4;
 }
 
-// One instantiation file per number of taps.
-template <int kTaps> nxs_status multi_scale_launch(const ScaleParams& q, void* stream);
+// One instantiation file per kind of tokens (multi_scale_<kind>.cu).
+template <typename T> nxs_status multi_scale_launch(const ScaleParams& q, void* stream);
 
-template <int kTaps> nxs_status multi_scale_launch_taps(ScaleParams q, void* stream) {
+template <typename T, int kTaps> nxs_status multi_scale_launch_taps(ScaleParams q, void* stream) {
   const Params& p = q.p;
   LaunchShape shape;
   shape.block = kScaleThreads;
@@ -795,15 +825,20 @@ template <int kTaps> nxs_status multi_scale_launch_taps(ScaleParams q, void* str
     shape.grid = dim3(rows, static_cast<unsigned>(p.batch));
     shape.dynamic_smem = rows_bytes(p);
     if (shape.dynamic_smem > 48 << 10)
-      NXS_TRY(allow_dynamic_smem(multi_scale_rows_kernel<kTaps>, shape.dynamic_smem));
-    return launch(multi_scale_rows_kernel<kTaps>, shape, stream, q);
+      NXS_TRY(allow_dynamic_smem(multi_scale_rows_kernel<T, kTaps>, shape.dynamic_smem));
+    return launch(multi_scale_rows_kernel<T, kTaps>, shape, stream, q);
   }
   q.at = owner_layout(p, kTaps);
   shape.grid = dim3(ceil_div(round_up(p.channels, 4), p.group), static_cast<unsigned>(p.batch));
   shape.dynamic_smem = q.at.bytes;
   if (shape.dynamic_smem > 48 << 10)
-    NXS_TRY(allow_dynamic_smem(multi_scale_owner_kernel<kTaps>, shape.dynamic_smem));
-  return launch(multi_scale_owner_kernel<kTaps>, shape, stream, q);
+    NXS_TRY(allow_dynamic_smem(multi_scale_owner_kernel<T, kTaps>, shape.dynamic_smem));
+  return launch(multi_scale_owner_kernel<T, kTaps>, shape, stream, q);
+}
+
+template <typename T> nxs_status multi_scale_launch_up(const ScaleParams& q, void* stream) {
+  return q.p.up == NXS_RESIZE_BICUBIC ? multi_scale_launch_taps<T, 4>(q, stream)
+                                      : multi_scale_launch_taps<T, 2>(q, stream);
 }
 
 }  // namespace nxs::quantization
