@@ -668,10 +668,11 @@ pub struct nxs_multi_scale_params {
     pub group: i32,
     pub band: i32,
     pub plane_shared: i32,
+    pub programmatic: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_multi_scale_params"][::core::mem::size_of::<nxs_multi_scale_params>() - 384usize];
+    ["Size of nxs_multi_scale_params"][::core::mem::size_of::<nxs_multi_scale_params>() - 392usize];
     ["Alignment of nxs_multi_scale_params"][::core::mem::align_of::<nxs_multi_scale_params>() - 8usize];
     ["Offset of field: nxs_multi_scale_params::tokens_or_null"]
         [::core::mem::offset_of!(nxs_multi_scale_params, tokens_or_null) - 0usize];
@@ -753,6 +754,8 @@ const _: () = {
     ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
     ["Offset of field: nxs_multi_scale_params::plane_shared"]
         [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+    ["Offset of field: nxs_multi_scale_params::programmatic"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 384usize];
 };
 impl Default for nxs_multi_scale_params {
     fn default() -> Self {
@@ -779,10 +782,11 @@ pub struct nxs_nearest_code_params {
     pub codes_dtype: nxs_dtype,
     pub log2_tile: i32,
     pub splits: i32,
+    pub programmatic: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_nearest_code_params"][::core::mem::size_of::<nxs_nearest_code_params>() - 80usize];
+    ["Size of nxs_nearest_code_params"][::core::mem::size_of::<nxs_nearest_code_params>() - 88usize];
     ["Alignment of nxs_nearest_code_params"][::core::mem::align_of::<nxs_nearest_code_params>() - 8usize];
     ["Offset of field: nxs_nearest_code_params::z"][::core::mem::offset_of!(nxs_nearest_code_params, z) - 0usize];
     ["Offset of field: nxs_nearest_code_params::codebook"]
@@ -808,6 +812,8 @@ const _: () = {
         [::core::mem::offset_of!(nxs_nearest_code_params, log2_tile) - 72usize];
     ["Offset of field: nxs_nearest_code_params::splits"]
         [::core::mem::offset_of!(nxs_nearest_code_params, splits) - 76usize];
+    ["Offset of field: nxs_nearest_code_params::programmatic"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, programmatic) - 80usize];
 };
 impl Default for nxs_nearest_code_params {
     fn default() -> Self {

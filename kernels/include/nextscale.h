@@ -376,6 +376,8 @@ typedef struct nxs_multi_scale_params {
   int32_t group;                /* rows 0: channels of a block, a multiple of 4 */
   int32_t band;                 /* rows 0: rows of the map that are worked on at a time; even */
   int32_t plane_shared;         /* rows 0: 1: what the next is made from is kept in shared memory */
+  int32_t programmatic;         /* 1, on sm_90: may be started before the kernel before it on the stream has ended, for which it
+                                   then waits: programmatic dependent launch */
 } nxs_multi_scale_params;
 
 nxs_status nxs_multi_scale(const nxs_multi_scale_params *params, void *stream);
@@ -398,6 +400,7 @@ typedef struct nxs_nearest_code_params {
   nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
   int32_t log2_tile;            /* rows of a block: 8, 16 or 32 */
   int32_t splits;               /* blocks that share the codebook: 1, or on sm_90 a cluster of 2, 4 or 8 */
+  int32_t programmatic;         /* as of nxs_multi_scale */
 } nxs_nearest_code_params;
 
 nxs_status nxs_nearest_code(const nxs_nearest_code_params *params, void *stream);

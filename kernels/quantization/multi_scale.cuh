@@ -36,6 +36,7 @@
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
 #include "common/ptx/memory.cuh"
+#include "common/ptx/programmatic.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/warp.cuh"
 
@@ -425,35 +426,57 @@ NXS_DEVICE void convolve(const ScaleParams& q, u32 shared, u32 group) {
   }
 }
 
+// Where item `item` of a band's sums belongs: four pixels of a channel.
+struct Sums {
+  u32 x, y, k, channel;
+  bool there;
+};
+NXS_DEVICE Sums sums_of(const Params& p, const Owner& o, u32 group, u32 y0, u32 item) {
+  const u32 columns = ceil_div(p.width, 4), row = item / columns;
+  Sums at;
+  at.k = row / p.band;
+  at.x = (item - row * columns) * 4, at.y = y0 + row - at.k * p.band;
+  at.channel = o.channel + group * 4 + at.k;
+  at.there = at.k < 4 && at.y < static_cast<u32>(p.height) && at.channel < static_cast<u32>(p.channels);
+  return at;
+}
+// The map before, of a thread's first sums: asked for early.
+NXS_DEVICE Four old_of(const ScaleParams& q, const Owner& o, u32 group, u32 y0) {
+  const Sums at = sums_of(q.p, o, group, y0, thread_index());
+  return at.there ? map_before(q, o, at.channel, at.y, at.x, q.vector_map) : Four{};
+}
+
 // Adds the eighths and the bias to f_hat, rows [y0, y0 + band), outputs 4 `group` and on.
-NXS_DEVICE void add_phi(const ScaleParams& q, const Owner& o, u32 group, u32 y0) {
+NXS_DEVICE void add_phi(const ScaleParams& q, const Owner& o, u32 group, u32 y0, const Four& first) {
   const Params& p = q.p;
-  const u32 band = p.band, columns = ceil_div(p.width, 4), height = p.height, width = p.width;
-  for (u32 item = thread_index(); item < 4 * band * columns; item += kScaleThreads) {
-    const u32 x = item % columns * 4, y = y0 + item / columns % band, k = item / columns / band;
-    const u32 channel = o.channel + group * 4 + k;
-    if (y >= height || channel >= static_cast<u32>(p.channels)) continue;
-    Four old = map_before(q, o, channel, y, x, q.vector_map);
-    const u32 bias = o.shared + q.at.weights + ((group + 1) * (9 * p.channels + 1) - 1) * 16 + k * 4;
+  const u32 items = 4 * p.band * ceil_div(p.width, 4), height = p.height, width = p.width;
+  const bool keep = p.plane_shared && p.next_height > 0;
+  for (u32 item = thread_index(); item < items; item += kScaleThreads) {
+    const Sums at = sums_of(p, o, group, y0, item);
+    if (!at.there) continue;
+    Four sum = item == thread_index() ? first : map_before(q, o, at.channel, at.y, at.x, q.vector_map);
     Four h = load_shared<Four>(o.shared + q.at.work + item * 16);
 #pragma unroll
-    for (u32 part = 1; part < kParts; ++part)
-      add_scaled(h, 1.0f, load_shared<Four>(o.shared + q.at.work + (part * 4 * band * columns + item) * 16));
-    const float add = load_shared<float>(bias);
+    for (u32 part = 1; part < kParts; ++part) {
+      const Four more = load_shared<Four>(o.shared + q.at.work + (part * items + item) * 16);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) old.data[i] += h.data[i] + add;
-    float* to = o.after + (static_cast<i64>(channel) * height + y) * width + x;
-    const u32 kept = o.shared + q.at.plane + (((group * 4 + k) * height + y) * width + x) * 4;
-    const bool keep = p.plane_shared && p.next_height > 0;
+      for (int i = 0; i < 4; ++i) h.data[i] += more.data[i];
+    }
+    const float bias =
+        load_shared<float>(o.shared + q.at.weights + ((group + 1) * (9 * p.channels + 1) - 1) * 16 + at.k * 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum.data[i] += h.data[i] + bias;
+    float* to = o.after + (static_cast<i64>(at.channel) * height + at.y) * width + at.x;
+    const u32 kept = o.shared + q.at.plane + (((group * 4 + at.k) * height + at.y) * width + at.x) * 4;
     if (q.vector_map) {
-      store_global(reinterpret_cast<Four*>(to), old);
-      if (keep) store_shared(kept, old);
+      store_global(reinterpret_cast<Four*>(to), sum);
+      if (keep) store_shared(kept, sum);
     } else {
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
-        if (x + i >= width) continue;
-        store_global(to + i, old.data[i]);
-        if (keep) store_shared(kept + i * 4, old.data[i]);
+        if (at.x + i >= width) continue;
+        store_global(to + i, sum.data[i]);
+        if (keep) store_shared(kept + i * 4, sum.data[i]);
       }
     }
   }
@@ -539,15 +562,37 @@ NXS_DEVICE void make_next(const ScaleParams& q, const Owner& o, bool labels) {
   }
 }
 
+// Taps of the rows of the map; and once, zeros around it.
+template <int kTaps> NXS_DEVICE void prepare_scale(const ScaleParams& q, u32 shared, int s, bool& zeroed) {
+  const Params& p = q.p;
+  const u32 height = p.height;
+  for (u32 y = thread_index(); y < height; y += kScaleThreads) {
+    const Taps<kTaps> taps = taps_at<kTaps>(y, p.scale_height[s], height);
+    store_shared(shared + y * 4, taps.first);
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) store_shared(shared + height * 4 + (y * kTaps + t) * 4, taps.weight[t]);
+  }
+  if (p.scale_phi[s] < 0 || zeroed) return;
+  // What lies beside the map; what lies above and below is written with each band.
+  const u32 words = round_up(p.channels, 4) * (p.band + 2) * up_stride(p.width);
+  for (u32 i = thread_index(); i < words / 4; i += kScaleThreads) store_shared(shared + q.at.up + i * 16, Four{});
+  zeroed = true;
+}
+
 template <typename T, int kTaps>
 __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(const __grid_constant__ ScaleParams q) {
   const Params& p = q.p;
-  const u32 channels4 = round_up(p.channels, 4), height = p.height, width = p.width;
+  const u32 channels4 = round_up(p.channels, 4), height = p.height, width = p.width, stride = up_stride(width);
   Owner o;
   o.image = block_index_y();
   o.channel = block_index_x() * p.group;
   o.own = min_of(p.group, channels4 - o.channel);
   o.shared = dynamic_shared();
+  bool zeroed = false;
+  if (p.programmatic) programmatic_trigger();
+  if (p.scales > 0) prepare_scale<kTaps>(q, o.shared, 0, zeroed);
+  if (p.programmatic) programmatic_wait();
+
   const i64 image = static_cast<i64>(o.image) * p.channels * height * width;
   const i64 maps = p.batch * p.channels * height * width;
   o.before = p.f_hat_or_null && !p.independent ? p.f_hat_or_null + image : nullptr;
@@ -557,10 +602,10 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
   Grid grid;
   grid.first = o.image * p.tokens_stride_batch;
   i32 loaded = -1;
-  bool zeroed = false;
   for (int s = 0; s < p.scales; ++s) {
     grid.height = p.scale_height[s], grid.width = p.scale_width[s];
     const i32 phi = p.scale_phi[s];
+    if (s > 0) prepare_scale<kTaps>(q, o.shared, s, zeroed);
     if (phi >= 0 && phi != loaded) {
       const u32 rows = 9 * p.channels + 1, chunks = o.own / 4 * rows;
       const float* from = p.phi_or_null + (static_cast<i64>(phi) * (channels4 / 4) + o.channel / 4) * rows * 4;
@@ -569,19 +614,6 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
       loaded = phi;
     }
     copy_async_commit();
-    for (u32 y = thread_index(); y < height; y += kScaleThreads) {
-      const Taps<kTaps> taps = taps_at<kTaps>(y, grid.height, height);
-      store_shared(o.shared + y * 4, taps.first);
-#pragma unroll
-      for (int t = 0; t < kTaps; ++t) store_shared(o.shared + height * 4 + (y * kTaps + t) * 4, taps.weight[t]);
-    }
-    const u32 stride = up_stride(width);
-    if (phi >= 0 && !zeroed) {
-      // What lies beside the map; what lies above and below is written with each band.
-      for (u32 i = thread_index(); i < channels4 * (p.band + 2) * stride / 4; i += kScaleThreads)
-        store_shared(o.shared + q.at.up + i * 16, Four{});
-      zeroed = true;
-    }
     const bool copy = grid.height == height && grid.width == width;
     for (u32 y0 = 0; y0 < height; y0 += p.band) {
       const u32 y1 = min_of(y0 + p.band, height);
@@ -591,9 +623,10 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
           copy ? yb - 1 : clamp_to(taps_at<kTaps>(yb - 1, grid.height, height).first + kTaps - 1, grid.height - 1);
       const u32 chunks = (phi >= 0 ? channels4 : o.own) / 4;
       gather<T>(q, grid, lo, hi, phi >= 0 ? 0 : o.channel, chunks, o.shared + q.at.work, clamped);
-      copy_async_wait<0>();
-      block_sync();
       if (phi >= 0) {
+        Four old = old_of(q, o, 0, y0);
+        copy_async_wait<0>();
+        block_sync();
         const u32 plane = (p.band + 2) * stride;
         resize<kTaps>(q, grid, o.shared, lo, chunks, ya, yb, [&](u32 chunk, u32 y, u32 x, const Four& h) {
           const u32 to = o.shared + q.at.up + (chunk * 4 * plane + (y + 1 - y0) * stride + x + 1) * 4;
@@ -602,19 +635,24 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
         });
         // Rows of the band above and below the map.
         const u32 above = y0 == 0 ? 1 : 0, below = p.band + 1 - (yb - y0);
-        for (u32 i = thread_index(); i < (above + below) * width * channels4; i += kScaleThreads) {
-          const u32 x = i % width, row = i / width % (above + below), c = i / width / (above + below);
-          const u32 at = row < above ? 0 : p.band + 2 - below + (row - above);
-          store_shared(o.shared + q.at.up + (c * plane + at * stride + x + 1) * 4, 0.0f);
+        if (p.band < static_cast<i32>(height)) {  // else they are still as prepared
+          for (u32 i = thread_index(); i < (above + below) * width * channels4; i += kScaleThreads) {
+            const u32 x = i % width, row = i / width % (above + below), c = i / width / (above + below);
+            const u32 at = row < above ? 0 : p.band + 2 - below + (row - above);
+            store_shared(o.shared + q.at.up + (c * plane + at * stride + x + 1) * 4, 0.0f);
+          }
         }
         block_sync();
         for (u32 group = 0; group < o.own / 4; ++group) {
+          if (group > 0) old = old_of(q, o, group, y0);
           convolve(q, o.shared, group);
           block_sync();
-          add_phi(q, o, group, y0);
+          add_phi(q, o, group, y0, old);
           block_sync();
         }
       } else {
+        copy_async_wait<0>();
+        block_sync();
         resize<kTaps>(q, grid, o.shared, lo, chunks, ya, yb, [&](u32 chunk, u32 y, u32 x, const Four& h) {
 #pragma unroll
           for (u32 i = 0; i < 4; ++i) {
@@ -644,34 +682,50 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
 
 // ---- the kernel of rows
 
-// A row of the map of tokens, resized along y to place `y` of `to`, to shared memory [x][channel].
-template <typename T, int kTaps>
-NXS_DEVICE void gather_row(const ScaleParams& q, const Grid& grid, u32 y, u32 to, u32 shared, bool& clamped) {
+// Rows of the map of tokens, resized along y to places `y` of `to`, to shared memory [row][x][channel].
+template <typename T, int kTaps, int kRows>
+NXS_DEVICE void gather_rows(const ScaleParams& q, const Grid& grid, const u32 (&y)[kRows], u32 to, u32 shared,
+                            bool& clamped) {
   const u32 chunks = ceil_div(q.p.channels, 4), lanes = kScaleThreads / chunks;
   const u32 lane = thread_index() / chunks, chunk = thread_index() - lane * chunks, c = chunk * 4;
   if (lane >= lanes) return;
   const bool copy = grid.height == to;
-  const Taps<kTaps> taps = taps_at<kTaps>(y, grid.height, to);
-  u32 row[kTaps];
+  u32 row[kRows][kTaps];
+  float weight[kRows][kTaps];
 #pragma unroll
-  for (int t = 0; t < kTaps; ++t) row[t] = clamp_to(taps.first + t, grid.height - 1) * grid.width;
+  for (int r = 0; r < kRows; ++r) {
+    const Taps<kTaps> taps = taps_at<kTaps>(y[r], grid.height, to);
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      row[r][t] = (copy ? y[r] : clamp_to(taps.first + t, grid.height - 1)) * grid.width;
+      weight[r][t] = taps.weight[t];
+    }
+  }
 #pragma unroll 1
   for (u32 x = lane; x < grid.width; x += lanes) {
-    i64 at[kTaps];
-    Four four[kTaps];
+    i64 at[kRows][kTaps];
+    Four four[kRows][kTaps];
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t)
-      at[t] = !copy || t == 0 ? locate<T>(q.p, grid, (copy ? y * grid.width : row[t]) + x, clamped) : 0;
+    for (int r = 0; r < kRows; ++r)
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t)
-      if (!copy || t == 0) four[t] = q.vector_rows ? load_four<T>(q.p, at[t], c) : load_singly<T>(q.p, at[t], c);
-    Four sum = four[0];
-    if (!copy) {
-      sum = scaled(taps.weight[0], four[0]);
+      for (int t = 0; t < kTaps; ++t)
+        at[r][t] = !copy || t == 0 ? locate<T>(q.p, grid, row[r][t] + x, clamped) : 0;
 #pragma unroll
-      for (int t = 1; t < kTaps; ++t) add_scaled(sum, taps.weight[t], four[t]);
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t)
+        if (!copy || t == 0)
+          four[r][t] = q.vector_rows ? load_four<T>(q.p, at[r][t], c) : load_singly<T>(q.p, at[r][t], c);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      Four sum = four[r][0];
+      if (!copy) {
+        sum = scaled(weight[r][0], four[r][0]);
+#pragma unroll
+        for (int t = 1; t < kTaps; ++t) add_scaled(sum, weight[r][t], four[r][t]);
+      }
+      store_shared(shared + ((r * grid.width + x) * (chunks + 1) + chunk) * 16, sum);
     }
-    store_shared(shared + (x * (chunks + 1) + chunk) * 16, sum);
   }
 }
 
@@ -708,6 +762,10 @@ __global__ void __launch_bounds__(kScaleThreads, 2) multi_scale_rows_kernel(cons
   const u32 height = p.height, width = p.width, channels = p.channels, chunks = ceil_div(channels, 4);
   const u32 pixel_bytes = (chunks + 1) * 16, shared = dynamic_shared(), image = block_index_y();
   const u32 map_rows = p.f_hat_out_or_null ? height : 0;
+  if (p.programmatic) {
+    programmatic_trigger();
+    programmatic_wait();
+  }
   bool clamped = false;
   Grid grid;
   grid.first = image * p.tokens_stride_batch;
@@ -733,7 +791,7 @@ __global__ void __launch_bounds__(kScaleThreads, 2) multi_scale_rows_kernel(cons
       const u32 item = thread_index() + k * kScaleThreads;
       early[k] = item < items ? old_at(item / width, y, item % width) : Four{};
     }
-    gather_row<T, kTaps>(q, grid, y, height, shared, clamped);
+    gather_rows<T, kTaps, 1>(q, grid, {y}, height, shared, clamped);
     block_sync();
     const auto add = [&](u32 item, const Four& old) {
       const u32 x = item % width, chunk = item / width;
@@ -758,49 +816,75 @@ __global__ void __launch_bounds__(kScaleThreads, 2) multi_scale_rows_kernel(cons
     const Taps<2> down = taps_at<2>(y, height, p.next_height);
     const u32 rows[2] = {static_cast<u32>(clamp_to(down.first, height - 1)),
                          static_cast<u32>(clamp_to(down.first + 1, height - 1))};
-    if (p.independent) {
-      gather_row<T, kTaps>(q, grid, y, p.next_height, shared, clamped);
-    } else {
-#pragma unroll 1
-      for (u32 r = 0; r < 2; ++r)
-        gather_row<T, kTaps>(q, grid, r == 0 ? rows[0] : rows[1], height, shared + r * row_bytes, clamped);
-    }
-    block_sync();
-    for (u32 item = thread_index(); item < to_width * chunks; item += kScaleThreads) {
+    const auto columns_of = [&](u32 x, u32 (&columns)[2]) {
+      const Taps<2> across = taps_at<2>(x, width, to_width);
+      columns[0] = clamp_to(across.first, width - 1);
+      columns[1] = clamp_to(across.first + 1, width - 1);
+      return across.weight[1];
+    };
+    const u32 items = to_width * chunks;
+    const auto old_of = [&](u32 item, Four (&old)[2][2]) {
+      u32 columns[2];
+      columns_of(item % to_width, columns);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) old[r][k] = old_at(item / to_width, rows[r], columns[k]);
+    };
+    const auto make = [&](u32 item, Four (&old)[2][2]) {
       const u32 x = item % to_width, chunk = item / to_width;
+      u32 columns[2];
+      const float right = columns_of(x, columns);
+      const float weight[2] = {1.0f - right, right};
+      const Across<kTaps> at[2] = {across_at<kTaps>(grid, pixel_bytes, columns[0], width),
+                                   across_at<kTaps>(grid, pixel_bytes, columns[1], width)};
       Four sum = {};
-      if (p.independent) {
-        sum = across_row(across_at<kTaps>(grid, pixel_bytes, x, to_width), shared + chunk * 16);
-      } else {
-        const Taps<2> across = taps_at<2>(x, width, to_width);
-        const u32 columns[2] = {static_cast<u32>(clamp_to(across.first, width - 1)),
-                                static_cast<u32>(clamp_to(across.first + 1, width - 1))};
-        Four old[2][2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < 2; ++r) {
+        Four line = {};
 #pragma unroll
-          for (int k = 0; k < 2; ++k) old[r][k] = old_at(chunk, rows[r], columns[k]);
-        const Across<kTaps> at[2] = {across_at<kTaps>(grid, pixel_bytes, columns[0], width),
-                                     across_at<kTaps>(grid, pixel_bytes, columns[1], width)};
+        for (int k = 0; k < 2; ++k) {
+          const Four h = across_row(at[k], shared + r * row_bytes + chunk * 16);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          Four line = {};
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const Four h = across_row(at[k], shared + r * row_bytes + chunk * 16);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) old[r][k].data[i] += h.data[i];
-            // What has no weight is not looked at: it might be infinite.
-            if (k == 0 || across.weight[k] != 0) add_scaled(line, across.weight[k], old[r][k]);
-          }
-          if (r == 0 || down.weight[r] != 0) add_scaled(sum, down.weight[r], line);
+          for (int i = 0; i < 4; ++i) old[r][k].data[i] += h.data[i];
+          // What has no weight is not looked at: it might be infinite.
+          if (k == 0 || weight[k] != 0) add_scaled(line, weight[k], old[r][k]);
         }
+        if (r == 0 || down.weight[r] != 0) add_scaled(sum, down.weight[r], line);
       }
       store_shared(staged + x * pixel_bytes + chunk * 16, sum);
+    };
+    if (p.independent) {
+      gather_rows<T, kTaps, 1>(q, grid, {y}, p.next_height, shared, clamped);
+      block_sync();
+      for (u32 item = thread_index(); item < items; item += kScaleThreads) {
+        const u32 x = item % to_width, chunk = item / to_width;
+        store_shared(staged + x * pixel_bytes + chunk * 16,
+                     across_row(across_at<kTaps>(grid, pixel_bytes, x, to_width), shared + chunk * 16));
+      }
+    } else {
+      Four early[kEarly][2][2];
+#pragma unroll
+      for (u32 k = 0; k < kEarly; ++k) {
+        const u32 item = thread_index() + k * kScaleThreads;
+        if (item < items) old_of(item, early[k]);
+      }
+      gather_rows<T, kTaps, 2>(q, grid, rows, height, shared, clamped);
+      block_sync();
+#pragma unroll
+      for (u32 k = 0; k < kEarly; ++k) {
+        const u32 item = thread_index() + k * kScaleThreads;
+        if (item < items) make(item, early[k]);
+      }
+      for (u32 item = thread_index() + kEarly * kScaleThreads; item < items; item += kScaleThreads) {
+        Four old[2][2];
+        old_of(item, old);
+        make(item, old);
+      }
     }
     block_sync();
     // Neighbouring lanes write neighbouring chunks.
-    for (u32 item = thread_index(); item < to_width * chunks; item += kScaleThreads) {
+    for (u32 item = thread_index(); item < items; item += kScaleThreads) {
       const u32 x = item / chunks, chunk = item % chunks;
       store_next(q, image, place_of(p, y, x, to_width), chunk * 4,
                  load_shared<Four>(staged + x * pixel_bytes + chunk * 16));
@@ -820,6 +904,7 @@ template <typename T, int kTaps> nxs_status multi_scale_launch_taps(ScaleParams 
   const Params& p = q.p;
   LaunchShape shape;
   shape.block = kScaleThreads;
+  shape.programmatic = p.programmatic;
   if (p.rows) {
     const unsigned rows = (p.f_hat_out_or_null ? p.height : 0) + p.next_height;
     shape.grid = dim3(rows, static_cast<unsigned>(p.batch));

@@ -18,6 +18,7 @@
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
 #include "common/ptx/memory.cuh"
+#include "common/ptx/programmatic.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/warp.cuh"
 
@@ -61,6 +62,10 @@ __global__ void __launch_bounds__(kSearchThreads) nearest_code_kernel(const __gr
   const u32 shared = dynamic_shared(), chunks = shared + kTile * stride, results = chunks + 2 * kChunk * stride;
   const u32 warp = thread_index() / kWarpSize, lane = lane_index(), splits = p.splits;
   const u32 split = block_index_x() % splits;
+  if (p.programmatic) {
+    programmatic_trigger();
+    programmatic_wait();
+  }
   const i64 all = p.batch * p.rows, first = static_cast<i64>(block_index_x() / splits) * kTile;
   const u32 share = (static_cast<u32>(p.entries) + splits - 1) / splits;
   const u32 begin = split * share < p.entries ? split * share : static_cast<u32>(p.entries);
@@ -171,6 +176,7 @@ template <u32 kTile, bool kVector> nxs_status launch_search(const SearchParams& 
   LaunchShape shape;
   shape.block = kSearchThreads;
   shape.cluster = static_cast<unsigned>(p.splits);
+  shape.programmatic = p.programmatic;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kTile - 1) / kTile * p.splits));
   shape.dynamic_smem = (kTile + 2 * kChunk) * (channels4(p.channels) + 4) * 4 + kTile * 8;
   if (shape.dynamic_smem > 48 << 10)

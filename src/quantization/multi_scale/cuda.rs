@@ -65,6 +65,7 @@ mod launches {
             group: plan.cut.group as i32,
             band: plan.cut.band as i32,
             plane_shared: plan.cut.plane_shared.into(),
+            programmatic: plan.programmatic.into(),
             ..Params::default()
         })
     }
@@ -170,6 +171,7 @@ mod launches {
                 codes_dtype: C::DTYPE as i32,
                 log2_tile: cut.tile.trailing_zeros() as i32,
                 splits: cut.splits as i32,
+                programmatic: plan.programmatic.into(),
             };
             crate::launch::launch("nxs_nearest_code", stream, |handle| {
                 // SAFETY: the workspace holds the vectors, and the operands are checked against the plan.
@@ -240,7 +242,7 @@ pub(super) fn run<T: Token, O: Float>(
     _stream: &Stream<'_>,
     call: Call<'_, '_, '_, '_, T, O>,
 ) -> Result<()> {
-    let _ = (plan.takes_rows(0), plan.search_cut(1), call.repeat, call.flags);
+    let _ = (plan.takes_rows(0), plan.search_cut(1), plan.programmatic, call.repeat, call.flags);
     Err(Error::NotCompiled)
 }
 

@@ -57,6 +57,7 @@ pub struct MultiScaleBuilder<T, O> {
     repeat: u64,
     patch: u64,
     bit_scale: Option<f32>,
+    programmatic: bool,
     types: PhantomData<(T, O)>,
 }
 
@@ -75,6 +76,7 @@ impl<T: Token, O: Float> MultiScaleBuilder<T, O> {
             repeat: 1,
             patch: 1,
             bit_scale: None,
+            programmatic: true,
             types: PhantomData,
         }
     }
@@ -132,6 +134,13 @@ impl<T: Token, O: Float> MultiScaleBuilder<T, O> {
     /// The magnitude that a bit stands for; 1 / sqrt(channels) if not given. (With a patch, channels of the map.)
     pub fn bit_scale(mut self, scale: f32) -> Self {
         self.bit_scale = Some(scale);
+        self
+    }
+
+    /// Whether kernels may be scheduled before the one before them on the stream has ended, for which they then wait
+    /// (programmatic dependent launch; sm_90 only). True if not given.
+    pub fn programmatic(mut self, programmatic: bool) -> Self {
+        self.programmatic = programmatic;
         self
     }
 
@@ -214,8 +223,9 @@ impl<T: Token, O: Float> MultiScaleBuilder<T, O> {
             cut: Cut::default(),
             rows_fit: false,
             sm_count: device.sm_count.max(1) as u64,
-            // Later GPUs run the PTX of sm_80, which knows no clusters.
+            // Later GPUs run the PTX of sm_80, which knows neither clusters nor programmatic launches.
             most_splits: if device.arch.major == 9 { 8 } else { 1 },
+            programmatic: self.programmatic && device.arch.major == 9,
         };
         plan.cut = plan.cut_for(device)?;
         plan.rows_fit = plan.rows_smem() <= device.smem_per_block.max(0) as u64;
@@ -273,6 +283,7 @@ pub(super) struct Plan {
     sm_count: u64,
     /// Blocks of a cluster that a search may take; 1 where there are no clusters.
     most_splits: u64,
+    pub(super) programmatic: bool,
 }
 
 impl Plan {
@@ -379,7 +390,7 @@ impl Plan {
         let rows = self.batch * tokens;
         let mut cut = SearchCut { tile: 8, splits: 1 };
         let blocks = |cut: SearchCut| rows.div_ceil(cut.tile) * cut.splits;
-        while cut.tile < 32 && rows.div_ceil(cut.tile * 2) * self.most_splits >= self.sm_count {
+        while cut.tile < 32 && 4 * rows.div_ceil(cut.tile * 2) * self.most_splits >= 3 * self.sm_count {
             cut.tile *= 2;
         }
         while cut.splits < self.most_splits && blocks(cut) < self.sm_count {
