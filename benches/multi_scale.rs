@@ -37,7 +37,7 @@ where
 {
     let device = TestDevice::Cuda(stream.clone());
     let (side, scales) = (*shape.sides.last().unwrap(), shape.sides.len());
-    let builder = |batch: usize| {
+    let builder = |batch: usize, programmatic: bool| {
         let mut builder =
             MultiScale::<T, bf16>::builder(shape.channels, (side, side), &schedules::square(&shape.sides));
         if shape.entries == 0 {
@@ -46,9 +46,12 @@ where
         if shape.phi {
             builder = builder.phi(if scales == 14 { PhiTable::var_14() } else { PhiTable::var_10() });
         }
-        builder.batch(batch).entries(shape.entries).build(&DeviceInfo::of(stream).unwrap()).unwrap()
+        let builder = builder.batch(batch).entries(shape.entries).programmatic(programmatic);
+        builder.build(&DeviceInfo::of(stream).unwrap()).unwrap()
     };
-    let (plan, empty) = (builder(shape.batch), builder(0));
+    let (plan, empty) = (builder(shape.batch, true), builder(0, true));
+    // Beside it, in a graph alone: launches that wait for the one before them to end.
+    let plain = builder(shape.batch, false);
     let mut rng = StdRng::seed_from_u64(1);
     let elements = if shape.entries == 0 { shape.channels } else { 1 };
     let of_scale = |scale: usize| plan.tokens(scale).unwrap() * shape.batch;
@@ -117,19 +120,21 @@ where
     };
     let moved: u64 = (0..scales).map(|scale| plan.traffic(scale).unwrap()).map(|t| t.read + t.written).sum();
     let name = ("multi_scale", shape.name.as_str(), moved);
-    match shape.how.as_str() {
-        "steps" => support::time(criterion, stream, name, || steps(&plan, false), || steps(&empty, false)),
-        "turns" => support::time(criterion, stream, name, || steps(&plan, true), || steps(&empty, true)),
-        "decode" => support::time(criterion, stream, name, || decode(&plan), || decode(&empty)),
-        "encode" => {
-            let buffers = RefCell::new(plan.buffers(&device, shape.batch, n));
-            let run = |plan: &MultiScale<T, bf16>| {
-                plan.encode_all(stream, &f, &codebook, shape.phi.then_some(&phi), &mut buffers.borrow_mut(), &maps);
-            };
-            support::time(criterion, stream, name, || run(&plan), || run(&empty));
-        }
+    let encoded = RefCell::new(plan.buffers(&device, shape.batch, n));
+    let encode = |plan: &MultiScale<T, bf16>| {
+        plan.encode_all(stream, &f, &codebook, shape.phi.then_some(&phi), &mut encoded.borrow_mut(), &maps);
+    };
+    let run = |plan: &MultiScale<T, bf16>| match shape.how.as_str() {
+        "steps" => steps(plan, false),
+        "turns" => steps(plan, true),
+        "decode" => decode(plan),
+        "encode" => encode(plan),
         other => panic!("how {other:?}"),
-    }
+    };
+    support::time(criterion, stream, name, || run(&plan), || run(&empty));
+    let mut group = criterion.benchmark_group("multi_scale");
+    support::time_graph(&mut group, stream, &format!("{}@plain", shape.name), || run(&plain));
+    group.finish();
 }
 
 /// What an encode writes: codes or labels, and the workspace.

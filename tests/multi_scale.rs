@@ -271,7 +271,7 @@ impl Case {
     }
 
     /// The maps after each scale and the inputs of the scales after it, of image `b`: token-major.
-    fn chain<T: Token>(&self, problem: &Problem<T>, b: usize) -> Vec<(Vec<f64>, Vec<f64>)> {
+    fn chain<T: Token>(&self, problem: &Problem<T>, b: usize) -> Vec<Made> {
         let (height, width) = self.size();
         let mut map = vec![vec![vec![0.0; width]; height]; self.channels];
         let mut all = Vec::new();
@@ -326,6 +326,9 @@ fn close<O: Float>(what: &str, actual: &[O], expected: &[f64]) {
         assert!(error <= bound + 1e-37, "{what}, element {i}: {actual:?} instead of {expected}, most {most}");
     }
 }
+
+/// The map after a scale, and the input of the next.
+type Made = (Vec<f64>, Vec<f64>);
 
 /// The buffers of all steps of a case.
 struct Buffers<T, O> {
@@ -391,7 +394,7 @@ impl<T: Make, O: Float> Buffers<T, O> {
 fn check<T: Make, O: Float>(device: &TestDevice, case: &Case) {
     let problem = case.problem::<T>();
     let expected: Vec<_> = (0..case.batch).map(|b| case.chain(&problem, b)).collect();
-    let of = |s: usize, part: fn(&(Vec<f64>, Vec<f64>)) -> &Vec<f64>| -> Vec<f64> {
+    let of = |s: usize, part: fn(&Made) -> &Vec<f64>| -> Vec<f64> {
         expected.iter().flat_map(|image| part(&image[s])).copied().collect()
     };
     let plan = case.plan::<T, O>();
@@ -578,6 +581,25 @@ fn edges() {
     }
 }
 
+/// Maps that come in bands, scale after scale, with and without a phi, and what is not kept in shared memory.
+#[test]
+fn bands_on_every_device_at_the_edges() {
+    for device in TestDevice::all() {
+        let schedule = vec![(2, 2), (5, 6), (20, 5), (21, 6)];
+        for (shared, bands, kept) in [(10_800, true, true), (8_800, true, false), (60_000, false, true)] {
+            let case =
+                Case { channels: 4, schedule: schedule.clone(), shared: Some(shared), last_phi: false, ..plain() };
+            let cut = case.plan::<f32, f32>().cut();
+            assert_eq!((cut.band < 21, cut.plane_shared), (bands, kept), "{cut:?}");
+            assert!(cut.shared_bytes <= shared as u64);
+            check::<f32, f32>(&device, &case);
+            check::<u16, bf16>(&device, &Case { last_phi: true, ..case.clone() });
+            let phi = None;
+            check::<u8, f16>(&device, &Case { phi, up: Up::Bilinear, next: Next::Bilinear, ..case });
+        }
+    }
+}
+
 /// The weights of PyTorch's bicubic resizing, to the digits that it prints; and the windows of its adaptive average.
 #[test]
 fn known_answers() {
@@ -611,7 +633,8 @@ fn known_answers() {
             (0..4).map(at).collect()
         };
         assert_eq!(weights(8, 12, 4, 1), [-0.09375, 0.59375, 0.59375, -0.09375]);
-        for (got, want) in weights(10, 16, 6, 2).iter().zip([-0.08074951, 0.51055908, 0.67401123, -0.1038208f32]) {
+        for (got, want) in weights(10, 16, 6, 2).iter().zip([-0.080_749_51f32, 0.510_559_1, 0.674_011_2, -0.103_820_8])
+        {
             assert!((got - want).abs() < 1e-7, "{got} {want}");
         }
 
@@ -688,6 +711,11 @@ fn bitwise_repeatable_in_any_batch() {
             let all = run(&case, &problem);
             assert_eq!(run(&case, &problem), all);
             assert_eq!(run(&Case { shared: Some(16_000), ..case.clone() }, &problem), all, "another cut");
+            let plain = case.builder::<f32, f32>().programmatic(false).build(&DeviceInfo::H200).unwrap();
+            let mut buffers = Buffers::<f32, f32>::new(&device, &case, &problem);
+            (0..4).for_each(|s| buffers.step(&device, &case, &plain, s).unwrap());
+            let map: Vec<u32> = buffers.maps[0].read().iter().map(|x| x.to_bits()).collect();
+            assert_eq!(map, all.0, "another way to launch");
             let one = Case { batch: 1, ..case.clone() };
             let per_image = problem.tokens.len() / 3;
             let middle = Problem { tokens: problem.tokens[per_image..2 * per_image].to_vec(), ..case.problem() };
@@ -1025,6 +1053,9 @@ mod encode {
                 (2, 4, 7, 64, true),
                 (1, 1, 1, 5, false),
                 (1, 12, 32, 700, true),
+                (1, 2, 256, 70, false),
+                (1, 3, 130, 300, true),
+                (70, 5, 8, 40, false),
             ] {
                 let case = Case { batch, channels, entries, schedule: vec![(side, side)], phi: None, ..plain() };
                 let mut rng = StdRng::seed_from_u64(batch as u64);
@@ -1115,7 +1146,7 @@ mod encode {
         assert!(problem.tokens.iter().all(|&bit| bit <= 1));
         let all = case.first(case.schedule.len()) * case.width();
         let mut flips = 0;
-        for b in 0..case.batch {
+        for (b, &seed) in seeds.iter().enumerate() {
             for s in 0..case.schedule.len() {
                 let z = left(case, &problem, &f, b, s);
                 for (i, z) in z.iter().enumerate() {
@@ -1124,7 +1155,7 @@ mod encode {
                     assert!(z.abs() < 1e-6 || labels[at] == u8::from(*z > 0.0), "image {b}, scale {s}: {i}");
                     let (token, element) = (case.first(s) + i / case.width(), i % case.width());
                     let position = (token * case.width().div_ceil(4) + element / 4) as u64;
-                    let word = philox::block(seeds[b] as u64, position, BIT_FLIP_DOMAIN, 0)[element % 4];
+                    let word = philox::block(seed as u64, position, BIT_FLIP_DOMAIN, 0)[element % 4];
                     let flip = rates.is_some_and(|rates| philox::uniform(word) < rates[s]);
                     assert_eq!(problem.tokens[at], labels[at] ^ u8::from(flip));
                     flips += usize::from(flip);
@@ -1224,6 +1255,53 @@ mod encode {
     }
 }
 
+/// Steps that are launched early wait for those before them: chains without a pause, on full multiprocessors.
+#[cfg(feature = "cudarc-0_19")]
+#[test]
+fn streams_of_steps_are_ordered() {
+    let Some(device @ TestDevice::Cuda(_)) = TestDevice::cuda() else { return };
+    let small = std::env::var_os("NXS_SMALL").is_some();
+    let var = Case {
+        batch: if small { 2 } else { 64 },
+        channels: 32,
+        schedule: schedules::square(&schedules::VAR_256),
+        phi: Some(vec![0, 0, 1, 1, 1, 2, 2, 3, 3, 3]),
+        ..plain()
+    };
+    let infinity = Case {
+        schedule: schedules::square(&schedules::INFINITY_1M[..if small { 7 } else { 13 }]),
+        batch: 2,
+        phi: None,
+        up: Up::Bilinear,
+        next: Next::Bilinear,
+        maps: Maps::Turns,
+        ..var.clone()
+    };
+    for case in [var, infinity] {
+        let problem = case.problem::<f32>();
+        let (scales, plan) = (case.schedule.len(), case.plan::<f32, bf16>());
+        let mut buffers = Buffers::<f32, bf16>::new(&device, &case, &problem);
+        let chain = |buffers: &mut Buffers<f32, bf16>| {
+            (0..scales).for_each(|s| buffers.step(&device, &case, &plan, s).unwrap());
+        };
+        let bits = |buffers: &Buffers<f32, bf16>| {
+            let map = buffers.maps[Buffers::<f32, bf16>::written(&case, scales - 1)].read();
+            let next: Vec<u16> = buffers.next.iter().flat_map(|next| next.read()).map(bf16::to_bits).collect();
+            (map.iter().map(|x| x.to_bits()).collect::<Vec<u32>>(), next)
+        };
+        // One step at a time, then without a pause.
+        for s in 0..scales {
+            buffers.step(&device, &case, &plan, s).unwrap();
+            device.sync();
+        }
+        let one_by_one = bits(&buffers);
+        for _ in 0..5 {
+            (0..if small { 2 } else { 20 }).for_each(|_| chain(&mut buffers));
+            assert!(bits(&buffers) == one_by_one);
+        }
+    }
+}
+
 /// A captured graph replays to the same bits, with the tokens of the moment.
 #[cfg(feature = "cudarc-0_19")]
 #[test]
@@ -1246,6 +1324,74 @@ fn graphs_replay() {
             for (a, b) in buffers.next.iter().zip(&eager.next) {
                 assert_eq!(a.read(), b.read());
             }
+        }
+    }
+}
+
+/// What the emulator counts, beside what the plan says.
+#[cfg(feature = "emulate")]
+mod traffic {
+    use super::*;
+    use nextscale::emulator::{self, Counters};
+
+    fn count<T: Make>(case: &Case, s: usize) -> (MultiScaleTraffic, Counters) {
+        let problem = case.problem::<T>();
+        let plan = case.plan::<T, bf16>();
+        let device = TestDevice::Emulated;
+        let mut buffers = Buffers::<T, bf16>::new(&device, case, &problem);
+        (0..s).for_each(|s| buffers.step(&device, case, &plan, s).unwrap());
+        emulator::reset();
+        buffers.step(&device, case, &plan, s).unwrap();
+        (plan.traffic(s).unwrap(), emulator::counters())
+    }
+
+    fn hold(what: &str, least: u64, counted: u64, most: u64) {
+        assert!((least..=most).contains(&counted), "{what}: {counted} bytes, not {least} to {most}");
+    }
+
+    /// One launch a step, which moves what it must: the map once each way, the next as often as it is repeated, and of
+    /// tokens, codebook and phi no more than each of the blocks that share an image reads.
+    #[test]
+    fn steps_move_what_the_plan_says() {
+        let schedule = vec![(1, 1), (3, 3), (8, 8), (16, 16)];
+        let phi = Some(vec![0, 0, 0, 0]);
+        let case = Case { channels: 8, schedule, phi, repeat: 2, batch: 2, ..plain() };
+        for s in 1..4 {
+            let (traffic, counted) = count::<f32>(&case, s);
+            assert_eq!(counted.launches, 1);
+            hold("stores", traffic.written, counted.global_store_bytes, traffic.written * 2);
+            // Two blocks an image read all tokens and half of the phi each; 32 bytes for each load of four weights.
+            let [blocks, images] = [2, 2];
+            let phi = 2 * (9 * 8 + 1) * 16;
+            let most = traffic.read * blocks + images * phi * 2;
+            hold("loads", traffic.read + images * phi, counted.global_load_bytes, most);
+        }
+    }
+
+    /// Maps that take turns: no phi, tokens read by the rows that need them.
+    #[test]
+    fn rows_move_what_the_plan_says() {
+        let schedule = vec![(1, 1), (4, 4), (8, 8), (16, 16)];
+        let case = Case {
+            channels: 8,
+            schedule,
+            phi: None,
+            up: Up::Bilinear,
+            next: Next::Bilinear,
+            maps: Maps::Turns,
+            repeat: 2,
+            batch: 2,
+            ..plain()
+        };
+        for s in 1..4 {
+            let (traffic, counted) = count::<u8>(&case, s);
+            assert_eq!(counted.launches, 1);
+            hold("stores", traffic.written, counted.global_store_bytes, traffic.written * 2);
+            let map = 2 * 8 * 256 * 4;
+            // A row of the map reads two rows of tokens, one of next up to four pixels of the map for each of its own.
+            let next = if s == 3 { 0 } else { (case.schedule[s + 1].0 * case.schedule[s + 1].1) as u64 };
+            let most = map + 16 * 2 * 2 * 16 * 32 + 2 * next * 8 * 4 * 32;
+            hold("loads", traffic.read, counted.global_load_bytes, most);
         }
     }
 }

@@ -250,7 +250,7 @@ impl FsqCase {
         let bounded = match self.bound {
             FsqBound::Tanh => {
                 let half = (l - 1.0) * (1.0 + 1e-3) / 2.0;
-                let offset = if self.levels[k] % 2 == 0 { 0.5 } else { 0.0 };
+                let offset = if self.levels[k].is_multiple_of(2) { 0.5 } else { 0.0 };
                 (z + (offset / half).atanh()).tanh() * half - offset + (self.levels[k] / 2) as f64
             }
             FsqBound::Symmetric => (l - 1.0) * (z.tanh() + 1.0) / 2.0,

@@ -1,4 +1,5 @@
-// C entry of the multi-scale quantizers: refuse what the kernels cannot take, work out alignment, pick the kind of tokens.
+// C entry of the multi-scale quantizers: refuse what the kernels cannot take, work out alignment, pick the kind of
+// tokens.
 #include "quantization/multi_scale.cuh"
 
 #include "common/check.h"

@@ -1,5 +1,5 @@
-// Multi-scale residual quantizers: a scale's tokens, resized and convolved, are added to the running map, and the map is
-// resized to what the next scale reads, in one launch.
+// Multi-scale residual quantizers: a scale's tokens, resized and convolved, are added to the running map, and the map
+// is resized to what the next scale reads, in one launch.
 //
 //   h = resize(tokens of scale s -> H x W);  f_hat += phi_s(h);  next = resize(f_hat -> next size), token-major
 //
@@ -10,21 +10,22 @@
 //            outputs do not meet: no block waits for another. It works on bands of p.band rows, scale after scale:
 //            1. gather: the tokens that the band reaches, all channels with a phi, else its own, to shared memory
 //               [pixel][channel], eight chunks of four channels in flight a thread;
-//            2. resize: a thread takes a column x, four channels and a stretch of rows; it keeps the up to four source
-//               rows that are in reach, each resized along x once, in registers. With a phi into `up`
+//            2. resize: a thread takes a column x, four channels and a stretch of rows; it keeps the up to four
+//               source rows that are in reach, each resized along x once, in registers. With a phi into `up`
 //               [channel][band + 2 rows][x], zeros around the map; else straight into f_hat;
 //            3. phi: a thread takes 2 x 4 pixels, four outputs and an eighth of the inputs: 32 sums, for each input 8
-//               loads of pixels and 9 of weights (broadcast) beside 288 FMAs. The eighths meet in shared memory and are
-//               added in order, so no cut of the work changes a bit;
+//               loads of pixels and 9 of weights (broadcast) beside 288 FMAs. The eighths meet in shared memory and
+//               are added in order, so no cut of the work changes a bit;
 //            4. f_hat: read, added, written, and kept in shared memory for
 //            5. next: a thread takes a pixel of the next map and four channels; large windows are shared by up to 32
 //               lanes and summed by shuffles.
 // `rows` kernel (no phi; next by bilinear sampling, or of the tokens; f_hat into another buffer)
 //            A block makes one row of the new f_hat, or one row of next, for which it works out the four pixels of f_hat
 //            that each sample needs once more: no barrier between the two, and batch x (H + rows of next) blocks.
-// Bytes      tokens, f_hat read and written, next written; each of the C / group blocks of an image reads all tokens and
-//            its part of a phi, which L2 holds.
+// Bytes      tokens, f_hat read and written, next written; each of the C / group blocks of an image reads all tokens
+//            and its part of a phi, which L2 holds.
 // FLOPs      18 C^2 H W an image with a phi (4.7 MFLOP for C 32 at 16 x 16), about 32 C H W for resizing.
+// Loads      none through the non-coherent path: a kernel that is launched early runs while the one before writes.
 // Limits     C <= 256, sides <= 1024, 32 scales a call; the working set of a band in shared memory.
 #pragma once
 #include <type_traits>
@@ -53,8 +54,8 @@ __host__ NXS_DEVICE constexpr u32 round_up(u32 a, u32 b) { return ceil_div(a, b)
 __host__ NXS_DEVICE constexpr u32 min_of(u32 a, u32 b) { return a < b ? a : b; }
 NXS_DEVICE constexpr i32 clamp_to(i32 x, i32 last) { return x < 0 ? 0 : x > last ? last : x; }
 
-// Words between rows of `up`: the row, a zero on either side, and such that the pixels of eight neighbouring tiles lie in
-// different banks.
+// Words between rows of `up`: the row, a zero on either side, and such that the pixels of eight neighbouring tiles
+// lie in different banks.
 __host__ NXS_DEVICE constexpr u32 up_stride(u32 width) {
   const u32 width4 = round_up(width, 4);
   return width4 == 16 ? 24 : width4 + 4;
@@ -100,8 +101,8 @@ struct ScaleParams {
 
 // ---- resizing
 
-// The taps of one place of an axis that is made `to` from `from` long: the first one's place (not clamped) and weights.
-// The position is a fraction of integers, so the weights are those of its exact value.
+// The taps of one place of an axis that is made `to` from `from` long: the first one's place (not clamped) and
+// weights. The position is a fraction of integers, so the weights are those of its exact value.
 template <int kTaps> struct Taps {
   i32 first;
   float weight[kTaps];
@@ -142,9 +143,9 @@ struct Codes {};
 
 NXS_DEVICE i64 load_code(const void* codes, nxs_dtype dtype, i64 at) {
   switch (dtype) {
-    case NXS_U16: return load_global_nc(static_cast<const u16*>(codes) + at);
-    case NXS_U32: return load_global_nc(static_cast<const u32*>(codes) + at);
-    default: return load_global_nc(static_cast<const i64*>(codes) + at);
+    case NXS_U16: return load_global(static_cast<const u16*>(codes) + at);
+    case NXS_U32: return load_global(static_cast<const u32*>(codes) + at);
+    default: return load_global(static_cast<const i64*>(codes) + at);
   }
 }
 
@@ -186,9 +187,10 @@ template <typename T> NXS_DEVICE i64 locate(const Params& p, const Grid& grid, u
 template <typename T> NXS_DEVICE Four load_four(const Params& p, i64 at, u32 c) {
   Four four;
   if constexpr (std::is_same_v<T, Codes>) {
-    four = load_global_nc(reinterpret_cast<const Four*>(p.codebook_or_null + at + c));
+    four = load_global(reinterpret_cast<const Four*>(p.codebook_or_null + at + c));
   } else {
-    const auto chunk = load_global_nc(reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(p.tokens_or_null) + at + c));
+    const T* from = static_cast<const T*>(p.tokens_or_null) + at + c;
+    const auto chunk = load_global(reinterpret_cast<const Vec<T, 4>*>(from));
 #pragma unroll
     for (int i = 0; i < 4; ++i) four.data[i] = element_value(p, chunk.data[i]);
   }
@@ -202,9 +204,9 @@ template <typename T> NXS_DEVICE Four load_singly(const Params& p, i64 at, u32 c
     four.data[i] = 0;
     if (c + i >= static_cast<u32>(p.channels)) continue;
     if constexpr (std::is_same_v<T, Codes>)
-      four.data[i] = load_global_nc(p.codebook_or_null + at + c + i);
+      four.data[i] = load_global(p.codebook_or_null + at + c + i);
     else
-      four.data[i] = element_value(p, load_global_nc(static_cast<const T*>(p.tokens_or_null) + at +
+      four.data[i] = element_value(p, load_global(static_cast<const T*>(p.tokens_or_null) + at +
                                                      static_cast<i64>(c + i) * (p.patch * p.patch)));
   }
   return four;
@@ -252,7 +254,7 @@ NXS_DEVICE void store_next(const ScaleParams& q, u32 b, const Place& place, u32 
 NXS_DEVICE void store_labels(const Params& p, u32 b, const Place& place, u32 c, const Four& value) {
   const u32 width = p.channels * p.patch * p.patch;
   const i64 at = b * p.labels_stride_batch + static_cast<i64>(place.token) * width;
-  const u64 seed = p.flipped_or_null ? static_cast<u64>(load_global_nc(p.seeds_or_null + b)) : 0;
+  const u64 seed = p.flipped_or_null ? static_cast<u64>(load_global(p.seeds_or_null + b)) : 0;
   const u64 position = static_cast<u64>(p.first_label + place.token) * ceil_div(width, 4);
   PhiloxBlock block = {};
   u32 of = 0xffffffffu;
@@ -294,8 +296,8 @@ NXS_DEVICE Four map_before(const ScaleParams& q, const Owner& o, u32 c, u32 y, u
   return four;
 }
 
-// Loads the band's source rows [lo, hi], channels [c0, c0 + 4 chunks), as rows of chunks * 4 + 4 words. A thread has one
-// chunk of each of its pixels.
+// Loads the band's source rows [lo, hi], channels [c0, c0 + 4 chunks), as rows of chunks * 4 + 4 words. A thread has
+// one chunk of each of its pixels.
 template <typename T>
 NXS_DEVICE void gather(const ScaleParams& q, const Grid& grid, u32 lo, u32 hi, u32 c0, u32 chunks, u32 to,
                        bool& clamped) {
@@ -351,7 +353,8 @@ NXS_DEVICE void resize(const ScaleParams& q, const Grid& grid, u32 shared, u32 l
     const u32 from = ya + segment * rows / segments, to = ya + (segment + 1) * rows / segments;
     const u32 base = tokens + chunk * 16;
     if (copy) {
-      for (u32 y = from; y < to; ++y) take(chunk, y, x, load_shared<Four>(base + (y - lo) * row_bytes + x * pixel_bytes));
+      for (u32 y = from; y < to; ++y)
+        take(chunk, y, x, load_shared<Four>(base + (y - lo) * row_bytes + x * pixel_bytes));
       continue;
     }
     const Taps<kTaps> across = taps_at<kTaps>(x, grid.width, width);
@@ -422,7 +425,8 @@ NXS_DEVICE void convolve(const ScaleParams& q, u32 shared, u32 group) {
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        store_shared(to + (k * band + r) * columns * 16, Four{{sum[r][0][k], sum[r][1][k], sum[r][2][k], sum[r][3][k]}});
+        store_shared(to + (k * band + r) * columns * 16,
+                     Four{{sum[r][0][k], sum[r][1][k], sum[r][2][k], sum[r][3][k]}});
   }
 }
 
@@ -535,11 +539,10 @@ NXS_DEVICE void make_next(const ScaleParams& q, const Owner& o, bool labels) {
         for (u32 i = 0; i < 4; ++i) {
           if (c + i >= static_cast<u32>(p.channels)) continue;
           const i64 at = (static_cast<i64>(c + i) * height + y) * width + x;
+          const u32 kept = o.shared + q.at.plane + (((chunk * 4 + i) * height + y) * width + x) * 4;
           float value = 0;
-          if (p.scales > 0)
-            value = p.plane_shared ? load_shared<float>(o.shared + q.at.plane + (((chunk * 4 + i) * height + y) * width + x) * 4)
-                                   : load_global(o.after + at);
-          four.data[i] = residual ? load_global_nc(target + at) - value : value;
+          if (p.scales > 0) value = p.plane_shared ? load_shared<float>(kept) : load_global(o.after + at);
+          four.data[i] = residual ? load_global(target + at) - value : value;
         }
         return four;
       });
@@ -779,7 +782,7 @@ __global__ void __launch_bounds__(kScaleThreads, 2) multi_scale_rows_kernel(cons
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
       if (chunk * 4 + i < channels)
-        four.data[i] = load_global_nc(before + (static_cast<i64>(chunk * 4 + i) * height + y) * width + x);
+        four.data[i] = load_global(before + (static_cast<i64>(chunk * 4 + i) * height + y) * width + x);
     return four;
   };
 

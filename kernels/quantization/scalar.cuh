@@ -2,9 +2,9 @@
 //
 // Layouts    rows [rows, dim] contiguous; integers one a row. Formulas in nextscale.h.
 // Who does what
-//            Bits: 2^n lanes share a row, each with chunks of 8 channels (16 bytes of 16-bit values) or one; the bits of an
-//            integer meet by shuffles. FSQ: a thread a row, for rows are short and odd; neighbouring threads share lines.
-//            Remap: a thread takes 8 codes.
+//            Bits: 2^n lanes share a row, each with chunks of 8 channels (16 bytes of 16-bit values) or one; the bits
+//            of an integer meet by shuffles. FSQ: a thread a row, for rows are short and odd; neighbouring threads
+//            share lines. Remap: a thread takes 8 codes.
 // Bytes      inputs read once, outputs written once.
 // FLOPs      FSQ about 40 an element and quantizer, in operations that the host does bit for bit alike: fused
 //            multiply-adds, correctly rounded divisions, no special functions. Flips: a Philox block for 4 bits.
@@ -77,7 +77,8 @@ template <Source kSource, int kVec>
 __global__ void __launch_bounds__(kScalarThreads) bits_kernel(const __grid_constant__ BitsParams q) {
   const nxs_bits_params& p = q.p;
   const u32 lanes = 1u << q.log2_lanes, lane = thread_index() & (lanes - 1), dim = p.dim;
-  const i64 row = static_cast<i64>(block_index_x()) * (kScalarThreads >> q.log2_lanes) + (thread_index() >> q.log2_lanes);
+  const u32 block_rows = kScalarThreads >> q.log2_lanes;
+  const i64 row = static_cast<i64>(block_index_x()) * block_rows + (thread_index() >> q.log2_lanes);
   const bool there = row < p.rows;
   u64 integer = 0, source = 0, seed = 0, position = 0;
   if (there && kSource == Source::kIntegers) source = static_cast<u64>(load_integer(p.input, p.input_dtype, row));
@@ -190,7 +191,8 @@ NXS_DEVICE float fsq_level(const FsqParams& q, u32 k, float z) {
   const float levels = static_cast<float>(q.p.levels[k]);
   float level;
   if (q.p.bound == NXS_FSQ_TANH) {
-    level = round_even(fma(tanh_exactly(z + q.shift[k]), q.half[k], -q.offset[k])) + static_cast<float>(q.p.levels[k] / 2);
+    const float bounded = fma(tanh_exactly(z + q.shift[k]), q.half[k], -q.offset[k]);
+    level = round_even(bounded) + static_cast<float>(q.p.levels[k] / 2);
   } else {
     const float bounded = q.p.bound == NXS_FSQ_SYMMETRIC ? tanh_exactly(z) : z < -1.0f ? -1.0f : z > 1.0f ? 1.0f : z;
     level = round_down(fma((levels - 1.0f) * 0.5f, bounded + 1.0f, 0.5f));
@@ -243,7 +245,8 @@ __global__ void __launch_bounds__(kScalarThreads) fsq_kernel(const __grid_consta
       rest[k] = fma(-value, scale, rest[k]);
       sum[k] = fma(value, scale, sum[k]);
     }
-    if (p.z_or_null && p.indices_or_null) store_integer(p.indices_or_null, p.indices_dtype, row * quantizers + n, index);
+    if (p.z_or_null && p.indices_or_null)
+      store_integer(p.indices_or_null, p.indices_dtype, row * quantizers + n, index);
   }
   if (p.values_or_null) {
 #pragma unroll
