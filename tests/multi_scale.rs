@@ -858,6 +858,11 @@ fn bad_calls_are_refused_before_anything_is_written() {
         let size = Err(Error::Size { arg: "scale", got: 4, min: 0, max: 3 });
         assert_eq!(run(4, [70, 160, packed, image, usize::MAX]), size);
         assert!(matches!(run(3, [70, 160, packed, image, 0]), Err(Error::Unsupported { arg: "next", .. })));
+        if !device.is_host() {
+            buffers.phi = Buffer::of(&device, &problem.packed, 1);
+            let misaligned = buffers.step(&device, &case, &plan, 0);
+            assert_eq!(misaligned, Err(Error::Alignment { arg: "phi", need: 16 }));
+        }
         assert!(buffers.maps[0].read().iter().all(|x| x.to_bits() == u32::MAX));
         assert_eq!(plan.tokens(1), Some(6));
         assert_eq!((plan.tokens(4), plan.all_tokens()), (None, 58));
@@ -965,8 +970,8 @@ mod encode {
         (0..case.batch * case.image()).map(|_| rng.random_range(-spread..spread)).collect()
     }
 
-    /// Each code is of a row as near as the nearest one to what is left in f64, but for rounding, and the map is that of
-    /// the codes.
+    /// Each code is of a row as near as the nearest one to what is left in f64, but for rounding, and the map is that
+    /// of the codes.
     fn check_codes<C: Make + nextscale::dtype::Code>(device: &TestDevice, case: &Case, cosine: bool) {
         let mut problem = case.problem::<C>();
         let n = case.channels;
@@ -1349,8 +1354,8 @@ mod traffic {
         assert!((least..=most).contains(&counted), "{what}: {counted} bytes, not {least} to {most}");
     }
 
-    /// One launch a step, which moves what it must: the map once each way, the next as often as it is repeated, and of
-    /// tokens, codebook and phi no more than each of the blocks that share an image reads.
+    /// One launch a step, which moves what it must: the map once each way, the next as often as it is repeated, and
+    /// of tokens, codebook and phi no more than each of the blocks that share an image reads.
     #[test]
     fn steps_move_what_the_plan_says() {
         let schedule = vec![(1, 1), (3, 3), (8, 8), (16, 16)];

@@ -30,10 +30,8 @@ mod launches {
 
     /// What all passes of a plan share.
     fn base<T: Token>(plan: &Plan, codebook: Option<&In<'_, f32>>, phi: Option<&In<'_, f32>>) -> Result<Params> {
-        if let Some(phi) = phi {
-            if plan.phis > 0 && !phi.span().address.is_multiple_of(16) {
-                return Err(Error::Alignment { arg: "phi", need: 16 });
-            }
+        if phi.is_some_and(|phi| plan.phis > 0 && !phi.span().address.is_multiple_of(16)) {
+            return Err(Error::Alignment { arg: "phi", need: 16 });
         }
         Ok(Params {
             codebook_or_null: codebook.map_or(0, |view| of(view, 0)) as *const _,

@@ -34,9 +34,9 @@ impl<C: Code + super::Token, O: Float> MultiScale<C, O> {
     /// area to the scale's size, each pixel becomes the nearest row of the codebook, and these are added up as by
     /// [`MultiScale::step`].
     ///
-    /// A pixel's code is the lowest index with the least score, the sum over channels ascending of `(z - row)^2` in f32, a
-    /// subtraction and a fused multiply-add each: exact, and the same wherever `z` is the same. A pixel with a NaN gets
-    /// code 0. On a CUDA stream two kernels a scale.
+    /// A pixel's code is the lowest index with the least score, the sum over channels ascending of `(z - row)^2` in
+    /// f32, a subtraction and a fused multiply-add each: exact, and the same wherever `z` is the same. A pixel with a
+    /// NaN gets code 0. On a CUDA stream two kernels a scale.
     ///
     /// # Errors
     /// As [`MultiScale::step`]; [`Error::Workspace`]; [`Error::Unsupported`] with [`Next::Tokens`];
@@ -155,15 +155,15 @@ fn on_host<C: Code + super::Token>(plan: &Plan, args: EncodeArgs<'_, C>) -> Resu
 }
 
 impl<O: Float> MultiScale<u8, O> {
-    /// The bits of a map (Infinity's `MultiScaleBSQ`, and `BitwiseSelfCorrection.flip_requant`): scale by scale, what the
-    /// scales before have left is pooled by area to the scale's size, each element becomes its sign, bits are flipped if
-    /// asked for, and these are added up as by [`MultiScale::step`].
+    /// The bits of a map (Infinity's `MultiScaleBSQ`, and `BitwiseSelfCorrection.flip_requant`): scale by scale, what
+    /// the scales before have left is pooled by area to the scale's size, each element becomes its sign, bits are
+    /// flipped if asked for, and these are added up as by [`MultiScale::step`].
     ///
     /// On a CUDA stream one kernel a scale and one before.
     ///
     /// # Errors
-    /// As [`MultiScale::step`]; [`Error::Unsupported`] with [`Next::Tokens`], for another number of rates than scales, or for
-    /// one outside 0 to 1.
+    /// As [`MultiScale::step`]; [`Error::Unsupported`] with [`Next::Tokens`], for another number of rates than
+    /// scales, or for one outside 0 to 1.
     pub fn encode_bits<S: AsStream + ?Sized>(&self, stream: &S, args: EncodeBitsArgs<'_, O>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;

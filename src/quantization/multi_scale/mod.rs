@@ -80,8 +80,8 @@ tokens! {
     u8 => Bits, |_| 0, |bit: u8| f32::from(u8::from(bit != 0));
 }
 
-/// A plan for a quantizer whose scales add up to one map: VAR's (arXiv 2404.02905, `models/quant.py`), HART's, Infinity's
-/// (arXiv 2412.04431, `multiscale_bsq.py`), and, with [`Next::Tokens`], FlexVAR's.
+/// A plan for a quantizer whose scales add up to one map: VAR's (arXiv 2404.02905, `models/quant.py`), HART's,
+/// Infinity's (arXiv 2412.04431, `multiscale_bsq.py`), and, with [`Next::Tokens`], FlexVAR's.
 ///
 /// ```text
 /// f_hat = f_hat + phi(resize(tokens of the scale -> the map's size));  next = resize(f_hat -> the next scale's size)
@@ -100,12 +100,12 @@ tokens! {
 ///
 /// All are contiguous. `width` is `channels`, with a patch of 2 four times that.
 ///
-/// **Arithmetic.** Positions and weights of the resizing are PyTorch's (`align_corners=False`), from exact fractions. The
-/// kernels sum in f32, the host in f64; the map is f32 on both. After ten scales it is within 2e-6 of the exact one, relative to its greatest
-/// element. Bitwise repeatable, and independent of the batch. A NaN stays in its image.
+/// **Arithmetic.** Positions and weights of the resizing are PyTorch's (`align_corners=False`), from exact fractions.
+/// The kernels sum in f32, the host in f64; the map is f32 on both. After ten scales it is within 2e-6 of the exact
+/// one, relative to its greatest element. Bitwise repeatable, and independent of the batch. A NaN stays in its image.
 ///
-/// **Codes out of range.** The host returns [`Error::CodeOutOfRange`] and writes nothing. A kernel clamps the code to the
-/// nearest entry and sets [`MultiScale::CODE_CLAMPED`] in `flags`.
+/// **Codes out of range.** The host returns [`Error::CodeOutOfRange`] and writes nothing. A kernel clamps the code to
+/// the nearest entry and sets [`MultiScale::CODE_CLAMPED`] in `flags`.
 ///
 /// ```
 /// use nextscale::{DeviceInfo, In, Out, Stream, quantization::{FHat, MultiScale, Next, StepArgs, Up}};
@@ -140,8 +140,8 @@ pub enum FHat<'a> {
     InPlace(Out<'a, f32>),
     /// Zero before, so only written: for the first scale.
     FromZero(Out<'a, f32>),
-    /// Read from one buffer, written to another: two that take turns. Without a phi and with [`Next::Bilinear`] the kernel
-    /// then has no barrier and more blocks, which is fastest.
+    /// Read from one buffer, written to another: two that take turns. Without a phi and with [`Next::Bilinear`] the
+    /// kernel then has no barrier and more blocks, which is fastest.
     Between(In<'a, f32>, Out<'a, f32>),
 }
 
@@ -199,8 +199,8 @@ where
     pub f_hat: Out<'a, f32>,
     /// The map after every scale, not only after the last.
     pub prefixes: bool,
-    /// `[batch, l of scales 1 and up, width]`: the inputs of all scales but the first, for teacher forcing. Not repeated;
-    /// not together with `prefixes`.
+    /// `[batch, l of scales 1 and up, width]`: the inputs of all scales but the first, for teacher forcing. Not
+    /// repeated; not together with `prefixes`.
     pub next: Option<Out<'a, O>>,
     /// `[1]`, or `None`: bits are only ever set.
     pub flags: Option<Out<'a, u32>>,
@@ -216,8 +216,8 @@ where
     pub f: In<'a, f32>,
     /// `[entries, channels]`: the rows that are added up.
     pub codebook: In<'a, f32>,
-    /// `[entries, channels]`: the rows that are searched, if others. With them the vectors searched for are divided by
-    /// their norm (at least 1e-12), so normalised rows make the search by cosine (VAR's `using_znorm`).
+    /// `[entries, channels]`: the rows that are searched, if others. With them the vectors searched for are divided
+    /// by their norm (at least 1e-12), so normalised rows make the search by cosine (VAR's `using_znorm`).
     pub search: Option<In<'a, f32>>,
     /// With a phi table.
     pub phi: Option<In<'a, f32>>,
@@ -243,7 +243,8 @@ where
     pub flips: Option<FlipArgs<'a>>,
     /// `[batch, channels, height, width]`: the map that the (flipped) bits add up to.
     pub f_hat: Out<'a, f32>,
-    /// `[batch, l of scales 1 and up, width]`: the inputs of all scales but the first, as [`Next`] says. Not repeated.
+    /// `[batch, l of scales 1 and up, width]`: the inputs of all scales but the first, as [`Next`] says. Not
+    /// repeated.
     pub next: Option<Out<'a, O>>,
 }
 
@@ -285,8 +286,8 @@ impl<T: Token, O: Float> MultiScale<T, O> {
     /// Set in `flags` when a kernel clamped a code.
     pub const CODE_CLAMPED: u32 = crate::ffi::NXS_FLAG_CODE_CLAMPED;
 
-    /// A plan for maps of `channels` channels and `(height, width)` pixels, and the `(height, width)` of each scale's grid
-    /// of tokens.
+    /// A plan for maps of `channels` channels and `(height, width)` pixels, and the `(height, width)` of each scale's
+    /// grid of tokens.
     pub fn builder(channels: usize, size: (usize, usize), schedule: &[(usize, usize)]) -> MultiScaleBuilder<T, O> {
         MultiScaleBuilder::new(channels, size, schedule)
     }
@@ -341,8 +342,8 @@ impl<T: Token, O: Float> MultiScale<T, O> {
     ///
     /// # Errors
     /// Nothing was launched or written: a scale that is not there, a next after the last scale, a buffer missing, too
-    /// short, misaligned, overlapping, on another device or ordered on another stream; on the host a code out of range;
-    /// on CUDA what CUDA said.
+    /// short, misaligned, overlapping, on another device or ordered on another stream; on the host a code out of
+    /// range; on CUDA what CUDA said.
     pub fn step<S: AsStream + ?Sized>(&self, stream: &S, mut args: StepArgs<'_, T, O>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;

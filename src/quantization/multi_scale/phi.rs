@@ -60,8 +60,8 @@ pub(super) fn packed_len(channels: usize) -> usize {
 /// Packs the 3x3 convolutions of `phis` phis for the operand `phi`: once, when a model is loaded.
 ///
 /// `phi(h) = (1 - ratio) h + ratio (weight * h + bias)`, as one convolution. `weights` is PyTorch's `[phis, channels,
-/// channels, 3, 3]` (output, input, row, column), `biases` `[phis, channels]`; `ratio` is VAR's `|quant_resi|`, 0.5. The
-/// result is `[phis, ceil(channels / 4), 9 channels + 1, 4]`.
+/// channels, 3, 3]` (output, input, row, column), `biases` `[phis, channels]`; `ratio` is VAR's `|quant_resi|`, 0.5.
+/// The result is `[phis, ceil(channels / 4), 9 channels + 1, 4]`.
 ///
 /// # Errors
 /// [`Error::Length`] where a length does not fit.

@@ -35,10 +35,11 @@ pub enum Next {
     /// The running map by `F.interpolate(mode="area")`: adaptive average pooling (VAR, HART).
     #[default]
     Area,
-    /// The running map by `F.interpolate(mode="bilinear")`: samples of two by two pixels, whatever the ratio (Infinity).
+    /// The running map by `F.interpolate(mode="bilinear")`: samples of two by two pixels, whatever the ratio
+    /// (Infinity).
     Bilinear,
-    /// The tokens of the scale themselves, resized to the next scale as [`Up`] says; scales do not add up, and the map is
-    /// that of the last one (FlexVAR).
+    /// The tokens of the scale themselves, resized to the next scale as [`Up`] says; scales do not add up, and the
+    /// map is that of the last one (FlexVAR).
     Tokens,
 }
 
@@ -117,15 +118,15 @@ impl<T: Token, O: Float> MultiScaleBuilder<T, O> {
         self
     }
 
-    /// How often the next scale's input is written, the repeats one after the other: 2 for classifier-free guidance. 1
-    /// if not given.
+    /// How often the next scale's input is written, the repeats one after the other: 2 for classifier-free guidance.
+    /// 1 if not given.
     pub fn repeat(mut self, repeat: usize) -> Self {
         self.repeat = repeat as u64;
         self
     }
 
-    /// 2: a token holds 2 x 2 pixels (Infinity's spatial patchify), element `c * 4 + dy * 2 + dx`; the map is twice the
-    /// schedule's sizes. 1 if not given.
+    /// 2: a token holds 2 x 2 pixels (Infinity's spatial patchify), element `c * 4 + dy * 2 + dx`; the map is twice
+    /// the schedule's sizes. 1 if not given.
     pub fn patch(mut self, patch: usize) -> Self {
         self.patch = patch as u64;
         self
@@ -148,10 +149,10 @@ impl<T: Token, O: Float> MultiScaleBuilder<T, O> {
     ///
     /// # Errors
     /// [`Error::Size`] for `channels` outside 1 to 256 (with a phi 128), a map or scale outside 1 to 1024, `scales`
-    /// outside 1 to 32, a batch beyond 65535, a `repeat` or `patch` other than 1 or 2, `entries` beyond 2^31 - 1 or none
-    /// where tokens are codes, `last_scale` of another size than the map, a scale larger than the map, a phi table of
-    /// another length; [`Error::Unsupported`] for a bit scale that is not finite, a patch of codes, a phi whose working
-    /// set no block's shared memory holds, or that goes with [`Next::Tokens`];
+    /// outside 1 to 32, a batch beyond 65535, a `repeat` or `patch` other than 1 or 2, `entries` beyond 2^31 - 1 or
+    /// none where tokens are codes, `last_scale` of another size than the map, a scale larger than the map, a phi
+    /// table of another length; [`Error::Unsupported`] for a bit scale that is not finite, a patch of codes, a phi
+    /// whose working set no block's shared memory holds, or that goes with [`Next::Tokens`];
     /// [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<MultiScale<T, O>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {

@@ -28,10 +28,10 @@ pub enum BitOrder {
 
 /// Random flips of bits: bitwise self-correction, noise.
 ///
-/// Bit `k` of row `r` is flipped where the uniform of word `k % 4` of `philox::block(seeds[r / rows_per_seed], (first_row +
-/// r % rows_per_seed) * ceil(dim / 4) + k / 4, BIT_FLIP_DOMAIN, 0)` is below `rate`: what
-/// [`MultiScale::encode_bits`](crate::quantization::MultiScale::encode_bits) flips, with `first_row` the tokens of the
-/// scales before.
+/// Bit `k` of row `r` is flipped where the uniform of word `k % 4` of `philox::block(seeds[r / rows_per_seed],
+/// (first_row + r % rows_per_seed) * ceil(dim / 4) + k / 4, BIT_FLIP_DOMAIN, 0)` is below `rate`: what
+/// [`MultiScale::encode_bits`](crate::quantization::MultiScale::encode_bits) flips, with `first_row` the tokens of
+/// the scales before.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Flips {
     /// The probability of a flip.
@@ -55,14 +55,15 @@ pub struct BitsBuilder<I, O, C> {
 
 /// A plan that quantizes vectors to bits, or brings bits from one form to others, in one pass.
 ///
-/// Lookup-free quantization (MAGVIT-v2, arXiv 2310.05737; lucidrains' `lookup_free_quantization.py`) and binary spherical
-/// quantization (arXiv 2406.07548; Infinity's `bsq.py`), whose norm changes no sign. The input's type says what it is
-/// ([`Token`]): `f32`, `f16`, `bf16` are values `[rows, dim]`, whose bits are `x > 0`; `u8` are labels `[rows, dim]`; `u16`, `u32`, `i64` are
-/// integers `[rows]` of `dim` bits. `O` is the type of the values made, `C` of the integers made.
+/// Lookup-free quantization (MAGVIT-v2, arXiv 2310.05737; lucidrains' `lookup_free_quantization.py`) and binary
+/// spherical quantization (arXiv 2406.07548; Infinity's `bsq.py`), whose norm changes no sign. The input's type says
+/// what it is ([`Token`]): `f32`, `f16`, `bf16` are values `[rows, dim]`, whose bits are `x > 0`; `u8` are labels
+/// `[rows, dim]`; `u16`, `u32`, `i64` are integers `[rows]` of `dim` bits. `O` is the type of the values made, `C` of
+/// the integers made.
 ///
 /// Values are `+scale` or `-scale`: `1 / sqrt(dim)` for BSQ, which is what there is if no scale is given; 1 for LFQ;
-/// `2^-level` for residual LFQ. Zero and NaN give bit 0; a NaN stays a NaN among the values. The same bits on the host
-/// and on every device.
+/// `2^-level` for residual LFQ. Zero and NaN give bit 0; a NaN stays a NaN among the values. The same bits on the
+/// host and on every device.
 ///
 /// ```
 /// use nextscale::{DeviceInfo, In, Out, Stream, quantization::{Bits, BitsArgs}};
@@ -137,8 +138,8 @@ impl<I: Token, O: Float, C: Code> BitsBuilder<I, O, C> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for a `dim` outside 1 to 4096 or beyond the bits of an input of integers, more than 2^31 - 1 rows,
-    /// `rows_per_seed` of none; [`Error::Unsupported`] for a scale that is not finite or a rate outside 0 to 1;
+    /// [`Error::Size`] for a `dim` outside 1 to 4096 or beyond the bits of an input of integers, more than 2^31 - 1
+    /// rows, `rows_per_seed` of none; [`Error::Unsupported`] for a scale that is not finite or a rate outside 0 to 1;
     /// [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Bits<I, O, C>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {

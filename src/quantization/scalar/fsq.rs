@@ -50,18 +50,19 @@ pub struct FsqBuilder<Z, O, C> {
     types: PhantomData<(Z, O, C)>,
 }
 
-/// A plan for finite scalar quantization: each of a few channels is rounded to one of its levels, and the levels together
-/// are an index, the first channel least significant (lucidrains' `finite_scalar_quantization.py`).
+/// A plan for finite scalar quantization: each of a few channels is rounded to one of its levels, and the levels
+/// together are an index, the first channel least significant (lucidrains' `finite_scalar_quantization.py`).
 ///
-/// `Z` is the type of the values quantized, `O` of those made, `C` of the indices. Without `z` it goes back from indices
-/// to values.
+/// `Z` is the type of the values quantized, `O` of those made, `C` of the indices. Without `z` it goes back from
+/// indices to values.
 ///
-/// With several quantizers (residual FSQ) each one quantizes what the ones before have left, divided by its scales, and
-/// values are the sum. The scales are explicit because published versions differ: `levels^-q` now, `(levels - 1)^-q`
-/// before; so is the soft clamp of the input, `tanh(z / c) c`, where `c = 1 + 1 / (levels - 1)` now and none before.
+/// With several quantizers (residual FSQ) each one quantizes what the ones before have left, divided by its scales,
+/// and values are the sum. The scales are explicit because published versions differ: `levels^-q` now, `(levels -
+/// 1)^-q` before; so is the soft clamp of the input, `tanh(z / c) c`, where `c = 1 + 1 / (levels - 1)` now and none
+/// before.
 ///
-/// **Arithmetic.** In f32, with a tanh within 2e-7; the same bits on the host and on every device. Levels are never outside
-/// their range. A NaN has level 0, and stays a NaN among the values.
+/// **Arithmetic.** In f32, with a tanh within 2e-7; the same bits on the host and on every device. Levels are never
+/// outside their range. A NaN has level 0, and stays a NaN among the values.
 ///
 /// ```
 /// use nextscale::{DeviceInfo, In, Out, Stream, quantization::{Fsq, FsqArgs}};
@@ -111,8 +112,8 @@ where
     pub values: Option<Out<'a, O>>,
     /// `[rows, quantizers]`; with `z`.
     pub indices: Option<Out<'a, C>>,
-    /// `[rows, quantizers]`: indices to go back from; without `z`. One out of range is [`Error::CodeOutOfRange`] on the host;
-    /// a kernel clamps it and sets [`Fsq::CODE_CLAMPED`].
+    /// `[rows, quantizers]`: indices to go back from; without `z`. One out of range is [`Error::CodeOutOfRange`] on
+    /// the host; a kernel clamps it and sets [`Fsq::CODE_CLAMPED`].
     pub given: Option<In<'a, C>>,
     /// `[1]`, or `None`: bits are only ever set.
     pub flags: Option<Out<'a, u32>>,
@@ -140,9 +141,10 @@ impl<Z: Float, O: Float, C: Code> FsqBuilder<Z, O, C> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for other than 1 to 16 channels or quantizers, levels outside 2 to 65536, a product of levels beyond
-    /// 2^31 or what `C` can count, more than 2^31 - 1 rows; [`Error::Unsupported`] for scales or clamps of another number
-    /// than channels, or that are not positive and finite; [`Error::UnsupportedDevice`] below compute capability 8.0.
+    /// [`Error::Size`] for other than 1 to 16 channels or quantizers, levels outside 2 to 65536, a product of levels
+    /// beyond 2^31 or what `C` can count, more than 2^31 - 1 rows; [`Error::Unsupported`] for scales or clamps of
+    /// another number than channels, or that are not positive and finite; [`Error::UnsupportedDevice`] below compute
+    /// capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Fsq<Z, O, C>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });

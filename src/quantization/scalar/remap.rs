@@ -11,11 +11,11 @@ use crate::plan::typed_plan;
 use crate::stream::{AsStream, Stream};
 use crate::view::{In, Out};
 
-/// A plan for `out[i] = table[codes[i]]`: coarse labels of codes, such as the k-means labels of a codebook's rows (CTF,
-/// arXiv 2503.16194). `C` is the type of the codes, `O` of the labels.
+/// A plan for `out[i] = table[codes[i]]`: coarse labels of codes, such as the k-means labels of a codebook's rows
+/// (CTF, arXiv 2503.16194). `C` is the type of the codes, `O` of the labels.
 ///
-/// A code outside the table is [`Error::CodeOutOfRange`] on the host, where nothing is then written; a kernel clamps it and
-/// sets [`Remap::CODE_CLAMPED`] in `flags`.
+/// A code outside the table is [`Error::CodeOutOfRange`] on the host, where nothing is then written; a kernel clamps
+/// it and sets [`Remap::CODE_CLAMPED`] in `flags`.
 ///
 /// ```
 /// use nextscale::{In, Out, Stream, quantization::{Remap, RemapArgs}};
