@@ -34,7 +34,8 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
-from peers_quantization import RvqEncode
+from peers_multi_scale import MultiScale
+from peers_rvq_encode import RvqEncode
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
@@ -311,6 +312,7 @@ OPS = {
     "scale_attention": ScaleAttention,
     "attention_merge": AttentionMerge,
     "attention_prepare": AttentionPrepare,
+    "multi_scale": MultiScale,
 }
 
 

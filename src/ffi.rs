@@ -48,6 +48,20 @@ pub const NXS_RVQ_ENCODE_SM80: u32 = 0;
 pub const NXS_RVQ_ENCODE_SM90: u32 = 1;
 pub const NXS_RVQ_ENCODE_STREAM: u32 = 2;
 pub const NXS_RVQ_ENCODE_PROJECTED: u32 = 3;
+pub const NXS_RESIZE_BICUBIC: u32 = 0;
+pub const NXS_RESIZE_BILINEAR: u32 = 1;
+pub const NXS_RESIZE_AREA: u32 = 2;
+pub const NXS_TOKENS_CODES: u32 = 0;
+pub const NXS_TOKENS_EMBEDDINGS: u32 = 1;
+pub const NXS_TOKENS_BITS: u32 = 2;
+pub const NXS_MAX_SCALES: u32 = 32;
+pub const NXS_DOMAIN_BIT_FLIP: u32 = 1650879600;
+pub const NXS_BITS_MSB_FIRST: u32 = 0;
+pub const NXS_BITS_LSB_FIRST: u32 = 1;
+pub const NXS_FSQ_TANH: u32 = 0;
+pub const NXS_FSQ_SYMMETRIC: u32 = 1;
+pub const NXS_FSQ_CLAMP: u32 = 2;
+pub const NXS_FSQ_MOST_DIM: u32 = 16;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -833,6 +847,348 @@ impl Default for nxs_rvq_encode_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_multi_scale_params {
+    pub tokens_or_null: *const ::core::ffi::c_void,
+    pub codebook_or_null: *const f32,
+    pub phi_or_null: *const f32,
+    pub f_hat_or_null: *const f32,
+    pub f_hat_out_or_null: *mut f32,
+    pub target_or_null: *const f32,
+    pub next_or_null: *mut ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub flipped_or_null: *mut u8,
+    pub seeds_or_null: *const i64,
+    pub flags_or_null: *mut u32,
+    pub tokens_stride_batch: i64,
+    pub next_stride_batch: i64,
+    pub labels_stride_batch: i64,
+    pub batch: i64,
+    pub entries: i64,
+    pub first_label: i64,
+    pub channels: i32,
+    pub height: i32,
+    pub width: i32,
+    pub patch: i32,
+    pub scales: i32,
+    pub prefixes: i32,
+    pub independent: i32,
+    pub scale_height: [u16; 32usize],
+    pub scale_width: [u16; 32usize],
+    pub scale_phi: [i8; 32usize],
+    pub up: i32,
+    pub down: i32,
+    pub next_height: i32,
+    pub next_width: i32,
+    pub next_of_residual: i32,
+    pub repeat: i32,
+    pub tokens_kind: i32,
+    pub tokens_dtype: nxs_dtype,
+    pub next_dtype: nxs_dtype,
+    pub bit_scale: f32,
+    pub flip_rate: f32,
+    pub rows: i32,
+    pub group: i32,
+    pub band: i32,
+    pub plane_shared: i32,
+    pub programmatic: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_multi_scale_params"][::core::mem::size_of::<nxs_multi_scale_params>() - 392usize];
+    ["Alignment of nxs_multi_scale_params"][::core::mem::align_of::<nxs_multi_scale_params>() - 8usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_or_null) - 0usize];
+    ["Offset of field: nxs_multi_scale_params::codebook_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, codebook_or_null) - 8usize];
+    ["Offset of field: nxs_multi_scale_params::phi_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, phi_or_null) - 16usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_or_null) - 24usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_out_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_out_or_null) - 32usize];
+    ["Offset of field: nxs_multi_scale_params::target_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, target_or_null) - 40usize];
+    ["Offset of field: nxs_multi_scale_params::next_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_or_null) - 48usize];
+    ["Offset of field: nxs_multi_scale_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_or_null) - 56usize];
+    ["Offset of field: nxs_multi_scale_params::flipped_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flipped_or_null) - 64usize];
+    ["Offset of field: nxs_multi_scale_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, seeds_or_null) - 72usize];
+    ["Offset of field: nxs_multi_scale_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flags_or_null) - 80usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_stride_batch) - 88usize];
+    ["Offset of field: nxs_multi_scale_params::next_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_stride_batch) - 96usize];
+    ["Offset of field: nxs_multi_scale_params::labels_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_stride_batch) - 104usize];
+    ["Offset of field: nxs_multi_scale_params::batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, batch) - 112usize];
+    ["Offset of field: nxs_multi_scale_params::entries"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, entries) - 120usize];
+    ["Offset of field: nxs_multi_scale_params::first_label"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, first_label) - 128usize];
+    ["Offset of field: nxs_multi_scale_params::channels"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, channels) - 136usize];
+    ["Offset of field: nxs_multi_scale_params::height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, height) - 140usize];
+    ["Offset of field: nxs_multi_scale_params::width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, width) - 144usize];
+    ["Offset of field: nxs_multi_scale_params::patch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, patch) - 148usize];
+    ["Offset of field: nxs_multi_scale_params::scales"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scales) - 152usize];
+    ["Offset of field: nxs_multi_scale_params::prefixes"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, prefixes) - 156usize];
+    ["Offset of field: nxs_multi_scale_params::independent"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, independent) - 160usize];
+    ["Offset of field: nxs_multi_scale_params::scale_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_height) - 164usize];
+    ["Offset of field: nxs_multi_scale_params::scale_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_width) - 228usize];
+    ["Offset of field: nxs_multi_scale_params::scale_phi"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_phi) - 292usize];
+    ["Offset of field: nxs_multi_scale_params::up"][::core::mem::offset_of!(nxs_multi_scale_params, up) - 324usize];
+    ["Offset of field: nxs_multi_scale_params::down"][::core::mem::offset_of!(nxs_multi_scale_params, down) - 328usize];
+    ["Offset of field: nxs_multi_scale_params::next_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_height) - 332usize];
+    ["Offset of field: nxs_multi_scale_params::next_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_width) - 336usize];
+    ["Offset of field: nxs_multi_scale_params::next_of_residual"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_of_residual) - 340usize];
+    ["Offset of field: nxs_multi_scale_params::repeat"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, repeat) - 344usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_kind"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_kind) - 348usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_dtype) - 352usize];
+    ["Offset of field: nxs_multi_scale_params::next_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_dtype) - 356usize];
+    ["Offset of field: nxs_multi_scale_params::bit_scale"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, bit_scale) - 360usize];
+    ["Offset of field: nxs_multi_scale_params::flip_rate"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flip_rate) - 364usize];
+    ["Offset of field: nxs_multi_scale_params::rows"][::core::mem::offset_of!(nxs_multi_scale_params, rows) - 368usize];
+    ["Offset of field: nxs_multi_scale_params::group"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, group) - 372usize];
+    ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
+    ["Offset of field: nxs_multi_scale_params::plane_shared"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+    ["Offset of field: nxs_multi_scale_params::programmatic"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 384usize];
+};
+impl Default for nxs_multi_scale_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_nearest_code_params {
+    pub z: *const f32,
+    pub codebook: *const f32,
+    pub codes: *mut ::core::ffi::c_void,
+    pub codes_stride_batch: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub entries: i64,
+    pub channels: i32,
+    pub normalize: i32,
+    pub eps: f32,
+    pub codes_dtype: nxs_dtype,
+    pub log2_tile: i32,
+    pub splits: i32,
+    pub programmatic: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_nearest_code_params"][::core::mem::size_of::<nxs_nearest_code_params>() - 88usize];
+    ["Alignment of nxs_nearest_code_params"][::core::mem::align_of::<nxs_nearest_code_params>() - 8usize];
+    ["Offset of field: nxs_nearest_code_params::z"][::core::mem::offset_of!(nxs_nearest_code_params, z) - 0usize];
+    ["Offset of field: nxs_nearest_code_params::codebook"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codebook) - 8usize];
+    ["Offset of field: nxs_nearest_code_params::codes"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes) - 16usize];
+    ["Offset of field: nxs_nearest_code_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_stride_batch) - 24usize];
+    ["Offset of field: nxs_nearest_code_params::batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, batch) - 32usize];
+    ["Offset of field: nxs_nearest_code_params::rows"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, rows) - 40usize];
+    ["Offset of field: nxs_nearest_code_params::entries"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, entries) - 48usize];
+    ["Offset of field: nxs_nearest_code_params::channels"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, channels) - 56usize];
+    ["Offset of field: nxs_nearest_code_params::normalize"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, normalize) - 60usize];
+    ["Offset of field: nxs_nearest_code_params::eps"][::core::mem::offset_of!(nxs_nearest_code_params, eps) - 64usize];
+    ["Offset of field: nxs_nearest_code_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_dtype) - 68usize];
+    ["Offset of field: nxs_nearest_code_params::log2_tile"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, log2_tile) - 72usize];
+    ["Offset of field: nxs_nearest_code_params::splits"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, splits) - 76usize];
+    ["Offset of field: nxs_nearest_code_params::programmatic"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, programmatic) - 80usize];
+};
+impl Default for nxs_nearest_code_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_bits_params {
+    pub input: *const ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub codes_or_null: *mut ::core::ffi::c_void,
+    pub seeds_or_null: *const i64,
+    pub rows: i64,
+    pub rows_per_seed: i64,
+    pub first_row: i64,
+    pub dim: i32,
+    pub order: i32,
+    pub scale: f32,
+    pub flip_rate: f32,
+    pub input_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub codes_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_bits_params"][::core::mem::size_of::<nxs_bits_params>() - 96usize];
+    ["Alignment of nxs_bits_params"][::core::mem::align_of::<nxs_bits_params>() - 8usize];
+    ["Offset of field: nxs_bits_params::input"][::core::mem::offset_of!(nxs_bits_params, input) - 0usize];
+    ["Offset of field: nxs_bits_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, labels_or_null) - 8usize];
+    ["Offset of field: nxs_bits_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, values_or_null) - 16usize];
+    ["Offset of field: nxs_bits_params::codes_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, codes_or_null) - 24usize];
+    ["Offset of field: nxs_bits_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, seeds_or_null) - 32usize];
+    ["Offset of field: nxs_bits_params::rows"][::core::mem::offset_of!(nxs_bits_params, rows) - 40usize];
+    ["Offset of field: nxs_bits_params::rows_per_seed"]
+        [::core::mem::offset_of!(nxs_bits_params, rows_per_seed) - 48usize];
+    ["Offset of field: nxs_bits_params::first_row"][::core::mem::offset_of!(nxs_bits_params, first_row) - 56usize];
+    ["Offset of field: nxs_bits_params::dim"][::core::mem::offset_of!(nxs_bits_params, dim) - 64usize];
+    ["Offset of field: nxs_bits_params::order"][::core::mem::offset_of!(nxs_bits_params, order) - 68usize];
+    ["Offset of field: nxs_bits_params::scale"][::core::mem::offset_of!(nxs_bits_params, scale) - 72usize];
+    ["Offset of field: nxs_bits_params::flip_rate"][::core::mem::offset_of!(nxs_bits_params, flip_rate) - 76usize];
+    ["Offset of field: nxs_bits_params::input_dtype"][::core::mem::offset_of!(nxs_bits_params, input_dtype) - 80usize];
+    ["Offset of field: nxs_bits_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_bits_params, values_dtype) - 84usize];
+    ["Offset of field: nxs_bits_params::codes_dtype"][::core::mem::offset_of!(nxs_bits_params, codes_dtype) - 88usize];
+};
+impl Default for nxs_bits_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_fsq_params {
+    pub z_or_null: *const ::core::ffi::c_void,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub indices_or_null: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub rows: i64,
+    pub dim: i32,
+    pub quantizers: i32,
+    pub levels: [i32; 16usize],
+    pub scales: [f32; 256usize],
+    pub soft: [f32; 16usize],
+    pub bound: i32,
+    pub z_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub indices_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_fsq_params"][::core::mem::size_of::<nxs_fsq_params>() - 1216usize];
+    ["Alignment of nxs_fsq_params"][::core::mem::align_of::<nxs_fsq_params>() - 8usize];
+    ["Offset of field: nxs_fsq_params::z_or_null"][::core::mem::offset_of!(nxs_fsq_params, z_or_null) - 0usize];
+    ["Offset of field: nxs_fsq_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_or_null) - 8usize];
+    ["Offset of field: nxs_fsq_params::indices_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_or_null) - 16usize];
+    ["Offset of field: nxs_fsq_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_fsq_params::rows"][::core::mem::offset_of!(nxs_fsq_params, rows) - 32usize];
+    ["Offset of field: nxs_fsq_params::dim"][::core::mem::offset_of!(nxs_fsq_params, dim) - 40usize];
+    ["Offset of field: nxs_fsq_params::quantizers"][::core::mem::offset_of!(nxs_fsq_params, quantizers) - 44usize];
+    ["Offset of field: nxs_fsq_params::levels"][::core::mem::offset_of!(nxs_fsq_params, levels) - 48usize];
+    ["Offset of field: nxs_fsq_params::scales"][::core::mem::offset_of!(nxs_fsq_params, scales) - 112usize];
+    ["Offset of field: nxs_fsq_params::soft"][::core::mem::offset_of!(nxs_fsq_params, soft) - 1136usize];
+    ["Offset of field: nxs_fsq_params::bound"][::core::mem::offset_of!(nxs_fsq_params, bound) - 1200usize];
+    ["Offset of field: nxs_fsq_params::z_dtype"][::core::mem::offset_of!(nxs_fsq_params, z_dtype) - 1204usize];
+    ["Offset of field: nxs_fsq_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_dtype) - 1208usize];
+    ["Offset of field: nxs_fsq_params::indices_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_dtype) - 1212usize];
+};
+impl Default for nxs_fsq_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_remap_params {
+    pub codes: *const ::core::ffi::c_void,
+    pub table: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub count: i64,
+    pub entries: i64,
+    pub codes_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_remap_params"][::core::mem::size_of::<nxs_remap_params>() - 56usize];
+    ["Alignment of nxs_remap_params"][::core::mem::align_of::<nxs_remap_params>() - 8usize];
+    ["Offset of field: nxs_remap_params::codes"][::core::mem::offset_of!(nxs_remap_params, codes) - 0usize];
+    ["Offset of field: nxs_remap_params::table"][::core::mem::offset_of!(nxs_remap_params, table) - 8usize];
+    ["Offset of field: nxs_remap_params::out"][::core::mem::offset_of!(nxs_remap_params, out) - 16usize];
+    ["Offset of field: nxs_remap_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_remap_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_remap_params::count"][::core::mem::offset_of!(nxs_remap_params, count) - 32usize];
+    ["Offset of field: nxs_remap_params::entries"][::core::mem::offset_of!(nxs_remap_params, entries) - 40usize];
+    ["Offset of field: nxs_remap_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_remap_params, codes_dtype) - 48usize];
+    ["Offset of field: nxs_remap_params::out_dtype"][::core::mem::offset_of!(nxs_remap_params, out_dtype) - 52usize];
+};
+impl Default for nxs_remap_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -857,4 +1213,9 @@ unsafe extern "C" {
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_rvq_encode(params: *const nxs_rvq_encode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_multi_scale(params: *const nxs_multi_scale_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_nearest_code(params: *const nxs_nearest_code_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_bits(params: *const nxs_bits_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_fsq(params: *const nxs_fsq_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_remap(params: *const nxs_remap_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

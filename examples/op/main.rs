@@ -10,11 +10,13 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod multi_scale;
 mod philox_fill;
 mod request;
 mod runner;
 mod rvq_decode;
 mod rvq_encode;
+mod scalar_quantize;
 mod scale_attention;
 mod tensors;
 
@@ -34,6 +36,11 @@ static OPS: &[&Op] = &[
     &scale_attention::OP,
     &attention_merge::OP,
     &attention_prepare::OP,
+    &multi_scale::OP,
+    &multi_scale::ENCODE,
+    &scalar_quantize::BITS,
+    &scalar_quantize::FSQ,
+    &scalar_quantize::REMAP,
     &philox_fill::OP,
 ];
 

@@ -409,6 +409,181 @@ typedef struct nxs_rvq_encode_params {
 #define NXS_RVQ_ENCODE_PROJECTED 3 /* latent > 0 */
 
 nxs_status nxs_rvq_encode(const nxs_rvq_encode_params *params, void *stream);
+/* How a map is resized along each axis, align_corners false. */
+#define NXS_RESIZE_BICUBIC 0  /* a = -0.75, source positions not clamped, taps clamped into the map */
+#define NXS_RESIZE_BILINEAR 1 /* source positions clamped from below */
+#define NXS_RESIZE_AREA 2     /* the mean over [floor(i in / out), ceil((i + 1) in / out)), as adaptive average pooling */
+/* What the tokens of a multi-scale quantizer are. */
+#define NXS_TOKENS_CODES 0      /* [batch, tokens] NXS_U16, NXS_U32 or NXS_I64: rows of the codebook */
+#define NXS_TOKENS_EMBEDDINGS 1 /* [batch, tokens, width] NXS_F32, NXS_F16 or NXS_BF16 */
+#define NXS_TOKENS_BITS 2       /* [batch, tokens, width] NXS_U8: 0 is -bit_scale, anything else +bit_scale */
+#define NXS_MAX_SCALES 32
+/* The Philox domain of the flips of bit labels. */
+#define NXS_DOMAIN_BIT_FLIP 0x62666c70u
+
+/*
+ * Scales of a multi-scale residual quantizer (VAR, HART, Infinity): adds their tokens to the running map f_hat and makes
+ * the next scale's input.
+ *   h_s   = resize(map of the tokens of scale s -> height x width, by `up`)
+ *   f_hat = f_hat + h'_s    h'_s = phi(h_s) with a phi: a 3x3 convolution with zero padding; else h_s
+ *   next  = resize(f_hat -> next_height x next_width, by `down`), token-major, rounded to next_dtype, `repeat` times
+ *   label = (resize(target - f_hat, by area) > 0) ? 1 : 0
+ * Maps are [batch, channels, height, width] f32. A token of a grid [grid_height, grid_width] lies at pixel (y, x) of the
+ * scale's map, or with patch 2 at pixels (2 y + dy, 2 x + dx), whose channel c is its element 4 c + 2 dy + dx
+ * (pixel shuffle); scale sizes are in pixels. width = channels * patch * patch.
+ * Sums are in f32. A code outside [0, entries) is clamped and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_multi_scale_params {
+  const void *tokens_or_null;   /* of the scales taken, one after the other, in each batch entry; null: scales is 0 */
+  const float *codebook_or_null; /* [entries, channels]; NXS_TOKENS_CODES */
+  const float *phi_or_null;     /* [phis, ceil(channels / 4), 9 channels + 1, 4]: of outputs 4 g to 4 g + 3, the weights of
+                                   input i and tap (ky, kx) in row 9 i + 3 ky + kx, and last their biases; outputs
+                                   beyond `channels` are 0. 16-byte aligned */
+  const float *f_hat_or_null;   /* the map before; null: zeroes. May be f_hat_out_or_null itself, unless rows */
+  float *f_hat_out_or_null;     /* the map after, or with prefixes [scales, batch, channels, height, width]: after each
+                                   scale; null: not kept */
+  const float *target_or_null;  /* labels, or next of target - f_hat instead of f_hat: with next_of_residual */
+  void *next_or_null;           /* [repeat, batch, tokens of next, width] next_dtype */
+  uint8_t *labels_or_null;      /* [batch, tokens of next, width] */
+  uint8_t *flipped_or_null;     /* the same, each bit flipped with probability flip_rate */
+  const int64_t *seeds_or_null; /* [batch]: of the flips; a bit is flipped by Philox of (seed, position of its token times
+                                   ceil(width / 4) plus element / 4, NXS_DOMAIN_BIT_FLIP, 0), word element % 4 */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t tokens_stride_batch;  /* elements */
+  int64_t next_stride_batch, labels_stride_batch; /* elements; next of the second repeat follows after batch entries */
+  int64_t batch, entries;
+  int64_t first_label;          /* position of the first token of next, for the flips */
+  int32_t channels;             /* 1 to 256 */
+  int32_t height, width;        /* of maps, 1 to 1024 */
+  int32_t patch;                /* 1 or 2 */
+  int32_t scales;               /* taken by this call */
+  int32_t prefixes;
+  int32_t independent;          /* 1: scales do not add up: f_hat is that of the last one, next is the last scale's map
+                                   itself, resized by `up`; needs rows if there is a next */
+  uint16_t scale_height[NXS_MAX_SCALES], scale_width[NXS_MAX_SCALES]; /* pixels; at most height, width */
+  int8_t scale_phi[NXS_MAX_SCALES]; /* which phi; -1: none */
+  int32_t up;                   /* NXS_RESIZE_BICUBIC or NXS_RESIZE_BILINEAR */
+  int32_t down;                 /* NXS_RESIZE_AREA or NXS_RESIZE_BILINEAR */
+  int32_t next_height, next_width; /* pixels; 0: no next and no labels */
+  int32_t next_of_residual;
+  int32_t repeat;               /* 1 or 2 */
+  int32_t tokens_kind;          /* NXS_TOKENS_* */
+  nxs_dtype tokens_dtype, next_dtype;
+  float bit_scale, flip_rate;
+  int32_t rows;                 /* 1: a block a row of the map or of the next, none of which waits for another: one scale
+                                   without phi, next by bilinear or independent, no labels or target, f_hat_or_null not
+                                   f_hat_out_or_null. 0: a block some channels of an image; takes everything else */
+  int32_t group;                /* rows 0: channels of a block, a multiple of 4 */
+  int32_t band;                 /* rows 0: rows of the map that are worked on at a time; even */
+  int32_t plane_shared;         /* rows 0: 1: what the next is made from is kept in shared memory */
+  int32_t programmatic;         /* 1, on sm_90: may be started before the kernel before it on the stream has ended, for which it
+                                   then waits: programmatic dependent launch */
+} nxs_multi_scale_params;
+
+nxs_status nxs_multi_scale(const nxs_multi_scale_params *params, void *stream);
+
+/*
+ * Nearest codebook rows (the search of VAR's encoder):
+ *   codes[b, l] = the least i with the least score; score(i) = sum over k ascending of (z[b, l, k] - codebook[i, k])^2,
+ *   each step one f32 subtraction and one fused multiply-add. A row without a score below infinity gets code 0.
+ * With normalize, z is first divided by max(sqrt(sum over k ascending of z^2, fused), eps).
+ */
+typedef struct nxs_nearest_code_params {
+  const float *z;               /* [batch, rows, channels] */
+  const float *codebook;        /* [entries, channels] */
+  void *codes;                  /* [batch, rows] codes_dtype */
+  int64_t codes_stride_batch;   /* elements */
+  int64_t batch, rows, entries; /* batch * rows < 2^31; entries fit in codes_dtype */
+  int32_t channels;             /* 1 to 256 */
+  int32_t normalize;
+  float eps;
+  nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
+  int32_t log2_tile;            /* rows of a block: 8, 16 or 32 */
+  int32_t splits;               /* blocks that share the codebook: 1, or on sm_90 a cluster of 2, 4 or 8 */
+  int32_t programmatic;         /* as of nxs_multi_scale */
+} nxs_nearest_code_params;
+
+nxs_status nxs_nearest_code(const nxs_nearest_code_params *params, void *stream);
+
+/* Which channel is the most significant bit of an integer of `dim` bits. */
+#define NXS_BITS_MSB_FIRST 0 /* channel 0, as Infinity and LFQ have it */
+#define NXS_BITS_LSB_FIRST 1 /* the last one */
+
+/*
+ * Bits between their forms (LFQ, BSQ): values by their signs, labels, integers.
+ *   bit[r, k] = input > 0 (values; 0 for NaN), input != 0 (labels), bit k of the integer in `order`
+ *   flipped where philox_uniform(Philox(seeds[r / rows_per_seed], (first_row + r % rows_per_seed) * ceil(dim / 4) + k / 4,
+ *   NXS_DOMAIN_BIT_FLIP, 0) word k % 4) < flip_rate, if there are seeds
+ *   labels = bit;  values = bit ? scale : -scale, NaN where the input was a NaN;  codes = the integer
+ */
+typedef struct nxs_bits_params {
+  const void *input;            /* [rows, dim] NXS_F32, NXS_F16, NXS_BF16 values or NXS_U8 labels; [rows] NXS_U16, NXS_U32
+                                   or NXS_I64 integers */
+  uint8_t *labels_or_null;      /* [rows, dim] */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *codes_or_null;          /* [rows] codes_dtype */
+  const int64_t *seeds_or_null; /* [ceil(rows / rows_per_seed)], bits of u64 */
+  int64_t rows, rows_per_seed, first_row;
+  int32_t dim;                  /* 1 to 4096; at most the bits of an integer where there are integers */
+  int32_t order;                /* NXS_BITS_* */
+  float scale, flip_rate;
+  nxs_dtype input_dtype;
+  nxs_dtype values_dtype;       /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_bits_params;
+
+nxs_status nxs_bits(const nxs_bits_params *params, void *stream);
+
+/* How finite scalar quantization bounds a value. */
+#define NXS_FSQ_TANH 0      /* tanh(z + shift) half - offset, rounded to even (arXiv 2309.15505) */
+#define NXS_FSQ_SYMMETRIC 1 /* floor((L - 1) (tanh(z) + 1) / 2 + 0.5) */
+#define NXS_FSQ_CLAMP 2     /* the same with clamp(z, -1, 1) for tanh(z) */
+#define NXS_FSQ_MOST_DIM 16
+
+/*
+ * Finite scalar quantization, of one or more quantizers one after the other (residual FSQ):
+ *   r = z, or tanh(z / soft[k]) soft[k] where soft[k] > 0
+ *   for each quantizer q:  v = value(level(r / scales[q, k]));  r -= v scales[q, k];  values += v scales[q, k]
+ *   index[q] = sum over k of level * (product of levels before k)
+ * With halves H = levels / 2 (an integer division): NXS_FSQ_TANH has level - H = round(tanh(z + shift) half - offset),
+ * half = (levels - 1) 1.001 / 2, offset 0.5 for even levels and 0 for odd ones, shift = atanh(offset / half), and value =
+ * (level - H) / H; the symmetric ones have value = (2 level - (levels - 1)) / (levels - 1). Levels are clamped to
+ * [0, levels). A NaN has level 0 and stays a NaN in values.
+ * Without z, values are made from indices; an index outside [0, product of levels) is clamped, and NXS_FLAG_CODE_CLAMPED
+ * is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_fsq_params {
+  const void *z_or_null;        /* [rows, dim] z_dtype */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *indices_or_null;        /* [rows, quantizers] indices_dtype: written, or without z read */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t rows;
+  int32_t dim;                  /* 1 to NXS_FSQ_MOST_DIM */
+  int32_t quantizers;           /* 1 to 16 */
+  int32_t levels[NXS_FSQ_MOST_DIM];    /* 2 to 65536; the product at most what an index can hold, and 2^31 */
+  float scales[16 * NXS_FSQ_MOST_DIM]; /* of quantizer q and channel k at 16 q + k */
+  float soft[NXS_FSQ_MOST_DIM];
+  int32_t bound;                /* NXS_FSQ_* */
+  nxs_dtype z_dtype, values_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype indices_dtype;      /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_fsq_params;
+
+nxs_status nxs_fsq(const nxs_fsq_params *params, void *stream);
+
+/*
+ * Labels by a table (coarse labels of codes):  out[i] = table[codes[i]]
+ * A code outside [0, entries) is clamped and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_remap_params {
+  const void *codes;            /* [count] codes_dtype */
+  const void *table;            /* [entries] out_dtype */
+  void *out;                    /* [count] out_dtype */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t count, entries;       /* entries: 1 to 2^31 - 1 */
+  nxs_dtype codes_dtype, out_dtype; /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_remap_params;
+
+nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 
 #ifdef __cplusplus
 }

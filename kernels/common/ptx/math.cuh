@@ -24,7 +24,7 @@ NXS_SPECIAL(tanh_approx, "tanh.approx")
 
 // fma.rn: a * b + c, rounded once
 NXS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-// sqrt.rn, div.rn
+// sqrt.rn, div.rn: rounded to nearest even
 NXS_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 NXS_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 // popc, clz
