@@ -35,6 +35,11 @@ pub(crate) fn column(chunk: u64, lane: usize, place: usize) -> u64 {
     chunk * CHUNK + (place as u64 / 8) * 256 + lane as u64 * 8 + place as u64 % 8
 }
 
+/// Lanes of a chunk that have a column below `columns` among theirs. What the others have is -inf.
+pub(crate) fn lanes_with_columns(chunk: u64, columns: u64) -> usize {
+    columns.saturating_sub(chunk * CHUNK).div_ceil(8).min(LANES as u64) as usize
+}
+
 fn fma(a: f32, b: f32, c: f32) -> f32 {
     a.mul_add(b, c)
 }
@@ -151,11 +156,11 @@ fn greater(a: f32, b: f32) -> f32 {
 }
 
 impl Partial {
-    /// Of the logits that `logit` gives; -inf stands for a column that is not there. Without a scale only `max` is
-    /// found.
-    pub(crate) fn of(logit: impl Fn(usize, usize) -> f32, scale: Option<&Scale>) -> Self {
+    /// Of the logits that `logit` gives for the first `filled` lanes; -inf stands for a column that is not there. Without a
+    /// scale only `max` is found.
+    pub(crate) fn of(logit: impl Fn(usize, usize) -> f32, filled: usize, scale: Option<&Scale>) -> Self {
         let (mut max, mut nan) = (f32::NEG_INFINITY, false);
-        for lane in 0..LANES {
+        for lane in 0..filled {
             for place in 0..PLACES {
                 let logit = logit(lane, place);
                 nan |= logit.is_nan();
@@ -166,13 +171,16 @@ impl Partial {
         let sum = match scale.and_then(|scale| Some((scale, scale.reference(max)?))) {
             Some((scale, reference)) => {
                 let floor = scale.floor(reference);
+                // Whatever is below the floor counts as the floor.
+                let least = scale.power(floor, reference);
+                let nothing = (0..PLACES).fold(0f32, |sum, _| sum + least);
                 let lanes = core::array::from_fn(|lane| {
+                    if lane >= filled {
+                        return nothing;
+                    }
                     (0..PLACES).fold(0f32, |sum, place| {
-                        let logit = greater(floor, logit(lane, place));
-                        let shift = (MAGIC + 127.0) - reference;
-                        let whole = fma(logit, scale.per_logit, shift);
-                        let fraction = fma(logit, scale.per_logit, -(whole - shift));
-                        fma(power_of_fraction(fraction), f32::from_bits(whole.to_bits() << 23), sum)
+                        let logit = logit(lane, place);
+                        sum + if logit > floor { scale.power(logit, reference) } else { least }
                     })
                 });
                 scan(lanes)[LANES - 1]
@@ -236,9 +244,21 @@ pub(crate) fn pick_chunk(chunks: usize, uniform: f32, weight: impl Fn(usize) -> 
     Some(lane + at * LANES)
 }
 
+/// Weights of each lane's places, added in order; 0 for lanes that are not filled.
+pub(crate) fn lane_sums(filled: usize, weight: &impl Fn(usize, usize) -> f32) -> [f32; LANES] {
+    core::array::from_fn(|lane| match lane < filled {
+        true => (0..PLACES).fold(0.0, |sum, place| sum + weight(lane, place)),
+        false => 0.0,
+    })
+}
+
 /// A place of a chunk (lane, place), drawn by its weight with two uniforms.
-pub(crate) fn pick_place(uniforms: [f32; 2], weight: impl Fn(usize, usize) -> f32) -> Option<(usize, usize)> {
-    let lanes = core::array::from_fn(|lane| (0..PLACES).fold(0.0, |sum, place| sum + weight(lane, place)));
+pub(crate) fn pick_place(
+    uniforms: [f32; 2],
+    filled: usize,
+    weight: impl Fn(usize, usize) -> f32,
+) -> Option<(usize, usize)> {
+    let lanes = lane_sums(filled, &weight);
     let sums = scan(lanes);
     let (lane, _) = pick_lane(&lanes, &sums, uniforms[0] * sums[LANES - 1])?;
     let place = pick_in_order((0..PLACES).map(|place| weight(lane, place)), uniforms[1] * lanes[lane])?;
@@ -281,7 +301,13 @@ impl Summary {
     }
 
     /// A token by three uniforms. `logit` by column.
-    pub(crate) fn sample(&self, partials: &[Partial], uniforms: [f32; 3], logit: impl Fn(u64) -> f32) -> Option<u64> {
+    pub(crate) fn sample(
+        &self,
+        partials: &[Partial],
+        uniforms: [f32; 3],
+        columns: u64,
+        logit: impl Fn(u64) -> f32,
+    ) -> Option<u64> {
         match self.shape {
             Shape::Empty => None,
             Shape::Peak => self.peak(partials, logit),
@@ -291,7 +317,8 @@ impl Summary {
                 // By the chunk's own reference something of it always has weight.
                 let reference = scale.reference(partials[chunk].max)?;
                 let at = |lane, place| scale.weight(logit(column(chunk as u64, lane, place)), reference, cut);
-                let (lane, place) = pick_place([uniforms[1], uniforms[2]], at)?;
+                let filled = lanes_with_columns(chunk as u64, columns);
+                let (lane, place) = pick_place([uniforms[1], uniforms[2]], filled, at)?;
                 Some(column(chunk as u64, lane, place))
             }
         }
@@ -360,7 +387,7 @@ impl Distribution {
 
 /// A column's part of `max(factor * p - q, 0)`, in units of 1 / (sum of p * sum of q).
 pub(crate) fn residual(factor: f32, p: f32, p_sum: f32, q: f32, q_sum: f32) -> f32 {
-    greater(0.0, fma(p * factor, q_sum, -(q * p_sum)))
+    if p == 0.0 { 0.0 } else { greater(0.0, fma(p * factor, q_sum, -(q * p_sum))) }
 }
 
 /// What leaves columns of a row without weight, in this order: all but the `top_k` greatest logits; those with less than
@@ -462,11 +489,9 @@ impl Truncation {
         for (chunk, partial) in partials.iter_mut().enumerate() {
             partial.sum = match scale.reference(partial.max) {
                 Some(own) if partial.max >= *cut => {
-                    let lanes = core::array::from_fn(|lane| {
-                        (0..PLACES).fold(0.0, |sum, place| {
-                            sum + scale.weight(logit(column(chunk as u64, lane, place)), own, *cut)
-                        })
-                    });
+                    let chunk = chunk as u64;
+                    let weight = |lane, place| scale.weight(logit(column(chunk, lane, place)), own, *cut);
+                    let lanes = lane_sums(lanes_with_columns(chunk, columns), &weight);
                     scan(lanes)[LANES - 1]
                 }
                 _ => 0.0,

@@ -4,7 +4,7 @@ use super::DraftSampleArgs;
 use super::plan::Plan;
 use crate::dtype::Float;
 use crate::verification::rows::{
-    Domain, Partial, Scale, Shape, Summary, Truncation, chunks, column, key_bits, uniforms,
+    Domain, Partial, Scale, Shape, Summary, Truncation, chunks, column, key_bits, lanes_with_columns, uniforms,
 };
 use crate::verification::status;
 
@@ -42,7 +42,8 @@ pub(super) fn run<Q: Float>(plan: &Plan, args: &mut DraftSampleArgs<'_, Q>) {
             }
         };
         for (chunk, partial) in partials.iter_mut().enumerate() {
-            *partial = Partial::of(|lane, place| logit(column(chunk as u64, lane, place)), scale.as_ref());
+            let filled = lanes_with_columns(chunk as u64, plan.vocab);
+            *partial = Partial::of(|lane, place| logit(column(chunk as u64, lane, place)), filled, scale.as_ref());
         }
         let mut summary = Summary::of(partials, scale.as_ref());
         truncation.apply(&mut summary, partials, key_bits(Q::DTYPE), plan.vocab, logit);
@@ -54,7 +55,7 @@ pub(super) fn run<Q: Float>(plan: &Plan, args: &mut DraftSampleArgs<'_, Q>) {
             }
         };
         let [a, b, c, _] = draws;
-        let drawn = summary.sample(partials, [a, b, c], logit);
+        let drawn = summary.sample(partials, [a, b, c], plan.vocab, logit);
         tokens[row] = match (drawn, map) {
             (Some(column), Some(map)) => map[column as usize],
             (Some(column), None) => column as i32,

@@ -3,7 +3,7 @@
 use super::RowStatsArgs;
 use super::plan::Plan;
 use crate::dtype::Float;
-use crate::verification::rows::{Partial, Scale, chunks, column};
+use crate::verification::rows::{Partial, Scale, chunks, column, lanes_with_columns};
 
 pub(super) fn run<P: Float>(plan: &Plan, args: &mut RowStatsArgs<'_, P>) {
     const HERE: &str = "operands are on the stream's device";
@@ -26,7 +26,7 @@ pub(super) fn run<P: Float>(plan: &Plan, args: &mut RowStatsArgs<'_, P>) {
                     f32::NEG_INFINITY
                 }
             };
-            let Partial { max, sum } = Partial::of(logit, scale.as_ref());
+            let Partial { max, sum } = Partial::of(logit, lanes_with_columns(chunk as u64, plan.vocab), scale.as_ref());
             partials[(row * of_row + chunk) * 2..][..2].copy_from_slice(&[max, sum]);
         }
     }

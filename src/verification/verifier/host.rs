@@ -4,8 +4,8 @@ use super::VerifierArgs;
 use super::plan::{Drafts, Plan, Rule};
 use crate::dtype::Float;
 use crate::verification::rows::{
-    CHUNK, Distribution, Domain, Partial, Scale, Shape, Summary, Truncation, chunks, column, key_bits, pick_chunk,
-    pick_place, residual, scan, total, uniforms,
+    CHUNK, Distribution, Domain, Partial, Scale, Shape, Summary, Truncation, chunks, column, key_bits, lane_sums,
+    lanes_with_columns, pick_chunk, pick_place, residual, scan, total, uniforms,
 };
 use crate::verification::{Accepted, Emitted, status};
 
@@ -104,7 +104,11 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
                     Partial { max: stats[at], sum: stats[at + 1] }
                 }
                 (Some(_), None) => Partial { max: f32::NEG_INFINITY, sum: 0.0 },
-                (None, _) => Partial::of(|lane, place| logit(column(chunk as u64, lane, place)), measure.as_ref()),
+                (None, _) => Partial::of(
+                    |lane, place| logit(column(chunk as u64, lane, place)),
+                    lanes_with_columns(chunk as u64, self.plan.vocab),
+                    measure.as_ref(),
+                ),
             };
         }
         let mut measured = Summary::of(scratch.target, measure.as_ref());
@@ -150,7 +154,8 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
             None => {
                 for (chunk, partial) in scratch.draft.iter_mut().enumerate() {
                     let logit = |lane, place| self.draft(row, column(chunk as u64, lane, place));
-                    *partial = Partial::of(logit, request.draft_scale.as_ref());
+                    let filled = lanes_with_columns(chunk as u64, self.plan.draft_vocab);
+                    *partial = Partial::of(logit, filled, request.draft_scale.as_ref());
                 }
                 Summary::of(scratch.draft, request.draft_scale.as_ref())
             }
@@ -210,16 +215,16 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
     fn sample(&self, request: &Request, i: usize, p: &Target, partials: &[Partial], domain: Domain) -> Option<u64> {
         p.distribution.peak.or_else(|| {
             let logit = |column| self.target(p.row, p.logical, column);
-            p.distribution.summary.sample(partials, self.three(request, i, domain), logit)
+            p.distribution.summary.sample(partials, self.three(request, i, domain), self.plan.vocab, logit)
         })
     }
 
     /// The sum over a row of `max(factor * p - q, 0)`, chunks' sums left in the scratch.
     fn residual_mass(&self, factor: f32, p: &Target, q: &Draft, scratch: &mut Scratch<'_>) -> f32 {
         for (chunk, sum) in scratch.residual.iter_mut().enumerate() {
-            let lanes = core::array::from_fn(|lane| {
-                (0..32).fold(0.0, |sum, place| sum + self.residual(factor, p, q, column(chunk as u64, lane, place)))
-            });
+            let chunk = chunk as u64;
+            let weight = |lane, place| self.residual(factor, p, q, column(chunk, lane, place));
+            let lanes = lane_sums(lanes_with_columns(chunk, self.plan.vocab), &weight);
             *sum = scan(lanes)[31];
         }
         total(scratch.residual.len(), |chunk| scratch.residual[chunk])
@@ -243,7 +248,7 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
             let [a, b, c] = self.three(request, i, Domain::Residual);
             let chunk = pick_chunk(scratch.residual.len(), a, |chunk| scratch.residual[chunk])? as u64;
             let weight = |lane, place| self.residual(factor, p, q, column(chunk, lane, place));
-            let (lane, place) = pick_place([b, c], weight)?;
+            let (lane, place) = pick_place([b, c], lanes_with_columns(chunk, self.plan.vocab), weight)?;
             return Some(column(chunk, lane, place));
         }
         // p is q but for rounding.
@@ -259,7 +264,7 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
         for trial in 0..trials {
             let [a, b, c, keep] = self.draws(request, i, Domain::Thin, trial);
             let logit = |column| self.target(p.row, p.logical, column);
-            let token = p.distribution.summary.sample(scratch.target, [a, b, c], logit)?;
+            let token = p.distribution.summary.sample(scratch.target, [a, b, c], self.plan.vocab, logit)?;
             let (p_weight, q_weight) = (self.p_weight(p, token), self.q_weight(q, token));
             if keep * p_weight * q.distribution.sum() >= q_weight * p.distribution.sum() {
                 return Some(token);
