@@ -55,6 +55,17 @@ counts! {
     Accepted;
 }
 
+/// Where an optional operand lies, for the C ABI.
+#[cfg(nxs_kernels)]
+fn address<T: Element, C>(view: &Option<crate::view::In<'_, T>>) -> *const C {
+    view.as_ref().map_or(core::ptr::null(), |view| view.span().address as *const C)
+}
+
+#[cfg(nxs_kernels)]
+fn address_mut<T: Element, C>(view: &Option<crate::view::Out<'_, T>>) -> *mut C {
+    view.as_ref().map_or(core::ptr::null_mut(), |view| view.span().address as *mut C)
+}
+
 /// Bits of a request's status word. 0: nothing to say.
 pub mod status {
     /// A row of the target that the decision looked at holds a NaN. NaNs have no probability.

@@ -351,7 +351,7 @@ impl Summary {
     pub(crate) fn log_probability(&self, logit: f32) -> f32 {
         match self.shape {
             Shape::Spread { scale, reference, sum, cut } if logit >= cut => {
-                (logit * scale.per_logit - reference - sum.log2()) * core::f32::consts::LN_2
+                (fma(logit, scale.per_logit, -reference) - sum.log2()) * core::f32::consts::LN_2
             }
             _ => f32::NEG_INFINITY,
         }
@@ -435,8 +435,6 @@ pub(crate) fn key_bits(dtype: DType) -> u32 {
 const MASS: f32 = 2_147_483_648.0;
 
 impl Truncation {
-    pub(crate) const NONE: Truncation = Truncation { top_k: 0, top_p: 1.0, min_p: 0.0 };
-
     /// Cuts the row down: `summary` gets its `cut`, and the partials the sums of what is left. `logit` by column.
     pub(crate) fn apply(
         &self,

@@ -543,7 +543,7 @@ impl<P: Float, Q: Float> Step<P, Q> {
                 if self.kind == Drafts::Deterministic {
                     return Some(one_hot);
                 }
-                let row = self.draft_row.as_ref().map_or((first - b + i) as i32, |rows| rows[first + i]);
+                let row = self.draft_row.as_ref().map_or((b * self.max_drafts + i) as i32, |rows| rows[first + i]);
                 if row < 0 || row as usize * self.draft_stride + self.draft_vocab > self.draft.len() {
                     return None;
                 }

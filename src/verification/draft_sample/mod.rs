@@ -1,5 +1,6 @@
 //! The drafter's sampler.
 
+mod cuda;
 mod host;
 mod plan;
 
@@ -10,7 +11,7 @@ use core::marker::PhantomData;
 use super::Traffic;
 use crate::device::Device;
 use crate::dtype::Float;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::launch::Operands;
 use crate::plan::typed_plan;
 use crate::stream::AsStream;
@@ -166,7 +167,7 @@ impl<Q: Float> DraftSample<Q> {
                 host::run(plan, &mut args);
                 Ok(())
             }
-            _ => Err(Error::NotCompiled),
+            _ => cuda::run(plan, &stream, &args),
         }
     }
 }

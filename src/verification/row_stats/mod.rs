@@ -1,5 +1,6 @@
 //! What a verifier needs to know of the target's rows, chunk by chunk.
 
+mod cuda;
 mod host;
 mod plan;
 
@@ -10,7 +11,7 @@ use core::marker::PhantomData;
 use super::Traffic;
 use crate::device::Device;
 use crate::dtype::Float;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::launch::Operands;
 use crate::plan::typed_plan;
 use crate::stream::AsStream;
@@ -106,7 +107,7 @@ impl<P: Float> RowStats<P> {
                 host::run(plan, &mut args);
                 Ok(())
             }
-            _ => Err(Error::NotCompiled),
+            _ => cuda::run(plan, &stream, &args),
         }
     }
 }

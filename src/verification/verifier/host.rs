@@ -142,7 +142,7 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
         }
         let row = match self.draft_row {
             Some(rows) => i64::from(rows[request.row + i]),
-            None => (request.row - request.index + i) as i64,
+            None => (request.index * self.plan.max_drafts as usize + i) as i64,
         };
         if !(0..self.plan.draft_rows as i64).contains(&row) {
             *said |= status::ROW_OUT_OF_RANGE | status::DRAFT_BAD;

@@ -1,5 +1,6 @@
 //! Chains of drafts.
 
+mod cuda;
 mod host;
 mod plan;
 
@@ -30,7 +31,7 @@ use crate::view::{In, Out};
 /// | `cu_rows` | `[batch + 1]` i32 | where requests begin; ascending |
 /// | `drafts` | `[rows]` i32 | at row `r`, the draft that this row scores; at last rows anything. -1: no draft from here on, a token of the target instead |
 /// | `draft` | `[draft_rows, draft_vocab]`, with [`Drafts::Logits`] and [`Drafts::LogitsAndStats`] | the drafter's raw logits, `Q`; a stride between rows |
-/// | `draft_row` | `[rows]` i32, optional | the row of `draft` that draft `r` was drawn from; else the number of the draft in the step, `r - b` |
+/// | `draft_row` | `[rows]` i32, optional | at row `r`, the row of `draft` that its draft was drawn from; else `b * max_drafts + i` for draft `i` of request `b` |
 /// | `draft_stats` | `[draft_rows, 4]` f32, with [`Drafts::LogitsAndStats`] | what [`DraftSample`](super::DraftSample) stored |
 /// | `target_to_draft` | `[vocab]` i32, optional | the column of `draft` of a token, -1 if it has none; else the token's own |
 /// | `target_stats` | `[target_rows, ceil(vocab / 1024), 2]` f32, optional | what [`RowStats`](super::RowStats) says of `target`, so that its rows are not swept |
@@ -138,7 +139,7 @@ where
     pub row_index: Option<In<'a, i32>>,
     /// `[draft_rows, draft_vocab]`; goes with [`Drafts::Logits`] and [`Drafts::LogitsAndStats`].
     pub draft: Option<In<'a, Q>>,
-    /// `[rows]`; the number of the draft in the step if not given.
+    /// `[rows]`; `b * max_drafts + i` for draft `i` of request `b` if not given.
     pub draft_row: Option<In<'a, i32>>,
     /// `[draft_rows, 4]`; goes with [`Drafts::LogitsAndStats`].
     pub draft_stats: Option<In<'a, f32>>,
@@ -301,7 +302,7 @@ impl<P: Float, Q: Float> Verifier<P, Q> {
                 host::run(plan, &mut args);
                 Ok(())
             }
-            _ => Err(Error::NotCompiled),
+            _ => cuda::run(plan, &stream, &args),
         }
     }
 }
