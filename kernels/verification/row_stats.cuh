@@ -11,8 +11,9 @@
 //              the same, bit for bit. About 12 instructions a column.
 // Determinism  bitwise; nothing depends on the batch, the grid, or where the row lies.
 #pragma once
-#include "common/chunk.cuh"
+#include "common/dtype.cuh"
 #include "common/ptx/math.cuh"
+#include "common/ptx/memory.cuh"
 #include "common/ptx/warp.cuh"
 
 namespace nxs::verification {
@@ -99,11 +100,6 @@ NXS_DEVICE u32 key_of(float x) {
 }
 NXS_DEVICE float key_float(u32 key) { return bits_float(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-template <typename T> constexpr T kMinusInfinity{};
-template <> constexpr float kMinusInfinity<float> = -INFINITY;
-template <> constexpr f16 kMinusInfinity<f16> = {0xfc00};
-template <> constexpr bf16 kMinusInfinity<bf16> = {0xff80};
-
 // A row of logits. Without columns: nothing is read.
 template <typename T> struct Row {
   const T* logits;
@@ -120,26 +116,63 @@ template <typename T> NXS_DEVICE float logit_at(const Row<T>& row, u32 column) {
   return to_f32(load_global_nc(row.logits + column));
 }
 
-// A lane's logits of a chunk.
+// A lane's logits of a chunk, by place: in registers, two 16-bit floats a word.
 template <typename T> struct Logits {
-  Vec<T, kGroup> group[kGroups];
+  static constexpr u32 kPlaces = kGroups * kGroup, kPacked = 4 / sizeof(T), kWords = kPlaces / kPacked;
+  u32 word[kWords];
+
+  NXS_DEVICE float at(u32 place) const {
+    if constexpr (sizeof(T) == 4)
+      return bits_float(word[place]);
+    else
+      return to_f32(T{static_cast<u16>(word[place / 2] >> place % 2 * 16)});
+  }
+  // Bits of T.
+  NXS_DEVICE void set(u32 place, u32 bits) {
+    if constexpr (sizeof(T) == 4)
+      word[place] = bits;
+    else if (place % 2 == 0)
+      word[place / 2] = (word[place / 2] & 0xffff0000u) | bits;
+    else
+      word[place / 2] = (word[place / 2] & 0xffffu) | bits << 16;
+  }
+  static NXS_DEVICE u32 minus_infinity() {
+    return sizeof(T) == 4 ? 0xff800000u : DType<T>::value == NXS_F16 ? 0xfc00u : 0xff80u;
+  }
 };
+
+namespace detail {
+NXS_DEVICE u32 bits_of(float x) { return float_bits(x); }
+NXS_DEVICE u32 bits_of(f16 x) { return x.bits; }
+NXS_DEVICE u32 bits_of(bf16 x) { return x.bits; }
+NXS_DEVICE u32 maximum_nan_pair(f16, u32 a, u32 b) { return maximum_nan_f16x2(a, b); }
+NXS_DEVICE u32 maximum_nan_pair(bf16, u32 a, u32 b) { return maximum_nan_bf16x2(a, b); }
+}  // namespace detail
 
 template <typename T> NXS_DEVICE Logits<T> load_logits(const Row<T>& row, u32 chunk) {
   Logits<T> logits;
   const u32 first = chunk * kChunk + lane_index() * kGroup;
   if (is_wide(row.logits) && chunk * kChunk + kChunk <= row.columns) {
-#pragma unroll
-    for (u32 j = 0; j < kGroups; ++j) logits.group[j] = load_chunk_nc<T, kGroup>(row.logits + first + j * 256);
-  } else {
+    constexpr u32 kReads = Logits<T>::kWords / kGroups / 4;
 #pragma unroll
     for (u32 j = 0; j < kGroups; ++j) {
 #pragma unroll
-      for (u32 k = 0; k < kGroup; ++k) {
-        const u32 column = first + j * 256 + k;
-        logits.group[j].data[k] = kMinusInfinity<T>;
-        if (column < row.columns) logits.group[j].data[k] = load_global_nc(row.logits + column);
+      for (u32 k = 0; k < kReads; ++k) {
+        const auto words =
+            load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(row.logits + first + j * 256 + k * (16 / sizeof(T))));
+#pragma unroll
+        for (u32 n = 0; n < 4; ++n) logits.word[(j * kReads + k) * 4 + n] = words.data[n];
       }
+    }
+  } else {
+#pragma unroll
+    for (u32 i = 0; i < Logits<T>::kWords; ++i) logits.word[i] = 0;
+#pragma unroll
+    for (u32 place = 0; place < Logits<T>::kPlaces; ++place) {
+      const u32 column = first + place / 8 * 256 + place % 8;
+      u32 bits = Logits<T>::minus_infinity();
+      if (column < row.columns) bits = detail::bits_of(load_global_nc(row.logits + column));
+      logits.set(place, bits);
     }
   }
   if (row.allow) {
@@ -149,34 +182,24 @@ template <typename T> NXS_DEVICE Logits<T> load_logits(const Row<T>& row, u32 ch
       const u32 bits = column < row.columns ? load_global_nc(row.allow + column / 32) >> (column % 32) : 0;
 #pragma unroll
       for (u32 k = 0; k < kGroup; ++k)
-        if (!(bits >> k & 1)) logits.group[j].data[k] = kMinusInfinity<T>;
+        if (!(bits >> k & 1)) logits.set(j * kGroup + k, Logits<T>::minus_infinity());
     }
   }
   return logits;
 }
 
-namespace detail {
-NXS_DEVICE u32 maximum_nan_pair(f16, u32 a, u32 b) { return maximum_nan_f16x2(a, b); }
-NXS_DEVICE u32 maximum_nan_pair(bf16, u32 a, u32 b) { return maximum_nan_bf16x2(a, b); }
-}  // namespace detail
-
 // The greatest of a lane's logits; NaN if one is.
 template <typename T> NXS_DEVICE float lane_maximum(const Logits<T>& logits) {
   if constexpr (sizeof(T) == 4) {
-    float top = logits.group[0].data[0];
+    float top = logits.at(0);
 #pragma unroll
-    for (u32 i = 1; i < kGroups * kGroup; ++i)
-      top = maximum_nan(top, logits.group[i / kGroup].data[i % kGroup]);
+    for (u32 place = 1; place < Logits<T>::kPlaces; ++place) top = maximum_nan(top, logits.at(place));
     return top;
   } else {
-    u32 pairs[kGroups * kGroup / 2];
-    memcpy(pairs, &logits, sizeof(pairs));
+    u32 pair = logits.word[0];
 #pragma unroll
-    for (u32 n = kGroups * kGroup / 4; n > 0; n /= 2) {
-#pragma unroll
-      for (u32 i = 0; i < n; ++i) pairs[i] = detail::maximum_nan_pair(T{}, pairs[i], pairs[i + n]);
-    }
-    return maximum_nan(to_f32(T{static_cast<u16>(pairs[0])}), to_f32(T{static_cast<u16>(pairs[0] >> 16)}));
+    for (u32 i = 1; i < Logits<T>::kWords; ++i) pair = detail::maximum_nan_pair(T{}, pair, logits.word[i]);
+    return maximum_nan(to_f32(T{static_cast<u16>(pair)}), to_f32(T{static_cast<u16>(pair >> 16)}));
   }
 }
 
@@ -191,10 +214,9 @@ template <typename T> NXS_DEVICE Partial chunk_partial(Logits<T>& logits, const 
   if (nan) {
     top = -INFINITY;
 #pragma unroll
-    for (u32 i = 0; i < kGroups * kGroup; ++i) {
-      T& logit = logits.group[i / kGroup].data[i % kGroup];
-      const float x = to_f32(logit);
-      if (x != x) logit = kMinusInfinity<T>;
+    for (u32 place = 0; place < Logits<T>::kPlaces; ++place) {
+      const float x = logits.at(place);
+      if (x != x) logits.set(place, Logits<T>::minus_infinity());
       top = maximum(top, x);
     }
   }
@@ -204,8 +226,8 @@ template <typename T> NXS_DEVICE Partial chunk_partial(Logits<T>& logits, const 
     const float reference = reference_of(scale, top), shift = (kMagic + 127.0f) - reference;
     const float floor = floor_of(scale, reference);
 #pragma unroll
-    for (u32 i = 0; i < kGroups * kGroup; ++i) {
-      const Power p = power(scale, shift, maximum(to_f32(logits.group[i / kGroup].data[i % kGroup]), floor));
+    for (u32 place = 0; place < Logits<T>::kPlaces; ++place) {
+      const Power p = power(scale, shift, maximum(logits.at(place), floor));
       sum = fma(p.fraction, p.whole, sum);
     }
     sum = shuffle(scan(sum), 31);

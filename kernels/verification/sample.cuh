@@ -60,6 +60,7 @@ template <typename Load> NXS_DEVICE Summary summarize(u32 chunks, const Scale& s
   Summary row = {kPeak, false, false, -INFINITY, 0, 0, -INFINITY, scale};
   bool nan = false;
   float top = -INFINITY;
+#pragma unroll 1
   for (u32 chunk = lane_index(); chunk < chunks; chunk += 32) {
     const Partial partial = load(chunk);
     nan = nan || says_nan(partial);
@@ -75,7 +76,8 @@ template <typename Load> NXS_DEVICE Summary summarize(u32 chunks, const Scale& s
       row.shape = kSpread;
       row.reference = reference_of(scale, row.top);
       float sum = 0;
-      for (u32 chunk = lane_index(); chunk < chunks; chunk += 32)
+    #pragma unroll 1
+  for (u32 chunk = lane_index(); chunk < chunks; chunk += 32)
         sum = sum + share_of(load(chunk), scale, row.reference);
       warp_sync();
       row.sum = shuffle(scan(sum), 31);
@@ -110,6 +112,7 @@ NXS_DEVICE u32 pick_lane(float weight, float sums, float target) {
 // A chunk by its weight, or kNothing.
 template <typename Weight> NXS_DEVICE u32 pick_chunk(u32 chunks, float uniform, Weight weight) {
   float own = 0;
+#pragma unroll 1
   for (u32 chunk = lane_index(); chunk < chunks; chunk += 32) own = own + weight(chunk);
   warp_sync();
   const float sums = scan(own), target = multiply(uniform, shuffle(sums, 31));
@@ -119,6 +122,7 @@ template <typename Weight> NXS_DEVICE u32 pick_chunk(u32 chunks, float uniform, 
   const float rest = maximum(target - before, 0.0f);
   u32 found = kNothing;
   float sum = 0;
+#pragma unroll 1
   for (u32 chunk = lane_index(); chunk < chunks; chunk += 32) {
     const float w = weight(chunk);
     if (!(w > 0)) continue;
@@ -171,7 +175,7 @@ NXS_DEVICE u32 find_peak(const Summary& summary, const Row<T>& row, u32 chunks, 
 #pragma unroll
   for (u32 place = 0; place < 32; ++place) {
     const u32 column = place / 8 * 256 + lane_index() * 8 + place % 8;
-    if (to_f32(logits.group[place / 8].data[place % 8]) == summary.top && column < found) found = column;
+    if (logits.at(place) == summary.top && column < found) found = column;
   }
   found = warp_reduce_min(found);
   return found == kNothing ? kNothing : chunk * kChunk + found;
@@ -188,7 +192,7 @@ NXS_DEVICE u32 sample_row(const Summary& summary, const Row<T>& row, u32 chunks,
   const float reference = reference_of(summary.scale, load(chunk).max);
   const Logits<T> logits = load_logits(row, chunk);
   const u32 place = pick_place(b, c, [&](u32 at) {
-    return weight_of(summary.scale, reference, summary.cut, to_f32(logits.group[at / 8].data[at % 8]));
+    return weight_of(summary.scale, reference, summary.cut, logits.at(at));
   });
   return place == kNothing ? kNothing : chunk * kChunk + place;
 }
@@ -226,18 +230,6 @@ NXS_DEVICE u64 block_sum(u64 value, u32 shared) {
   return sum;
 }
 
-// The greatest key of kBits leading bits, not above `most`, that `enough` holds for; 0 if for none above.
-template <u32 kBits, typename Enough> NXS_DEVICE u32 greatest_key(u32 most, Enough enough) {
-  u32 found = 0;
-#pragma unroll 1
-  for (u32 bit = 0x80000000u; bit >= 1u << (32 - kBits); bit >>= 1) {
-    const u32 next = found | bit;
-    if (next <= most && enough(next)) found = next;
-    if (bit == 1) break;
-  }
-  return found;
-}
-
 template <typename T> constexpr u32 kKeyBits = 32;
 template <> constexpr u32 kKeyBits<f16> = 19;
 template <> constexpr u32 kKeyBits<bf16> = 16;
@@ -252,47 +244,68 @@ NXS_DEVICE void truncate_row(const Truncation& truncation, Summary& summary, con
   if (summary.shape != kSpread || !(by_k || by_p || by_min)) return;
   const u32 warp = thread_index() / 32, most = key_of(summary.top);
   const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
+  constexpr u32 kStep = 1u << (32 - kKeyBits<T>), kTop = 0x80000000u;
   u32 least = 0;
-  // One sum over the columns from a key on: how many, or their mass.
-  const auto over = [&](u32 from, bool mass) {
-    u64 sum = 0;
-    for (u32 chunk = warp; chunk < chunks; chunk += kWarps) {
-      if (key_of(load(chunk).max) < from) continue;
-      const Logits<T> logits = load_logits(row, chunk);
-#pragma unroll
-      for (u32 place = 0; place < 32; ++place) {
-        const float logit = to_f32(logits.group[place / 8].data[place % 8]);
-        const u32 column = chunk * kChunk + place / 8 * 256 + lane_index() * 8 + place % 8;
-        if (logit != logit || column >= row.columns || key_of(logit) < from) continue;
-        const float weight = weight_of(summary.scale, summary.reference, -INFINITY, logit);
-        sum += mass ? static_cast<u32>(multiply(weight, 2147483648.0f)) : 1u;
-      }
-    }
-    warp_sync();
-    return block_sum(sum, shared);
-  };
-  if (by_k) least = greatest_key<kKeyBits<T>>(most, [&](u32 key) { return over(key, false) >= truncation.top_k; });
   if (by_min) {
     const Power top = power(summary.scale, (kMagic + 127.0f) - summary.reference, summary.top);
     const float bound = multiply(truncation.min_p, multiply(top.fraction, top.whole));
-    const u32 below = greatest_key<kKeyBits<T>>(most, [&](u32 key) {
-      return !(weight_of(summary.scale, summary.reference, -INFINITY, key_float(key)) >= bound);
-    });
-    constexpr u32 kStep = 1u << (32 - kKeyBits<T>);
+    // The greatest key that is still too small, and one step up.
+    u32 below = 0;
+#pragma unroll 1
+    for (u32 bit = kTop; bit >= kStep && bit != 0; bit >>= 1) {
+      const u32 next = below | bit;
+      if (next > most) continue;
+      if (!(weight_of(summary.scale, summary.reference, -INFINITY, key_float(next)) >= bound)) below = next;
+    }
     const u32 above = below > 0xffffffffu - kStep ? 0xffffffffu : below + kStep;
-    const u32 bounded = above < (most & ~(kStep - 1)) ? above : most & ~(kStep - 1);
-    if (bounded > least) least = bounded;
+    least = above < (most & ~(kStep - 1)) ? above : most & ~(kStep - 1);
   }
-  if (by_p) {
-    const u64 all = over(least, true);
-    const u64 part = static_cast<u64>(multiply(maximum(truncation.top_p, 0.0f), 16777216.0f));
-    u64 need = (all >> 24) * part + (((all & 0xffffffu) * part + 0xffffffu) >> 24);
-    if (need < 1) need = 1;
-    const u32 by_mass = greatest_key<kKeyBits<T>>(most, [&](u32 key) { return over(key, true) >= need; });
-    if (by_mass > least) least = by_mass;
+  // First the greatest key at which there are top_k columns, then the greatest one at which there is the mass.
+#pragma unroll 1
+  for (u32 pass = 0; pass < 2; ++pass) {
+    if (!(pass == 0 ? by_k : by_p)) continue;
+    u64 need = truncation.top_k;
+    u32 found = 0;
+    // Bit 0 stands for the question for all the mass.
+#pragma unroll 1
+    for (u32 bit = pass == 0 ? kTop : 0;;) {
+      const u32 from = bit == 0 ? least : found | bit;
+      if (from <= most) {
+        u64 sum = 0;
+#pragma unroll 1
+        for (u32 chunk = warp; chunk < chunks; chunk += kWarps) {
+          // Chunks whose greatest logit is too small are not read.
+          if (key_of(load(chunk).max) < from) continue;
+          const Logits<T> logits = load_logits(row, chunk);
+#pragma unroll
+          for (u32 place = 0; place < 32; ++place) {
+            const float logit = logits.at(place);
+            const u32 column = chunk * kChunk + place / 8 * 256 + lane_index() * 8 + place % 8;
+            if (logit != logit || column >= row.columns || key_of(logit) < from) continue;
+            const float weight = weight_of(summary.scale, summary.reference, -INFINITY, logit);
+            sum += pass == 0 ? 1u : static_cast<u32>(multiply(weight, 2147483648.0f));
+          }
+        }
+        warp_sync();
+        sum = block_sum(sum, shared);
+        if (bit != 0) {
+          if (sum >= need) found = from;
+        } else {
+          const u64 part = static_cast<u64>(multiply(maximum(truncation.top_p, 0.0f), 16777216.0f));
+          need = (sum >> 24) * part + (((sum & 0xffffffu) * part + 0xffffffu) >> 24);
+          if (need < 1) need = 1;
+        }
+      }
+      if (bit == kStep) break;
+      bit = bit == 0 ? kTop : bit >> 1;
+    }
+    if (found > least) least = found;
   }
   // Keys up to that of -inf are NaNs.
   summary.cut = least <= key_of(-INFINITY) ? -INFINITY : key_float(least);
+  // Others may still be at the partials as they were.
+  block_sync();
+#pragma unroll 1
   for (u32 chunk = warp; chunk < chunks; chunk += kWarps) {
     Partial partial = load(chunk);
     float sum = 0;
@@ -301,7 +314,7 @@ NXS_DEVICE void truncate_row(const Truncation& truncation, Summary& summary, con
       const Logits<T> logits = load_logits(row, chunk);
 #pragma unroll
       for (u32 place = 0; place < 32; ++place)
-        sum = sum + weight_of(summary.scale, reference, summary.cut, to_f32(logits.group[place / 8].data[place % 8]));
+        sum = sum + weight_of(summary.scale, reference, summary.cut, logits.at(place));
       sum = shuffle(scan(sum), 31);
     }
     warp_sync();
@@ -309,6 +322,7 @@ NXS_DEVICE void truncate_row(const Truncation& truncation, Summary& summary, con
   }
   block_sync();
   float sum = 0;
+#pragma unroll 1
   for (u32 chunk = lane_index(); chunk < chunks; chunk += 32)
     sum = sum + share_of(load(chunk), summary.scale, summary.reference);
   warp_sync();

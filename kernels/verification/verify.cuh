@@ -236,14 +236,14 @@ NXS_DEVICE void residual_weights(const Step<P, Q>& step, float factor, const Tar
 #pragma unroll
     for (u32 place = 0; place < 32; ++place) {
       const u32 token = chunk * kChunk + place / 8 * 256 + lane_index() * 8 + place % 8;
-      weight[place] = residual_of(factor, p.weight(token, to_f32(of_p.group[place / 8].data[place % 8])), p.sum(),
-                                  weight_of(q.summary, to_f32(of_q.group[place / 8].data[place % 8])), q.sum());
+      weight[place] = residual_of(factor, p.weight(token, of_p.at(place)), p.sum(),
+                                  weight_of(q.summary, of_q.at(place)), q.sum());
     }
   } else {
 #pragma unroll
     for (u32 place = 0; place < 32; ++place) {
       const u32 token = chunk * kChunk + place / 8 * 256 + lane_index() * 8 + place % 8;
-      const float of_token = p.weight(token, to_f32(of_p.group[place / 8].data[place % 8]));
+      const float of_token = p.weight(token, of_p.at(place));
       // The map has no entry beyond the vocabulary, where p has no weight either.
       const float beside = of_token == 0 ? 0.0f : draft_weight(step, q, token);
       weight[place] = residual_of(factor, of_token, p.sum(), beside, q.sum());
