@@ -255,7 +255,9 @@ NXS_DEVICE void truncate_row(const Truncation& truncation, Summary& summary, con
     for (u32 bit = kTop; bit >= kStep && bit != 0; bit >>= 1) {
       const u32 next = below | bit;
       if (next > most) continue;
-      if (!(weight_of(summary.scale, summary.reference, -INFINITY, key_float(next)) >= bound)) below = next;
+      // Below 0, logits of this many bits have ones after them.
+      const float logit = key_float(next >> 31 ? next : next | (kStep - 1));
+      if (!(weight_of(summary.scale, summary.reference, -INFINITY, logit) >= bound)) below = next;
     }
     const u32 above = below > 0xffffffffu - kStep ? 0xffffffffu : below + kStep;
     least = above < (most & ~(kStep - 1)) ? above : most & ~(kStep - 1);

@@ -460,12 +460,13 @@ impl Truncation {
         }
         if self.min_p > 0.0 {
             let bound = self.min_p * scale.power(summary.top, *reference);
-            // The greatest key that is still too small, and one step up.
+            // The greatest key that is still too small, and one step up. Below 0, logits of this many bits have ones after
+            // them.
+            let step = 1 << (32 - bits);
             let below = greatest_key(bits, most, |key| {
-                let logit = logit_of_key(key);
+                let logit = logit_of_key(if key >> 31 == 1 { key } else { key | (step - 1) });
                 !(scale.weight(logit, *reference, f32::NEG_INFINITY) >= bound)
             });
-            let step = 1 << (32 - bits);
             least = least.max(below.saturating_add(step).min(most & !(step - 1)));
         }
         if top_p {
