@@ -116,8 +116,8 @@ template <typename P, typename Q> struct Step {
   NXS_DEVICE u32* stop_word(u32 b) const { return p.counters + slots() + p.batch + b; }
 
   NXS_DEVICE bool swept(const Request& r, u32 i) const {
-    return of_draft > 0 && i + 1 < r.rows && (r.rule == NXS_RULE_REJECT || r.rule == NXS_RULE_BLOCK) &&
-           !r.scale.greedy();
+    return of_draft > 0 && i + 1 < r.rows &&
+           (r.rule == NXS_RULE_BLOCK || (r.rule == NXS_RULE_REJECT && !r.scale.greedy()));
   }
 
   NXS_DEVICE i64 target_index(const Request& r, u32 i) const {
