@@ -730,3 +730,187 @@ fn the_schedule_covers_every_chunk() {
         assert!(u64::from(schedule.blocks) <= schedule.items);
     }
 }
+
+/// More than 2^32 elements between the first row and the last.
+#[test]
+fn offsets_are_64_bit() {
+    use nextscale::In;
+    use nextscale::verification::{VerifierArgs, VerifierOptions, VerifierOut};
+    if std::env::var_os("NXS_SMALL").is_some() {
+        eprintln!("SKIPPED: NXS_SMALL is set, and this takes 16 GiB of addresses");
+        return;
+    }
+    let (vocab, far) = (2000, (1usize << 31) + 16);
+    // Zeroes that are never written take no memory.
+    let mut target = vec![0u16; 2 * far + vocab];
+    for row in 0..3 {
+        target[row * far + 1500 + row] = bf16::from_f32(9.0).to_bits();
+    }
+    let plan = Verifier::<bf16, bf16>::builder(1, 2, vocab).rule(Rule::Greedy).target_row_stride(far as i64);
+    let plan = plan.build(&DeviceInfo::H200).unwrap();
+    for device in TestDevice::all() {
+        let target: &[bf16] = bytemuck::cast_slice(&target);
+        let (cu_rows, drafts) =
+            (support::Buffer::of(&device, &[0, 3], 0), support::Buffer::of(&device, &[1500, 1501, -1], 0));
+        let mut tokens = support::Buffer::<i32>::poisoned(&device, 3, 0);
+        let mut emitted = support::Buffer::<Emitted>::poisoned(&device, 1, 0);
+        let mut accepted = support::Buffer::<Accepted>::poisoned(&device, 1, 0);
+        let mut status = support::Buffer::<u32>::poisoned(&device, 1, 0);
+        let mut workspace = support::Buffer::<u8>::poisoned(&device, plan.workspace_bytes() as usize, 0);
+        let mut counters = support::Buffer::of(&device, &vec![0u32; plan.counter_words()], 0);
+        let on_device = (!device.is_host() && !device.is_emulated()).then(|| support::Buffer::of(&device, target, 0));
+        let view = match &on_device {
+            Some(buffer) => buffer.input(),
+            #[cfg(feature = "emulate")]
+            None if device.is_emulated() => In::emulated(target),
+            None => In::host(target),
+        };
+        let args = VerifierArgs {
+            target: view,
+            cu_rows: cu_rows.input(),
+            drafts: drafts.input(),
+            options: VerifierOptions::default(),
+            out: VerifierOut {
+                tokens: tokens.output(),
+                emitted: emitted.output(),
+                accepted: accepted.output(),
+                status: status.output(),
+                last_row: None,
+                log_probs: None,
+            },
+            workspace: workspace.output(),
+            counters: counters.output(),
+        };
+        plan.run(&device.stream(), args).unwrap();
+        assert_eq!(tokens.read(), [1500, 1501, 1502]);
+    }
+}
+
+/// What a run refuses, and that it then writes nothing.
+#[test]
+fn bad_buffers_are_refused_before_anything_is_written() {
+    use nextscale::verification::{VerifierArgs, VerifierOptions, VerifierOut};
+    use support::Buffer;
+    for device in TestDevice::all() {
+        let plan = |kind| Verifier::<f32, f32>::builder(2, 1, 10).drafts(kind).build(&DeviceInfo::H200).unwrap();
+        let plain = plan(Drafts::Deterministic);
+        let target = Buffer::of(&device, &[0f32; 40], 0);
+        let (cu_rows, drafts) = (Buffer::of(&device, &[0, 2, 4], 0), Buffer::of(&device, &[1, -1, 1, -1], 0));
+        let floats = Buffer::of(&device, &[0f32; 40], 0);
+        let codes = Buffer::of(&device, &[0i32; 2], 0);
+        let mut tokens = Buffer::<i32>::poisoned(&device, 4, 0);
+        let mut emitted = Buffer::<Emitted>::poisoned(&device, 2, 0);
+        let mut accepted = Buffer::<Accepted>::poisoned(&device, 2, 0);
+        let mut status = Buffer::<u32>::poisoned(&device, 2, 0);
+        let mut workspace = Buffer::<u8>::poisoned(&device, plan(Drafts::Logits).workspace_bytes() as usize, 0);
+        let mut counters = Buffer::of(&device, &[0u32; 8], 0);
+        assert_eq!(plain.counter_words(), 8);
+        let mut run = |plan: &Verifier<f32, f32>, lens: [usize; 5], options: VerifierOptions<'_, f32>| {
+            let args = VerifierArgs {
+                target: target.input_of(lens[0]),
+                cu_rows: cu_rows.input_of(lens[1]),
+                drafts: drafts.input_of(lens[2]),
+                options,
+                out: VerifierOut {
+                    tokens: tokens.output_of(lens[3]),
+                    emitted: emitted.output(),
+                    accepted: accepted.output(),
+                    status: status.output(),
+                    last_row: None,
+                    log_probs: None,
+                },
+                workspace: workspace.output_of(if lens[4] == 0 { 3 } else { plan.workspace_bytes() as usize }),
+                counters: counters.output_of(lens[4]),
+            };
+            plan.run(&device.stream(), args)
+        };
+        let none = VerifierOptions::default;
+        let length = |arg, need, got| Err(Error::Length { arg, need, got });
+        assert_eq!(run(&plain, [39, 3, 4, 4, 8], none()), length("target", 40, 39));
+        assert_eq!(run(&plain, [40, 2, 4, 4, 8], none()), length("cu_rows", 3, 2));
+        assert_eq!(run(&plain, [40, 3, 3, 4, 8], none()), length("drafts", 4, 3));
+        assert_eq!(run(&plain, [40, 3, 4, 3, 8], none()), length("tokens", 4, 3));
+        assert_eq!(run(&plain, [40, 3, 4, 4, 7], none()), length("counters", 8, 7));
+        assert!(matches!(run(&plain, [40, 3, 4, 4, 0], none()), Err(Error::Workspace { got: 3, .. })));
+        let refused = |result, name: &str| {
+            assert!(matches!(result, Err(Error::Unsupported { arg, .. }) if arg == name), "{result:?}");
+        };
+        let all = [40, 3, 4, 4, 8];
+        let draft = || VerifierOptions { draft: Some(floats.input_of(20)), ..none() };
+        let stats = || Some(floats.input_of(8));
+        refused(run(&plain, all, draft()), "draft");
+        refused(run(&plain, all, VerifierOptions { draft_stats: stats(), ..none() }), "draft_stats");
+        refused(run(&plain, all, VerifierOptions { rules: Some(codes.input()), ..none() }), "rules");
+        refused(run(&plan(Drafts::Logits), all, none()), "draft");
+        refused(run(&plan(Drafts::Logits), all, VerifierOptions { draft_stats: stats(), ..draft() }), "draft_stats");
+        refused(run(&plan(Drafts::LogitsAndStats), all, draft()), "draft_stats");
+        let short = VerifierOptions { draft: Some(floats.input_of(19)), ..none() };
+        assert_eq!(run(&plan(Drafts::Logits), all, short), length("draft", 20, 19));
+        let short = VerifierOptions { temperature: Some(floats.input_of(1)), ..none() };
+        assert_eq!(run(&plain, all, short), length("temperature", 2, 1));
+        assert!(tokens.read().iter().all(|&token| token == -1) && status.read().iter().all(|&said| said == u32::MAX));
+    }
+}
+
+/// A captured graph takes what the buffers hold when it is replayed.
+#[cfg(feature = "cudarc-0_19")]
+#[test]
+fn graphs_replay() {
+    use nextscale::verification::{VerifierArgs, VerifierOptions, VerifierOut};
+    use support::Buffer;
+    let Some(TestDevice::Cuda(stream)) = TestDevice::cuda() else { return };
+    let device = TestDevice::Cuda(stream.clone());
+    for rule in RULES {
+        let step = Case { rule, vocab: 20000, ..plain() }.step::<bf16, bf16>();
+        let plan = step.plan(&DeviceInfo::of(&stream).unwrap());
+        let target = Buffer::of(&device, &step.target, 0);
+        let draft = Buffer::of(&device, &step.draft, 0);
+        let (cu_rows, mut drafts) = (Buffer::of(&device, &step.cu_rows, 0), Buffer::of(&device, &step.drafts, 0));
+        let temperature = Buffer::of(&device, step.temperature.as_ref().unwrap(), 0);
+        let seeds = Buffer::of(&device, step.seeds.as_ref().unwrap(), 0);
+        let mut positions = Buffer::of(&device, step.positions.as_ref().unwrap(), 0);
+        let (batch, rows) = (step.batch(), step.drafts.len());
+        let mut tokens = Buffer::<i32>::poisoned(&device, rows, 0);
+        let mut emitted = Buffer::<Emitted>::poisoned(&device, batch, 0);
+        let mut accepted = Buffer::<Accepted>::poisoned(&device, batch, 0);
+        let mut status = Buffer::<u32>::poisoned(&device, batch, 0);
+        let mut workspace = Buffer::<u8>::poisoned(&device, plan.workspace_bytes() as usize, 0);
+        let mut counters = Buffer::of(&device, &vec![0u32; plan.counter_words()], 0);
+        let mut run = |drafts: &Buffer<i32>, positions: &Buffer<i64>| {
+            let args = VerifierArgs {
+                target: target.input(),
+                cu_rows: cu_rows.input(),
+                drafts: drafts.input(),
+                options: VerifierOptions {
+                    draft: Some(draft.input()),
+                    temperature: Some(temperature.input()),
+                    seeds: Some(seeds.input()),
+                    positions: Some(positions.input()),
+                    ..VerifierOptions::default()
+                },
+                out: VerifierOut {
+                    tokens: tokens.output(),
+                    emitted: emitted.output(),
+                    accepted: accepted.output(),
+                    status: status.output(),
+                    last_row: None,
+                    log_probs: None,
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            plan.run(&stream, args).unwrap();
+        };
+        run(&drafts, &positions); // loads the code
+        let graph = support::capture(&stream, || run(&drafts, &positions));
+        for replay in 0..3 {
+            let mut now = step.clone();
+            now.positions.as_mut().unwrap().iter_mut().for_each(|position| *position += replay);
+            now.drafts.rotate_left(replay as usize * (step.max_drafts + 1));
+            drafts.write(&now.drafts);
+            positions.write(now.positions.as_ref().unwrap());
+            graph.launch().unwrap();
+            assert_eq!(tokens.read(), now.run(&TestDevice::Host).tokens, "{rule:?}");
+        }
+    }
+}

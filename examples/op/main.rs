@@ -10,12 +10,15 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod draft_sample;
 mod philox_fill;
 mod request;
+mod row_stats;
 mod runner;
 mod rvq_decode;
 mod scale_attention;
 mod tensors;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,8 +30,16 @@ use crate::runner::{DEVICES, Runner};
 use crate::tensors::Tensors;
 
 /// Every op. A new one is a file beside this and a line here.
-static OPS: &[&Op] =
-    &[&rvq_decode::OP, &scale_attention::OP, &attention_merge::OP, &attention_prepare::OP, &philox_fill::OP];
+static OPS: &[&Op] = &[
+    &rvq_decode::OP,
+    &scale_attention::OP,
+    &attention_merge::OP,
+    &attention_prepare::OP,
+    &verify::OP,
+    &draft_sample::OP,
+    &row_stats::OP,
+    &philox_fill::OP,
+];
 
 fn main() -> ExitCode {
     match answer() {
