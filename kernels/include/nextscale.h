@@ -585,6 +585,130 @@ typedef struct nxs_remap_params {
 
 nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 
+/* ---- verification ------------------------------------------------------------------------------------------- */
+
+/*
+ * Rows of logits are cut into chunks of NXS_CHUNK_COLUMNS columns. A row's distribution is the softmax of
+ * logit / temperature, in powers of two: with s = log2(e) / temperature, max the greatest logit of a chunk and r the
+ * integer nearest to s * max, the chunk's partial is { max, sum over its columns of 2^(s * logit - r) }. The sum is 0
+ * where max is infinite, where |s * max| > 2^21, and for greedy rows; its sign is set if the chunk holds a NaN, which has
+ * no part in either number. A temperature below 1e-5 is greedy. Temperatures, seeds and positions stand in device memory,
+ * so that a captured graph takes those of the moment.
+ *
+ * The random draws are Philox blocks of (seed, absolute position, use | row << 8, draw), as nextscale's documentation of
+ * the module `verification` says.
+ */
+#define NXS_CHUNK_COLUMNS 1024
+
+/* Bits of a status word. */
+#define NXS_STATUS_TARGET_NAN 1u        /* a row of the target holds a NaN */
+#define NXS_STATUS_DRAFT_BAD 2u         /* a row of the draft holds a NaN or nothing */
+#define NXS_STATUS_TARGET_EMPTY 4u      /* a row of the target allows no token */
+#define NXS_STATUS_TARGET_BEYOND 8u     /* a greatest logit is infinite or too large for its temperature */
+#define NXS_STATUS_DRAFT_IMPOSSIBLE 16u /* q is 0 for a draft */
+#define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
+#define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
+
+/* partials[r, c] = the partial of chunk c of logits[r]. */
+typedef struct nxs_row_stats_params {
+  const void *logits;               /* [rows, vocab] dtype */
+  const float *temperature_or_null; /* [rows]; null: 1 */
+  const uint32_t *allow_or_null;    /* [rows, ceil(vocab / 32)]: bit v % 32 of word v / 32 is column v; the others count
+                                       as -inf */
+  float *partials;                  /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS), 2], 8-byte aligned */
+  int64_t stride_row, allow_stride_row;
+  int64_t rows, vocab;              /* vocab from 1 to 2^24, fewer than 2^31 chunks */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_row_stats_params;
+
+nxs_status nxs_row_stats(const nxs_row_stats_params *params, void *stream);
+
+/* One draft a row, drawn from its distribution, and what nxs_verify has to know of the row. */
+typedef struct nxs_draft_sample_params {
+  const void *logits;                     /* [rows, vocab] dtype */
+  const float *temperature_or_null;       /* [rows]; null: 1 */
+  const int32_t *top_k_or_null;           /* [rows]; 0 and null: off */
+  const float *top_p_or_null;             /* [rows]; 1 and null: off */
+  const float *min_p_or_null;             /* [rows]; 0 and null: off */
+  const int32_t *draft_to_target_or_null; /* [vocab]: the token of a column; null: the column */
+  const int64_t *seeds_or_null;           /* [rows]; null: 0 */
+  const int64_t *positions_or_null;       /* [rows], of the step's first draft; null: 0 */
+  const float *uniforms_or_null;          /* [rows, 4] in [0, 1); in place of seeds */
+  int32_t *tokens;                        /* [rows] */
+  float *stats_or_null;                   /* [rows, 4], 4-byte aligned: greatest logit; sum (its sign: a NaN); least logit that is
+                                             kept; log2(e) / temperature, 0 for a greedy row */
+  float *log_probs_or_null;               /* [rows], natural logarithm; NaN where no token could be drawn */
+  uint32_t *status;                       /* [rows] NXS_STATUS_*, the row being the target */
+  void *workspace;                        /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS)] partials, 8-byte aligned */
+  uint32_t *counters;                     /* [rows], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t rows, vocab;                    /* vocab from 1 to 2^24 */
+  int32_t row_in_step;                    /* 0 to 1023 */
+  int32_t fallback;                       /* the token where none can be drawn */
+  int32_t chunks_per_item;                /* a multiple of 8: chunks that a block takes between two arrivals */
+  int32_t blocks;                         /* of the persistent grid */
+  nxs_dtype dtype;                        /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_draft_sample_params;
+
+nxs_status nxs_draft_sample(const nxs_draft_sample_params *params, void *stream);
+
+/* When a draft is accepted. */
+#define NXS_RULE_GREEDY 0
+#define NXS_RULE_MATCH 1
+#define NXS_RULE_REJECT 2
+#define NXS_RULE_BLOCK 3
+
+/*
+ * Verification of chains of drafts. Request b has the rows cu_rows[b] to cu_rows[b + 1] - 1 of the step, one more than
+ * drafts; row i is the target's distribution after the first i drafts. What is emitted, and when a draft is accepted, is
+ * described at nextscale::verification::Verifier and Rule. `rows` below is batch * (max_drafts + 1).
+ */
+typedef struct nxs_verify_params {
+  const void *target;                      /* [target_rows, vocab] target_dtype: raw logits */
+  const void *draft_or_null;               /* [draft_rows, draft_vocab] draft_dtype: raw logits; null: drafts are not random */
+  const int32_t *cu_rows;                  /* [batch + 1], ascending */
+  const int32_t *drafts;                   /* [rows]: at row r the draft that it scores; -1: none from here on */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft; null: b * max_drafts + i */
+  const float *draft_stats_or_null;        /* [draft_rows, 4] of nxs_draft_sample: rows of draft are not swept */
+  const int32_t *target_to_draft_or_null;  /* [vocab]: the column of draft, or -1; null: the token itself */
+  const float *target_stats_or_null;       /* [target_rows, chunks, 2]: partials; rows of target are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const int32_t *rules_or_null;            /* [batch] NXS_RULE_*; null, and what is none: rule */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after row 0 */
+  const float *uniforms_or_null;           /* [rows, 4] by request and row: accept test, three for a token */
+  int32_t *tokens;                         /* [batch, max_drafts + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch] */
+  float *log_probs_or_null;                /* [batch, max_drafts + 1], NaN after what is emitted */
+  void *workspace;                         /* 16-byte aligned: [rows] of NXS_VERIFY_ROW_BYTES, then [rows, chunks of target and
+                                              of draft where it is swept, 2] f32, then [rows, chunks of target] f32 */
+  uint32_t *counters;                      /* [rows + 2 * batch], all 0 before the first run and after each */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row;
+  int64_t batch, vocab, draft_vocab;       /* vocabularies from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int32_t max_drafts;                      /* 0 to 1023 */
+  int32_t rule;
+  int32_t may_block;                       /* 1: a request may have NXS_RULE_BLOCK: a second kernel is enqueued */
+  int32_t trials;                          /* draws of thinning before the rows are swept for the residual */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t chunks_per_item;                 /* a multiple of 8 */
+  int32_t blocks;                          /* of the persistent grid */
+  nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_verify_params;
+
+#define NXS_VERIFY_ROW_BYTES 64
+
+nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
