@@ -19,8 +19,9 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import compare_multi_scale
 from compare_attention import scale_attention
-from compare_quantization import rvq_encode
+from compare_rvq_encode import rvq_encode
 from nextscale_ref import attention, philox, rvq
 
 DTYPES = {
@@ -332,7 +333,7 @@ OPS = {
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,
     "philox_fill": philox_fill,
-}
+} | compare_multi_scale.OPS
 
 
 def main():

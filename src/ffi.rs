@@ -29,8 +29,10 @@ pub const NXS_FLAG_ROW_NOT_FINITE: u32 = 16;
 pub const NXS_SCHEDULE_ITEM_WORDS: u32 = 12;
 pub const NXS_SCHEDULE_RUN_WORDS: u32 = 8;
 pub const NXS_SCHEDULE_MASK_WORDS: u32 = 256;
+pub const NXS_SCHEDULE_WIDE_MASK_WORDS: u32 = 512;
 pub const NXS_SCHEDULE_TILE_ROWS: u32 = 64;
 pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
+pub const NXS_SCHEDULE_WIDE_CHUNK_KEYS: u32 = 160;
 pub const NXS_MASK_NONE: u32 = 0;
 pub const NXS_MASK_HIDDEN: u32 = 1;
 pub const NXS_NORM_NONE: u32 = 0;
@@ -46,6 +48,33 @@ pub const NXS_RVQ_ENCODE_SM80: u32 = 0;
 pub const NXS_RVQ_ENCODE_SM90: u32 = 1;
 pub const NXS_RVQ_ENCODE_STREAM: u32 = 2;
 pub const NXS_RVQ_ENCODE_PROJECTED: u32 = 3;
+pub const NXS_RESIZE_BICUBIC: u32 = 0;
+pub const NXS_RESIZE_BILINEAR: u32 = 1;
+pub const NXS_RESIZE_AREA: u32 = 2;
+pub const NXS_TOKENS_CODES: u32 = 0;
+pub const NXS_TOKENS_EMBEDDINGS: u32 = 1;
+pub const NXS_TOKENS_BITS: u32 = 2;
+pub const NXS_MAX_SCALES: u32 = 32;
+pub const NXS_DOMAIN_BIT_FLIP: u32 = 1650879600;
+pub const NXS_BITS_MSB_FIRST: u32 = 0;
+pub const NXS_BITS_LSB_FIRST: u32 = 1;
+pub const NXS_FSQ_TANH: u32 = 0;
+pub const NXS_FSQ_SYMMETRIC: u32 = 1;
+pub const NXS_FSQ_CLAMP: u32 = 2;
+pub const NXS_FSQ_MOST_DIM: u32 = 16;
+pub const NXS_CHUNK_COLUMNS: u32 = 1024;
+pub const NXS_STATUS_TARGET_NAN: u32 = 1;
+pub const NXS_STATUS_DRAFT_BAD: u32 = 2;
+pub const NXS_STATUS_TARGET_EMPTY: u32 = 4;
+pub const NXS_STATUS_TARGET_BEYOND: u32 = 8;
+pub const NXS_STATUS_DRAFT_IMPOSSIBLE: u32 = 16;
+pub const NXS_STATUS_ROW_OUT_OF_RANGE: u32 = 32;
+pub const NXS_STATUS_DRAFTS_IGNORED: u32 = 64;
+pub const NXS_RULE_GREEDY: u32 = 0;
+pub const NXS_RULE_MATCH: u32 = 1;
+pub const NXS_RULE_REJECT: u32 = 2;
+pub const NXS_RULE_BLOCK: u32 = 3;
+pub const NXS_VERIFY_ROW_BYTES: u32 = 64;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -831,6 +860,610 @@ impl Default for nxs_rvq_encode_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_multi_scale_params {
+    pub tokens_or_null: *const ::core::ffi::c_void,
+    pub codebook_or_null: *const f32,
+    pub phi_or_null: *const f32,
+    pub f_hat_or_null: *const f32,
+    pub f_hat_out_or_null: *mut f32,
+    pub target_or_null: *const f32,
+    pub next_or_null: *mut ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub flipped_or_null: *mut u8,
+    pub seeds_or_null: *const i64,
+    pub flags_or_null: *mut u32,
+    pub tokens_stride_batch: i64,
+    pub next_stride_batch: i64,
+    pub labels_stride_batch: i64,
+    pub batch: i64,
+    pub entries: i64,
+    pub first_label: i64,
+    pub channels: i32,
+    pub height: i32,
+    pub width: i32,
+    pub patch: i32,
+    pub scales: i32,
+    pub prefixes: i32,
+    pub independent: i32,
+    pub scale_height: [u16; 32usize],
+    pub scale_width: [u16; 32usize],
+    pub scale_phi: [i8; 32usize],
+    pub up: i32,
+    pub down: i32,
+    pub next_height: i32,
+    pub next_width: i32,
+    pub next_of_residual: i32,
+    pub repeat: i32,
+    pub tokens_kind: i32,
+    pub tokens_dtype: nxs_dtype,
+    pub next_dtype: nxs_dtype,
+    pub bit_scale: f32,
+    pub flip_rate: f32,
+    pub rows: i32,
+    pub group: i32,
+    pub band: i32,
+    pub plane_shared: i32,
+    pub programmatic: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_multi_scale_params"][::core::mem::size_of::<nxs_multi_scale_params>() - 392usize];
+    ["Alignment of nxs_multi_scale_params"][::core::mem::align_of::<nxs_multi_scale_params>() - 8usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_or_null) - 0usize];
+    ["Offset of field: nxs_multi_scale_params::codebook_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, codebook_or_null) - 8usize];
+    ["Offset of field: nxs_multi_scale_params::phi_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, phi_or_null) - 16usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_or_null) - 24usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_out_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_out_or_null) - 32usize];
+    ["Offset of field: nxs_multi_scale_params::target_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, target_or_null) - 40usize];
+    ["Offset of field: nxs_multi_scale_params::next_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_or_null) - 48usize];
+    ["Offset of field: nxs_multi_scale_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_or_null) - 56usize];
+    ["Offset of field: nxs_multi_scale_params::flipped_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flipped_or_null) - 64usize];
+    ["Offset of field: nxs_multi_scale_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, seeds_or_null) - 72usize];
+    ["Offset of field: nxs_multi_scale_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flags_or_null) - 80usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_stride_batch) - 88usize];
+    ["Offset of field: nxs_multi_scale_params::next_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_stride_batch) - 96usize];
+    ["Offset of field: nxs_multi_scale_params::labels_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_stride_batch) - 104usize];
+    ["Offset of field: nxs_multi_scale_params::batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, batch) - 112usize];
+    ["Offset of field: nxs_multi_scale_params::entries"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, entries) - 120usize];
+    ["Offset of field: nxs_multi_scale_params::first_label"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, first_label) - 128usize];
+    ["Offset of field: nxs_multi_scale_params::channels"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, channels) - 136usize];
+    ["Offset of field: nxs_multi_scale_params::height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, height) - 140usize];
+    ["Offset of field: nxs_multi_scale_params::width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, width) - 144usize];
+    ["Offset of field: nxs_multi_scale_params::patch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, patch) - 148usize];
+    ["Offset of field: nxs_multi_scale_params::scales"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scales) - 152usize];
+    ["Offset of field: nxs_multi_scale_params::prefixes"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, prefixes) - 156usize];
+    ["Offset of field: nxs_multi_scale_params::independent"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, independent) - 160usize];
+    ["Offset of field: nxs_multi_scale_params::scale_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_height) - 164usize];
+    ["Offset of field: nxs_multi_scale_params::scale_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_width) - 228usize];
+    ["Offset of field: nxs_multi_scale_params::scale_phi"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_phi) - 292usize];
+    ["Offset of field: nxs_multi_scale_params::up"][::core::mem::offset_of!(nxs_multi_scale_params, up) - 324usize];
+    ["Offset of field: nxs_multi_scale_params::down"][::core::mem::offset_of!(nxs_multi_scale_params, down) - 328usize];
+    ["Offset of field: nxs_multi_scale_params::next_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_height) - 332usize];
+    ["Offset of field: nxs_multi_scale_params::next_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_width) - 336usize];
+    ["Offset of field: nxs_multi_scale_params::next_of_residual"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_of_residual) - 340usize];
+    ["Offset of field: nxs_multi_scale_params::repeat"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, repeat) - 344usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_kind"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_kind) - 348usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_dtype) - 352usize];
+    ["Offset of field: nxs_multi_scale_params::next_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_dtype) - 356usize];
+    ["Offset of field: nxs_multi_scale_params::bit_scale"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, bit_scale) - 360usize];
+    ["Offset of field: nxs_multi_scale_params::flip_rate"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flip_rate) - 364usize];
+    ["Offset of field: nxs_multi_scale_params::rows"][::core::mem::offset_of!(nxs_multi_scale_params, rows) - 368usize];
+    ["Offset of field: nxs_multi_scale_params::group"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, group) - 372usize];
+    ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
+    ["Offset of field: nxs_multi_scale_params::plane_shared"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+    ["Offset of field: nxs_multi_scale_params::programmatic"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 384usize];
+};
+impl Default for nxs_multi_scale_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_nearest_code_params {
+    pub z: *const f32,
+    pub codebook: *const f32,
+    pub codes: *mut ::core::ffi::c_void,
+    pub codes_stride_batch: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub entries: i64,
+    pub channels: i32,
+    pub normalize: i32,
+    pub eps: f32,
+    pub codes_dtype: nxs_dtype,
+    pub log2_tile: i32,
+    pub splits: i32,
+    pub programmatic: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_nearest_code_params"][::core::mem::size_of::<nxs_nearest_code_params>() - 88usize];
+    ["Alignment of nxs_nearest_code_params"][::core::mem::align_of::<nxs_nearest_code_params>() - 8usize];
+    ["Offset of field: nxs_nearest_code_params::z"][::core::mem::offset_of!(nxs_nearest_code_params, z) - 0usize];
+    ["Offset of field: nxs_nearest_code_params::codebook"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codebook) - 8usize];
+    ["Offset of field: nxs_nearest_code_params::codes"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes) - 16usize];
+    ["Offset of field: nxs_nearest_code_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_stride_batch) - 24usize];
+    ["Offset of field: nxs_nearest_code_params::batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, batch) - 32usize];
+    ["Offset of field: nxs_nearest_code_params::rows"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, rows) - 40usize];
+    ["Offset of field: nxs_nearest_code_params::entries"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, entries) - 48usize];
+    ["Offset of field: nxs_nearest_code_params::channels"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, channels) - 56usize];
+    ["Offset of field: nxs_nearest_code_params::normalize"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, normalize) - 60usize];
+    ["Offset of field: nxs_nearest_code_params::eps"][::core::mem::offset_of!(nxs_nearest_code_params, eps) - 64usize];
+    ["Offset of field: nxs_nearest_code_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_dtype) - 68usize];
+    ["Offset of field: nxs_nearest_code_params::log2_tile"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, log2_tile) - 72usize];
+    ["Offset of field: nxs_nearest_code_params::splits"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, splits) - 76usize];
+    ["Offset of field: nxs_nearest_code_params::programmatic"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, programmatic) - 80usize];
+};
+impl Default for nxs_nearest_code_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_bits_params {
+    pub input: *const ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub codes_or_null: *mut ::core::ffi::c_void,
+    pub seeds_or_null: *const i64,
+    pub rows: i64,
+    pub rows_per_seed: i64,
+    pub first_row: i64,
+    pub dim: i32,
+    pub order: i32,
+    pub scale: f32,
+    pub flip_rate: f32,
+    pub input_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub codes_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_bits_params"][::core::mem::size_of::<nxs_bits_params>() - 96usize];
+    ["Alignment of nxs_bits_params"][::core::mem::align_of::<nxs_bits_params>() - 8usize];
+    ["Offset of field: nxs_bits_params::input"][::core::mem::offset_of!(nxs_bits_params, input) - 0usize];
+    ["Offset of field: nxs_bits_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, labels_or_null) - 8usize];
+    ["Offset of field: nxs_bits_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, values_or_null) - 16usize];
+    ["Offset of field: nxs_bits_params::codes_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, codes_or_null) - 24usize];
+    ["Offset of field: nxs_bits_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, seeds_or_null) - 32usize];
+    ["Offset of field: nxs_bits_params::rows"][::core::mem::offset_of!(nxs_bits_params, rows) - 40usize];
+    ["Offset of field: nxs_bits_params::rows_per_seed"]
+        [::core::mem::offset_of!(nxs_bits_params, rows_per_seed) - 48usize];
+    ["Offset of field: nxs_bits_params::first_row"][::core::mem::offset_of!(nxs_bits_params, first_row) - 56usize];
+    ["Offset of field: nxs_bits_params::dim"][::core::mem::offset_of!(nxs_bits_params, dim) - 64usize];
+    ["Offset of field: nxs_bits_params::order"][::core::mem::offset_of!(nxs_bits_params, order) - 68usize];
+    ["Offset of field: nxs_bits_params::scale"][::core::mem::offset_of!(nxs_bits_params, scale) - 72usize];
+    ["Offset of field: nxs_bits_params::flip_rate"][::core::mem::offset_of!(nxs_bits_params, flip_rate) - 76usize];
+    ["Offset of field: nxs_bits_params::input_dtype"][::core::mem::offset_of!(nxs_bits_params, input_dtype) - 80usize];
+    ["Offset of field: nxs_bits_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_bits_params, values_dtype) - 84usize];
+    ["Offset of field: nxs_bits_params::codes_dtype"][::core::mem::offset_of!(nxs_bits_params, codes_dtype) - 88usize];
+};
+impl Default for nxs_bits_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_fsq_params {
+    pub z_or_null: *const ::core::ffi::c_void,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub indices_or_null: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub rows: i64,
+    pub dim: i32,
+    pub quantizers: i32,
+    pub levels: [i32; 16usize],
+    pub scales: [f32; 256usize],
+    pub soft: [f32; 16usize],
+    pub bound: i32,
+    pub z_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub indices_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_fsq_params"][::core::mem::size_of::<nxs_fsq_params>() - 1216usize];
+    ["Alignment of nxs_fsq_params"][::core::mem::align_of::<nxs_fsq_params>() - 8usize];
+    ["Offset of field: nxs_fsq_params::z_or_null"][::core::mem::offset_of!(nxs_fsq_params, z_or_null) - 0usize];
+    ["Offset of field: nxs_fsq_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_or_null) - 8usize];
+    ["Offset of field: nxs_fsq_params::indices_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_or_null) - 16usize];
+    ["Offset of field: nxs_fsq_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_fsq_params::rows"][::core::mem::offset_of!(nxs_fsq_params, rows) - 32usize];
+    ["Offset of field: nxs_fsq_params::dim"][::core::mem::offset_of!(nxs_fsq_params, dim) - 40usize];
+    ["Offset of field: nxs_fsq_params::quantizers"][::core::mem::offset_of!(nxs_fsq_params, quantizers) - 44usize];
+    ["Offset of field: nxs_fsq_params::levels"][::core::mem::offset_of!(nxs_fsq_params, levels) - 48usize];
+    ["Offset of field: nxs_fsq_params::scales"][::core::mem::offset_of!(nxs_fsq_params, scales) - 112usize];
+    ["Offset of field: nxs_fsq_params::soft"][::core::mem::offset_of!(nxs_fsq_params, soft) - 1136usize];
+    ["Offset of field: nxs_fsq_params::bound"][::core::mem::offset_of!(nxs_fsq_params, bound) - 1200usize];
+    ["Offset of field: nxs_fsq_params::z_dtype"][::core::mem::offset_of!(nxs_fsq_params, z_dtype) - 1204usize];
+    ["Offset of field: nxs_fsq_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_dtype) - 1208usize];
+    ["Offset of field: nxs_fsq_params::indices_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_dtype) - 1212usize];
+};
+impl Default for nxs_fsq_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_remap_params {
+    pub codes: *const ::core::ffi::c_void,
+    pub table: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub count: i64,
+    pub entries: i64,
+    pub codes_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_remap_params"][::core::mem::size_of::<nxs_remap_params>() - 56usize];
+    ["Alignment of nxs_remap_params"][::core::mem::align_of::<nxs_remap_params>() - 8usize];
+    ["Offset of field: nxs_remap_params::codes"][::core::mem::offset_of!(nxs_remap_params, codes) - 0usize];
+    ["Offset of field: nxs_remap_params::table"][::core::mem::offset_of!(nxs_remap_params, table) - 8usize];
+    ["Offset of field: nxs_remap_params::out"][::core::mem::offset_of!(nxs_remap_params, out) - 16usize];
+    ["Offset of field: nxs_remap_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_remap_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_remap_params::count"][::core::mem::offset_of!(nxs_remap_params, count) - 32usize];
+    ["Offset of field: nxs_remap_params::entries"][::core::mem::offset_of!(nxs_remap_params, entries) - 40usize];
+    ["Offset of field: nxs_remap_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_remap_params, codes_dtype) - 48usize];
+    ["Offset of field: nxs_remap_params::out_dtype"][::core::mem::offset_of!(nxs_remap_params, out_dtype) - 52usize];
+};
+impl Default for nxs_remap_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_row_stats_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub partials: *mut f32,
+    pub stride_row: i64,
+    pub allow_stride_row: i64,
+    pub rows: i64,
+    pub vocab: i64,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_row_stats_params"][::core::mem::size_of::<nxs_row_stats_params>() - 72usize];
+    ["Alignment of nxs_row_stats_params"][::core::mem::align_of::<nxs_row_stats_params>() - 8usize];
+    ["Offset of field: nxs_row_stats_params::logits"][::core::mem::offset_of!(nxs_row_stats_params, logits) - 0usize];
+    ["Offset of field: nxs_row_stats_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_row_stats_params, temperature_or_null) - 8usize];
+    ["Offset of field: nxs_row_stats_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_row_stats_params, allow_or_null) - 16usize];
+    ["Offset of field: nxs_row_stats_params::partials"]
+        [::core::mem::offset_of!(nxs_row_stats_params, partials) - 24usize];
+    ["Offset of field: nxs_row_stats_params::stride_row"]
+        [::core::mem::offset_of!(nxs_row_stats_params, stride_row) - 32usize];
+    ["Offset of field: nxs_row_stats_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_row_stats_params, allow_stride_row) - 40usize];
+    ["Offset of field: nxs_row_stats_params::rows"][::core::mem::offset_of!(nxs_row_stats_params, rows) - 48usize];
+    ["Offset of field: nxs_row_stats_params::vocab"][::core::mem::offset_of!(nxs_row_stats_params, vocab) - 56usize];
+    ["Offset of field: nxs_row_stats_params::dtype"][::core::mem::offset_of!(nxs_row_stats_params, dtype) - 64usize];
+};
+impl Default for nxs_row_stats_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_draft_sample_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub draft_to_target_or_null: *const i32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub stats_or_null: *mut f32,
+    pub log_probs_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub rows: i64,
+    pub vocab: i64,
+    pub row_in_step: i32,
+    pub fallback: i32,
+    pub chunks_per_item: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_draft_sample_params"][::core::mem::size_of::<nxs_draft_sample_params>() - 168usize];
+    ["Alignment of nxs_draft_sample_params"][::core::mem::align_of::<nxs_draft_sample_params>() - 8usize];
+    ["Offset of field: nxs_draft_sample_params::logits"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, logits) - 0usize];
+    ["Offset of field: nxs_draft_sample_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, temperature_or_null) - 8usize];
+    ["Offset of field: nxs_draft_sample_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, top_k_or_null) - 16usize];
+    ["Offset of field: nxs_draft_sample_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, top_p_or_null) - 24usize];
+    ["Offset of field: nxs_draft_sample_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, min_p_or_null) - 32usize];
+    ["Offset of field: nxs_draft_sample_params::draft_to_target_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, draft_to_target_or_null) - 40usize];
+    ["Offset of field: nxs_draft_sample_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, seeds_or_null) - 48usize];
+    ["Offset of field: nxs_draft_sample_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, positions_or_null) - 56usize];
+    ["Offset of field: nxs_draft_sample_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, uniforms_or_null) - 64usize];
+    ["Offset of field: nxs_draft_sample_params::tokens"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, tokens) - 72usize];
+    ["Offset of field: nxs_draft_sample_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, stats_or_null) - 80usize];
+    ["Offset of field: nxs_draft_sample_params::log_probs_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, log_probs_or_null) - 88usize];
+    ["Offset of field: nxs_draft_sample_params::status"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, status) - 96usize];
+    ["Offset of field: nxs_draft_sample_params::workspace"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, workspace) - 104usize];
+    ["Offset of field: nxs_draft_sample_params::counters"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, counters) - 112usize];
+    ["Offset of field: nxs_draft_sample_params::stride_row"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, stride_row) - 120usize];
+    ["Offset of field: nxs_draft_sample_params::rows"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, rows) - 128usize];
+    ["Offset of field: nxs_draft_sample_params::vocab"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, vocab) - 136usize];
+    ["Offset of field: nxs_draft_sample_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, row_in_step) - 144usize];
+    ["Offset of field: nxs_draft_sample_params::fallback"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, fallback) - 148usize];
+    ["Offset of field: nxs_draft_sample_params::chunks_per_item"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, chunks_per_item) - 152usize];
+    ["Offset of field: nxs_draft_sample_params::blocks"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, blocks) - 156usize];
+    ["Offset of field: nxs_draft_sample_params::dtype"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, dtype) - 160usize];
+};
+impl Default for nxs_draft_sample_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub cu_rows: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub target_to_draft_or_null: *const i32,
+    pub target_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub rules_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub log_probs_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub draft_vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub max_drafts: i32,
+    pub rule: i32,
+    pub may_block: i32,
+    pub trials: i32,
+    pub fallback: i32,
+    pub chunks_per_item: i32,
+    pub blocks: i32,
+    pub target_dtype: nxs_dtype,
+    pub draft_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_verify_params"][::core::mem::size_of::<nxs_verify_params>() - 320usize];
+    ["Alignment of nxs_verify_params"][::core::mem::align_of::<nxs_verify_params>() - 8usize];
+    ["Offset of field: nxs_verify_params::target"][::core::mem::offset_of!(nxs_verify_params, target) - 0usize];
+    ["Offset of field: nxs_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_or_null) - 8usize];
+    ["Offset of field: nxs_verify_params::cu_rows"][::core::mem::offset_of!(nxs_verify_params, cu_rows) - 16usize];
+    ["Offset of field: nxs_verify_params::drafts"][::core::mem::offset_of!(nxs_verify_params, drafts) - 24usize];
+    ["Offset of field: nxs_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, row_index_or_null) - 32usize];
+    ["Offset of field: nxs_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_row_or_null) - 40usize];
+    ["Offset of field: nxs_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_stats_or_null) - 48usize];
+    ["Offset of field: nxs_verify_params::target_to_draft_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, target_to_draft_or_null) - 56usize];
+    ["Offset of field: nxs_verify_params::target_stats_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, target_stats_or_null) - 64usize];
+    ["Offset of field: nxs_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, allow_or_null) - 72usize];
+    ["Offset of field: nxs_verify_params::rules_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, rules_or_null) - 80usize];
+    ["Offset of field: nxs_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, temperature_or_null) - 88usize];
+    ["Offset of field: nxs_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_temperature_or_null) - 96usize];
+    ["Offset of field: nxs_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, top_k_or_null) - 104usize];
+    ["Offset of field: nxs_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, top_p_or_null) - 112usize];
+    ["Offset of field: nxs_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, min_p_or_null) - 120usize];
+    ["Offset of field: nxs_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, seeds_or_null) - 128usize];
+    ["Offset of field: nxs_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, positions_or_null) - 136usize];
+    ["Offset of field: nxs_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, uniforms_or_null) - 144usize];
+    ["Offset of field: nxs_verify_params::tokens"][::core::mem::offset_of!(nxs_verify_params, tokens) - 152usize];
+    ["Offset of field: nxs_verify_params::emitted"][::core::mem::offset_of!(nxs_verify_params, emitted) - 160usize];
+    ["Offset of field: nxs_verify_params::accepted"][::core::mem::offset_of!(nxs_verify_params, accepted) - 168usize];
+    ["Offset of field: nxs_verify_params::status"][::core::mem::offset_of!(nxs_verify_params, status) - 176usize];
+    ["Offset of field: nxs_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, last_row_or_null) - 184usize];
+    ["Offset of field: nxs_verify_params::log_probs_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, log_probs_or_null) - 192usize];
+    ["Offset of field: nxs_verify_params::workspace"][::core::mem::offset_of!(nxs_verify_params, workspace) - 200usize];
+    ["Offset of field: nxs_verify_params::counters"][::core::mem::offset_of!(nxs_verify_params, counters) - 208usize];
+    ["Offset of field: nxs_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_verify_params, target_stride_row) - 216usize];
+    ["Offset of field: nxs_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_stride_row) - 224usize];
+    ["Offset of field: nxs_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_verify_params, allow_stride_row) - 232usize];
+    ["Offset of field: nxs_verify_params::batch"][::core::mem::offset_of!(nxs_verify_params, batch) - 240usize];
+    ["Offset of field: nxs_verify_params::vocab"][::core::mem::offset_of!(nxs_verify_params, vocab) - 248usize];
+    ["Offset of field: nxs_verify_params::draft_vocab"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_vocab) - 256usize];
+    ["Offset of field: nxs_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_verify_params, target_rows) - 264usize];
+    ["Offset of field: nxs_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_rows) - 272usize];
+    ["Offset of field: nxs_verify_params::max_drafts"]
+        [::core::mem::offset_of!(nxs_verify_params, max_drafts) - 280usize];
+    ["Offset of field: nxs_verify_params::rule"][::core::mem::offset_of!(nxs_verify_params, rule) - 284usize];
+    ["Offset of field: nxs_verify_params::may_block"][::core::mem::offset_of!(nxs_verify_params, may_block) - 288usize];
+    ["Offset of field: nxs_verify_params::trials"][::core::mem::offset_of!(nxs_verify_params, trials) - 292usize];
+    ["Offset of field: nxs_verify_params::fallback"][::core::mem::offset_of!(nxs_verify_params, fallback) - 296usize];
+    ["Offset of field: nxs_verify_params::chunks_per_item"]
+        [::core::mem::offset_of!(nxs_verify_params, chunks_per_item) - 300usize];
+    ["Offset of field: nxs_verify_params::blocks"][::core::mem::offset_of!(nxs_verify_params, blocks) - 304usize];
+    ["Offset of field: nxs_verify_params::target_dtype"]
+        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 308usize];
+    ["Offset of field: nxs_verify_params::draft_dtype"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 312usize];
+};
+impl Default for nxs_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -855,4 +1488,12 @@ unsafe extern "C" {
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_rvq_encode(params: *const nxs_rvq_encode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_multi_scale(params: *const nxs_multi_scale_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_nearest_code(params: *const nxs_nearest_code_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_bits(params: *const nxs_bits_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_fsq(params: *const nxs_fsq_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_remap(params: *const nxs_remap_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

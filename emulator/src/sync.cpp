@@ -221,7 +221,7 @@ void complete_mbarrier(Mbarrier& mbarrier) {
   machine->wake(mbarrier.waiting);
 }
 
-void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where) {
+void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where, bool publishes) {
   Mbarrier& mbarrier = find_mbarrier(address, cluster, where);
   mbarrier.bytes += expected_bytes;
   if (expected_bytes >= 1u << 20 || mbarrier.bytes >= 1 << 20)
@@ -229,7 +229,7 @@ void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster
   if (!arrives) return;
   for (const Thread* other : mbarrier.arrived)
     if (other == self) fail("arrival", where, "a second arrival of this thread in one phase of an mbarrier");
-  mbarrier.remote |= mbarrier.block != self->block;
+  mbarrier.remote |= publishes && mbarrier.block != self->block;
   mbarrier.arrived.push_back(self);
   mbarrier.arriving.join(self->clocks);
   self->tick();

@@ -10,13 +10,18 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod draft_sample;
+mod multi_scale;
 mod philox_fill;
 mod request;
+mod row_stats;
 mod runner;
 mod rvq_decode;
 mod rvq_encode;
+mod scalar_quantize;
 mod scale_attention;
 mod tensors;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,6 +39,14 @@ static OPS: &[&Op] = &[
     &scale_attention::OP,
     &attention_merge::OP,
     &attention_prepare::OP,
+    &multi_scale::OP,
+    &multi_scale::ENCODE,
+    &scalar_quantize::BITS,
+    &scalar_quantize::FSQ,
+    &scalar_quantize::REMAP,
+    &verify::OP,
+    &draft_sample::OP,
+    &row_stats::OP,
     &philox_fill::OP,
 ];
 

@@ -106,25 +106,27 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
  *
  * The schedule is made by the caller (nextscale's Rust plans make it) and lies in device memory as 32-bit words. An item
  * is a block of query rows that read the same keys: `groups` tiles of up to 64 rows. The keys come in runs, and a run in
- * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
- * the first. Offsets count words from the start of the schedule.
+ * chunks of 128 keys (160 where groups are 4) from its start on, the last one shorter; runs are taken as listed, chunks of a
+ * run from the last to the first. Offsets count words from the start of the schedule.
  *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
  *     0 offset of the first run, a multiple of 4   1 runs   2 split   3 digest: the params' value, or the item is not taken
  *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
  *   run, NXS_SCHEDULE_RUN_WORDS words:
  *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from
  *     4 + g: mask of tile g: NXS_MASK_NONE, all keys of the run are visible; NXS_MASK_HIDDEN, none is: only before the
- *     first run of which the tile sees something, or after the last one; else the offset, even, of a mask of 256 words that
+ *     first run of which the tile sees something, or after the last one; else the offset, a multiple of 4, of a mask that
  *     holds for every chunk of the run
- *   mask: two words for each of 128 threads, element i of thread t being bit i % 32 of word 2 t + i / 32: row
- *     16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
+ *   mask: w = 2 words (4 where groups are 4) for each of 128 threads, element i of thread t being bit i % 32 of word
+ *     w t + i / 32: row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
  * Each row belongs to one tile of each split.
  */
 #define NXS_SCHEDULE_ITEM_WORDS 12
 #define NXS_SCHEDULE_RUN_WORDS 8
 #define NXS_SCHEDULE_MASK_WORDS 256
+#define NXS_SCHEDULE_WIDE_MASK_WORDS 512
 #define NXS_SCHEDULE_TILE_ROWS 64
 #define NXS_SCHEDULE_CHUNK_KEYS 128
+#define NXS_SCHEDULE_WIDE_CHUNK_KEYS 160
 #define NXS_MASK_NONE 0u
 #define NXS_MASK_HIDDEN 1u
 
@@ -153,14 +155,14 @@ typedef struct nxs_scale_attention_params {
   int32_t heads, kv_heads, dim;     /* dim: a multiple of 8 up to 128 */
   int32_t items, splits;            /* items of all splits; splits >= 1 */
   int32_t pack;                     /* 1, or heads / kv_heads: rows of the schedule are (row, head within its group) */
-  int32_t groups;                   /* tiles of an item: 1 to 3 */
+  int32_t groups;                   /* tiles of an item: 1 or 2; for dim <= 64 also 3; beyond also 4, which a pair of blocks takes */
   int32_t section;                  /* heads (over the batch) whose items are taken before the next ones'; 0: all */
   int32_t length_count;
   int32_t schedule_head_words;
   uint32_t digest;                  /* word 3 of every item: tells this schedule from others */
   nxs_dtype dtype;                  /* NXS_BF16 or NXS_F16 */
   int32_t variant;                  /* 0: portable (sm_80), groups 1; 1: Hopper (sm_90a) */
-  int32_t blocks;                   /* of the Hopper kernel's persistent grid */
+  int32_t blocks;                   /* of the Hopper kernel's persistent grid; even for pairs */
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
 } nxs_scale_attention_params;
@@ -407,6 +409,305 @@ typedef struct nxs_rvq_encode_params {
 #define NXS_RVQ_ENCODE_PROJECTED 3 /* latent > 0 */
 
 nxs_status nxs_rvq_encode(const nxs_rvq_encode_params *params, void *stream);
+/* How a map is resized along each axis, align_corners false. */
+#define NXS_RESIZE_BICUBIC 0  /* a = -0.75, source positions not clamped, taps clamped into the map */
+#define NXS_RESIZE_BILINEAR 1 /* source positions clamped from below */
+#define NXS_RESIZE_AREA 2     /* the mean over [floor(i in / out), ceil((i + 1) in / out)), as adaptive average pooling */
+/* What the tokens of a multi-scale quantizer are. */
+#define NXS_TOKENS_CODES 0      /* [batch, tokens] NXS_U16, NXS_U32 or NXS_I64: rows of the codebook */
+#define NXS_TOKENS_EMBEDDINGS 1 /* [batch, tokens, width] NXS_F32, NXS_F16 or NXS_BF16 */
+#define NXS_TOKENS_BITS 2       /* [batch, tokens, width] NXS_U8: 0 is -bit_scale, anything else +bit_scale */
+#define NXS_MAX_SCALES 32
+/* The Philox domain of the flips of bit labels. */
+#define NXS_DOMAIN_BIT_FLIP 0x62666c70u
+
+/*
+ * Scales of a multi-scale residual quantizer (VAR, HART, Infinity): adds their tokens to the running map f_hat and makes
+ * the next scale's input.
+ *   h_s   = resize(map of the tokens of scale s -> height x width, by `up`)
+ *   f_hat = f_hat + h'_s    h'_s = phi(h_s) with a phi: a 3x3 convolution with zero padding; else h_s
+ *   next  = resize(f_hat -> next_height x next_width, by `down`), token-major, rounded to next_dtype, `repeat` times
+ *   label = (resize(target - f_hat, by area) > 0) ? 1 : 0
+ * Maps are [batch, channels, height, width] f32. A token of a grid [grid_height, grid_width] lies at pixel (y, x) of the
+ * scale's map, or with patch 2 at pixels (2 y + dy, 2 x + dx), whose channel c is its element 4 c + 2 dy + dx
+ * (pixel shuffle); scale sizes are in pixels. width = channels * patch * patch.
+ * Sums are in f32. A code outside [0, entries) is clamped and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_multi_scale_params {
+  const void *tokens_or_null;   /* of the scales taken, one after the other, in each batch entry; null: scales is 0 */
+  const float *codebook_or_null; /* [entries, channels]; NXS_TOKENS_CODES */
+  const float *phi_or_null;     /* [phis, ceil(channels / 4), 9 channels + 1, 4]: of outputs 4 g to 4 g + 3, the weights of
+                                   input i and tap (ky, kx) in row 9 i + 3 ky + kx, and last their biases; outputs
+                                   beyond `channels` are 0. 16-byte aligned */
+  const float *f_hat_or_null;   /* the map before; null: zeroes. May be f_hat_out_or_null itself, unless rows */
+  float *f_hat_out_or_null;     /* the map after, or with prefixes [scales, batch, channels, height, width]: after each
+                                   scale; null: not kept */
+  const float *target_or_null;  /* labels, or next of target - f_hat instead of f_hat: with next_of_residual */
+  void *next_or_null;           /* [repeat, batch, tokens of next, width] next_dtype */
+  uint8_t *labels_or_null;      /* [batch, tokens of next, width] */
+  uint8_t *flipped_or_null;     /* the same, each bit flipped with probability flip_rate */
+  const int64_t *seeds_or_null; /* [batch]: of the flips; a bit is flipped by Philox of (seed, position of its token times
+                                   ceil(width / 4) plus element / 4, NXS_DOMAIN_BIT_FLIP, 0), word element % 4 */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t tokens_stride_batch;  /* elements */
+  int64_t next_stride_batch, labels_stride_batch; /* elements; next of the second repeat follows after batch entries */
+  int64_t batch, entries;
+  int64_t first_label;          /* position of the first token of next, for the flips */
+  int32_t channels;             /* 1 to 256 */
+  int32_t height, width;        /* of maps, 1 to 1024 */
+  int32_t patch;                /* 1 or 2 */
+  int32_t scales;               /* taken by this call */
+  int32_t prefixes;
+  int32_t independent;          /* 1: scales do not add up: f_hat is that of the last one, next is the last scale's map
+                                   itself, resized by `up`; needs rows if there is a next */
+  uint16_t scale_height[NXS_MAX_SCALES], scale_width[NXS_MAX_SCALES]; /* pixels; at most height, width */
+  int8_t scale_phi[NXS_MAX_SCALES]; /* which phi; -1: none */
+  int32_t up;                   /* NXS_RESIZE_BICUBIC or NXS_RESIZE_BILINEAR */
+  int32_t down;                 /* NXS_RESIZE_AREA or NXS_RESIZE_BILINEAR */
+  int32_t next_height, next_width; /* pixels; 0: no next and no labels */
+  int32_t next_of_residual;
+  int32_t repeat;               /* 1 or 2 */
+  int32_t tokens_kind;          /* NXS_TOKENS_* */
+  nxs_dtype tokens_dtype, next_dtype;
+  float bit_scale, flip_rate;
+  int32_t rows;                 /* 1: a block a row of the map or of the next, none of which waits for another: one scale
+                                   without phi, next by bilinear or independent, no labels or target, f_hat_or_null not
+                                   f_hat_out_or_null. 0: a block some channels of an image; takes everything else */
+  int32_t group;                /* rows 0: channels of a block, a multiple of 4 */
+  int32_t band;                 /* rows 0: rows of the map that are worked on at a time; even */
+  int32_t plane_shared;         /* rows 0: 1: what the next is made from is kept in shared memory */
+  int32_t programmatic;         /* 1, on sm_90: may be started before the kernel before it on the stream has ended, for which it
+                                   then waits: programmatic dependent launch */
+} nxs_multi_scale_params;
+
+nxs_status nxs_multi_scale(const nxs_multi_scale_params *params, void *stream);
+
+/*
+ * Nearest codebook rows (the search of VAR's encoder):
+ *   codes[b, l] = the least i with the least score; score(i) = sum over k ascending of (z[b, l, k] - codebook[i, k])^2,
+ *   each step one f32 subtraction and one fused multiply-add. A row without a score below infinity gets code 0.
+ * With normalize, z is first divided by max(sqrt(sum over k ascending of z^2, fused), eps).
+ */
+typedef struct nxs_nearest_code_params {
+  const float *z;               /* [batch, rows, channels] */
+  const float *codebook;        /* [entries, channels] */
+  void *codes;                  /* [batch, rows] codes_dtype */
+  int64_t codes_stride_batch;   /* elements */
+  int64_t batch, rows, entries; /* batch * rows < 2^31; entries fit in codes_dtype */
+  int32_t channels;             /* 1 to 256 */
+  int32_t normalize;
+  float eps;
+  nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
+  int32_t log2_tile;            /* rows of a block: 8, 16 or 32 */
+  int32_t splits;               /* blocks that share the codebook: 1, or on sm_90 a cluster of 2, 4 or 8 */
+  int32_t programmatic;         /* as of nxs_multi_scale */
+} nxs_nearest_code_params;
+
+nxs_status nxs_nearest_code(const nxs_nearest_code_params *params, void *stream);
+
+/* Which channel is the most significant bit of an integer of `dim` bits. */
+#define NXS_BITS_MSB_FIRST 0 /* channel 0, as Infinity and LFQ have it */
+#define NXS_BITS_LSB_FIRST 1 /* the last one */
+
+/*
+ * Bits between their forms (LFQ, BSQ): values by their signs, labels, integers.
+ *   bit[r, k] = input > 0 (values; 0 for NaN), input != 0 (labels), bit k of the integer in `order`
+ *   flipped where philox_uniform(Philox(seeds[r / rows_per_seed], (first_row + r % rows_per_seed) * ceil(dim / 4) + k / 4,
+ *   NXS_DOMAIN_BIT_FLIP, 0) word k % 4) < flip_rate, if there are seeds
+ *   labels = bit;  values = bit ? scale : -scale, NaN where the input was a NaN;  codes = the integer
+ */
+typedef struct nxs_bits_params {
+  const void *input;            /* [rows, dim] NXS_F32, NXS_F16, NXS_BF16 values or NXS_U8 labels; [rows] NXS_U16, NXS_U32
+                                   or NXS_I64 integers */
+  uint8_t *labels_or_null;      /* [rows, dim] */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *codes_or_null;          /* [rows] codes_dtype */
+  const int64_t *seeds_or_null; /* [ceil(rows / rows_per_seed)], bits of u64 */
+  int64_t rows, rows_per_seed, first_row;
+  int32_t dim;                  /* 1 to 4096; at most the bits of an integer where there are integers */
+  int32_t order;                /* NXS_BITS_* */
+  float scale, flip_rate;
+  nxs_dtype input_dtype;
+  nxs_dtype values_dtype;       /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_bits_params;
+
+nxs_status nxs_bits(const nxs_bits_params *params, void *stream);
+
+/* How finite scalar quantization bounds a value. */
+#define NXS_FSQ_TANH 0      /* tanh(z + shift) half - offset, rounded to even (arXiv 2309.15505) */
+#define NXS_FSQ_SYMMETRIC 1 /* floor((L - 1) (tanh(z) + 1) / 2 + 0.5) */
+#define NXS_FSQ_CLAMP 2     /* the same with clamp(z, -1, 1) for tanh(z) */
+#define NXS_FSQ_MOST_DIM 16
+
+/*
+ * Finite scalar quantization, of one or more quantizers one after the other (residual FSQ):
+ *   r = z, or tanh(z / soft[k]) soft[k] where soft[k] > 0
+ *   for each quantizer q:  v = value(level(r / scales[q, k]));  r -= v scales[q, k];  values += v scales[q, k]
+ *   index[q] = sum over k of level * (product of levels before k)
+ * With halves H = levels / 2 (an integer division): NXS_FSQ_TANH has level - H = round(tanh(z + shift) half - offset),
+ * half = (levels - 1) 1.001 / 2, offset 0.5 for even levels and 0 for odd ones, shift = atanh(offset / half), and value =
+ * (level - H) / H; the symmetric ones have value = (2 level - (levels - 1)) / (levels - 1). Levels are clamped to
+ * [0, levels). A NaN has level 0 and stays a NaN in values.
+ * Without z, values are made from indices; an index outside [0, product of levels) is clamped, and NXS_FLAG_CODE_CLAMPED
+ * is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_fsq_params {
+  const void *z_or_null;        /* [rows, dim] z_dtype */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *indices_or_null;        /* [rows, quantizers] indices_dtype: written, or without z read */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t rows;
+  int32_t dim;                  /* 1 to NXS_FSQ_MOST_DIM */
+  int32_t quantizers;           /* 1 to 16 */
+  int32_t levels[NXS_FSQ_MOST_DIM];    /* 2 to 65536; the product at most what an index can hold, and 2^31 */
+  float scales[16 * NXS_FSQ_MOST_DIM]; /* of quantizer q and channel k at 16 q + k */
+  float soft[NXS_FSQ_MOST_DIM];
+  int32_t bound;                /* NXS_FSQ_* */
+  nxs_dtype z_dtype, values_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype indices_dtype;      /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_fsq_params;
+
+nxs_status nxs_fsq(const nxs_fsq_params *params, void *stream);
+
+/*
+ * Labels by a table (coarse labels of codes):  out[i] = table[codes[i]]
+ * A code outside [0, entries) is clamped and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_remap_params {
+  const void *codes;            /* [count] codes_dtype */
+  const void *table;            /* [entries] out_dtype */
+  void *out;                    /* [count] out_dtype */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t count, entries;       /* entries: 1 to 2^31 - 1 */
+  nxs_dtype codes_dtype, out_dtype; /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_remap_params;
+
+nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
+
+/* ---- verification ------------------------------------------------------------------------------------------- */
+
+/*
+ * Rows of logits are cut into chunks of NXS_CHUNK_COLUMNS columns. A row's distribution is the softmax of
+ * logit / temperature, in powers of two: with s = log2(e) / temperature, max the greatest logit of a chunk and r the
+ * integer nearest to s * max, the chunk's partial is { max, sum over its columns of 2^(s * logit - r) }. The sum is 0
+ * where max is infinite, where |s * max| > 2^21, and for greedy rows; its sign is set if the chunk holds a NaN, which has
+ * no part in either number. A temperature below 1e-5 is greedy. Temperatures, seeds and positions stand in device memory,
+ * so that a captured graph takes those of the moment.
+ *
+ * The random draws are Philox blocks of (seed, absolute position, use | row << 8, draw), as nextscale's documentation of
+ * the module `verification` says.
+ */
+#define NXS_CHUNK_COLUMNS 1024
+
+/* Bits of a status word. */
+#define NXS_STATUS_TARGET_NAN 1u        /* a row of the target holds a NaN */
+#define NXS_STATUS_DRAFT_BAD 2u         /* a row of the draft holds a NaN or nothing */
+#define NXS_STATUS_TARGET_EMPTY 4u      /* a row of the target allows no token */
+#define NXS_STATUS_TARGET_BEYOND 8u     /* a greatest logit is infinite or too large for its temperature */
+#define NXS_STATUS_DRAFT_IMPOSSIBLE 16u /* q is 0 for a draft */
+#define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
+#define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
+
+/* partials[r, c] = the partial of chunk c of logits[r]. */
+typedef struct nxs_row_stats_params {
+  const void *logits;               /* [rows, vocab] dtype */
+  const float *temperature_or_null; /* [rows]; null: 1 */
+  const uint32_t *allow_or_null;    /* [rows, ceil(vocab / 32)]: bit v % 32 of word v / 32 is column v; the others count
+                                       as -inf */
+  float *partials;                  /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS), 2], 8-byte aligned */
+  int64_t stride_row, allow_stride_row;
+  int64_t rows, vocab;              /* vocab from 1 to 2^24, fewer than 2^31 chunks */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_row_stats_params;
+
+nxs_status nxs_row_stats(const nxs_row_stats_params *params, void *stream);
+
+/* One draft a row, drawn from its distribution, and what nxs_verify has to know of the row. */
+typedef struct nxs_draft_sample_params {
+  const void *logits;                     /* [rows, vocab] dtype */
+  const float *temperature_or_null;       /* [rows]; null: 1 */
+  const int32_t *top_k_or_null;           /* [rows]; 0 and null: off */
+  const float *top_p_or_null;             /* [rows]; 1 and null: off */
+  const float *min_p_or_null;             /* [rows]; 0 and null: off */
+  const int32_t *draft_to_target_or_null; /* [vocab]: the token of a column; null: the column */
+  const int64_t *seeds_or_null;           /* [rows]; null: 0 */
+  const int64_t *positions_or_null;       /* [rows], of the step's first draft; null: 0 */
+  const float *uniforms_or_null;          /* [rows, 4] in [0, 1); in place of seeds */
+  int32_t *tokens;                        /* [rows] */
+  float *stats_or_null;                   /* [rows, 4], 4-byte aligned: greatest logit; sum (its sign: a NaN); least logit that is
+                                             kept; log2(e) / temperature, 0 for a greedy row */
+  float *log_probs_or_null;               /* [rows], natural logarithm; NaN where no token could be drawn */
+  uint32_t *status;                       /* [rows] NXS_STATUS_*, the row being the target */
+  void *workspace;                        /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS)] partials, 8-byte aligned */
+  uint32_t *counters;                     /* [rows], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t rows, vocab;                    /* vocab from 1 to 2^24 */
+  int32_t row_in_step;                    /* 0 to 1023 */
+  int32_t fallback;                       /* the token where none can be drawn */
+  int32_t chunks_per_item;                /* a multiple of 8: chunks that a block takes between two arrivals */
+  int32_t blocks;                         /* of the persistent grid */
+  nxs_dtype dtype;                        /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_draft_sample_params;
+
+nxs_status nxs_draft_sample(const nxs_draft_sample_params *params, void *stream);
+
+/* When a draft is accepted. */
+#define NXS_RULE_GREEDY 0
+#define NXS_RULE_MATCH 1
+#define NXS_RULE_REJECT 2
+#define NXS_RULE_BLOCK 3
+
+/*
+ * Verification of chains of drafts. Request b has the rows cu_rows[b] to cu_rows[b + 1] - 1 of the step, one more than
+ * drafts; row i is the target's distribution after the first i drafts. What is emitted, and when a draft is accepted, is
+ * described at nextscale::verification::Verifier and Rule. `rows` below is batch * (max_drafts + 1).
+ */
+typedef struct nxs_verify_params {
+  const void *target;                      /* [target_rows, vocab] target_dtype: raw logits */
+  const void *draft_or_null;               /* [draft_rows, draft_vocab] draft_dtype: raw logits; null: drafts are not random */
+  const int32_t *cu_rows;                  /* [batch + 1], ascending */
+  const int32_t *drafts;                   /* [rows]: at row r the draft that it scores; -1: none from here on */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft; null: b * max_drafts + i */
+  const float *draft_stats_or_null;        /* [draft_rows, 4] of nxs_draft_sample: rows of draft are not swept */
+  const int32_t *target_to_draft_or_null;  /* [vocab]: the column of draft, or -1; null: the token itself */
+  const float *target_stats_or_null;       /* [target_rows, chunks, 2]: partials; rows of target are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const int32_t *rules_or_null;            /* [batch] NXS_RULE_*; null, and what is none: rule */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after row 0 */
+  const float *uniforms_or_null;           /* [rows, 4] by request and row: accept test, three for a token */
+  int32_t *tokens;                         /* [batch, max_drafts + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch] */
+  float *log_probs_or_null;                /* [batch, max_drafts + 1], NaN after what is emitted */
+  void *workspace;                         /* 16-byte aligned: [rows] of NXS_VERIFY_ROW_BYTES, then [rows, chunks of target and
+                                              of draft where it is swept, 2] f32, then [rows, chunks of target] f32 */
+  uint32_t *counters;                      /* [rows + 2 * batch], all 0 before the first run and after each */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row;
+  int64_t batch, vocab, draft_vocab;       /* vocabularies from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int32_t max_drafts;                      /* 0 to 1023 */
+  int32_t rule;
+  int32_t may_block;                       /* 1: a request may have NXS_RULE_BLOCK: a second kernel is enqueued */
+  int32_t trials;                          /* draws of thinning before the rows are swept for the residual */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t chunks_per_item;                 /* a multiple of 8 */
+  int32_t blocks;                          /* of the persistent grid */
+  nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_verify_params;
+
+#define NXS_VERIFY_ROW_BYTES 64
+
+nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
 
 #ifdef __cplusplus
 }

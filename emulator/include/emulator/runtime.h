@@ -91,7 +91,7 @@ inline u32 lane() { return place().thread % 32; }
 // ---- mbarriers; `address` may lie in a peer for arrivals
 void mbarrier_init(u32 address, u32 count, Where where);
 void mbarrier_invalidate(u32 address, Where where);
-void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where);
+void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where, bool publishes = true);
 bool mbarrier_wait(u32 address, u32 parity, bool block, bool cluster, Where where);
 
 // ---- asynchronous copies
