@@ -19,7 +19,7 @@ use toolkit::Toolkit;
 /// Folders of `kernels/` that are always compiled.
 const CORE: [&str; 2] = ["common", "random"];
 /// Folders of `kernels/` that are compiled when the feature of the same name is on.
-const FAMILIES: [&str; 2] = ["attention", "quantization"];
+const FAMILIES: [&str; 3] = ["attention", "quantization", "verification"];
 
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(nxs_kernels)");

@@ -19,8 +19,9 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
-import compare_quantization
+import compare_multi_scale
 from compare_attention import scale_attention
+from compare_rvq_encode import rvq_encode
 from nextscale_ref import attention, philox, rvq
 
 DTYPES = {
@@ -327,11 +328,12 @@ def philox_fill(program, number, rng):
 
 OPS = {
     "rvq_decode": rvq_decode,
+    "rvq_encode": rvq_encode,
     "scale_attention": scale_attention,
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,
     "philox_fill": philox_fill,
-} | compare_quantization.OPS
+} | compare_multi_scale.OPS
 
 
 def main():

@@ -5,7 +5,8 @@ use core::fmt;
 use bytemuck::{Pod, Zeroable};
 pub use half::{bf16, f16};
 
-mod sealed {
+pub(crate) mod sealed {
+    /// Only the crate names it.
     pub trait Sealed {}
 }
 

@@ -24,11 +24,15 @@ pub const NXS_I64: u32 = 9;
 pub const NXS_FLAG_CODE_CLAMPED: u32 = 1;
 pub const NXS_FLAG_APPEND_SKIPPED: u32 = 2;
 pub const NXS_FLAG_POSITION_CLAMPED: u32 = 4;
+pub const NXS_FLAG_CODEBOOK_NOT_FINITE: u32 = 8;
+pub const NXS_FLAG_ROW_NOT_FINITE: u32 = 16;
 pub const NXS_SCHEDULE_ITEM_WORDS: u32 = 12;
 pub const NXS_SCHEDULE_RUN_WORDS: u32 = 8;
 pub const NXS_SCHEDULE_MASK_WORDS: u32 = 256;
+pub const NXS_SCHEDULE_WIDE_MASK_WORDS: u32 = 512;
 pub const NXS_SCHEDULE_TILE_ROWS: u32 = 64;
 pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
+pub const NXS_SCHEDULE_WIDE_CHUNK_KEYS: u32 = 160;
 pub const NXS_MASK_NONE: u32 = 0;
 pub const NXS_MASK_HIDDEN: u32 = 1;
 pub const NXS_NORM_NONE: u32 = 0;
@@ -37,6 +41,13 @@ pub const NXS_NORM_RMS: u32 = 2;
 pub const NXS_ROPE_NONE: u32 = 0;
 pub const NXS_ROPE_INTERLEAVED: u32 = 1;
 pub const NXS_ROPE_HALF: u32 = 2;
+pub const NXS_METRIC_L2: u32 = 0;
+pub const NXS_METRIC_COSINE_RAW: u32 = 1;
+pub const NXS_METRIC_COSINE_UNIT: u32 = 2;
+pub const NXS_RVQ_ENCODE_SM80: u32 = 0;
+pub const NXS_RVQ_ENCODE_SM90: u32 = 1;
+pub const NXS_RVQ_ENCODE_STREAM: u32 = 2;
+pub const NXS_RVQ_ENCODE_PROJECTED: u32 = 3;
 pub const NXS_RESIZE_BICUBIC: u32 = 0;
 pub const NXS_RESIZE_BILINEAR: u32 = 1;
 pub const NXS_RESIZE_AREA: u32 = 2;
@@ -51,6 +62,19 @@ pub const NXS_FSQ_TANH: u32 = 0;
 pub const NXS_FSQ_SYMMETRIC: u32 = 1;
 pub const NXS_FSQ_CLAMP: u32 = 2;
 pub const NXS_FSQ_MOST_DIM: u32 = 16;
+pub const NXS_CHUNK_COLUMNS: u32 = 1024;
+pub const NXS_STATUS_TARGET_NAN: u32 = 1;
+pub const NXS_STATUS_DRAFT_BAD: u32 = 2;
+pub const NXS_STATUS_TARGET_EMPTY: u32 = 4;
+pub const NXS_STATUS_TARGET_BEYOND: u32 = 8;
+pub const NXS_STATUS_DRAFT_IMPOSSIBLE: u32 = 16;
+pub const NXS_STATUS_ROW_OUT_OF_RANGE: u32 = 32;
+pub const NXS_STATUS_DRAFTS_IGNORED: u32 = 64;
+pub const NXS_RULE_GREEDY: u32 = 0;
+pub const NXS_RULE_MATCH: u32 = 1;
+pub const NXS_RULE_REJECT: u32 = 2;
+pub const NXS_RULE_BLOCK: u32 = 3;
+pub const NXS_VERIFY_ROW_BYTES: u32 = 64;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -625,6 +649,219 @@ impl Default for nxs_rvq_decode_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct nxs_codebook {
+    pub prepared: *mut ::core::ffi::c_void,
+    pub values_at: i64,
+    pub search_at: i64,
+    pub operand_at: i64,
+    pub bytes: i64,
+    pub entries: i64,
+    pub levels: i32,
+    pub dim: i32,
+    pub padded_dim: i32,
+    pub operand_dim: i32,
+    pub pieces: i32,
+    pub metric: i32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_codebook"][::core::mem::size_of::<nxs_codebook>() - 80usize];
+    ["Alignment of nxs_codebook"][::core::mem::align_of::<nxs_codebook>() - 8usize];
+    ["Offset of field: nxs_codebook::prepared"][::core::mem::offset_of!(nxs_codebook, prepared) - 0usize];
+    ["Offset of field: nxs_codebook::values_at"][::core::mem::offset_of!(nxs_codebook, values_at) - 8usize];
+    ["Offset of field: nxs_codebook::search_at"][::core::mem::offset_of!(nxs_codebook, search_at) - 16usize];
+    ["Offset of field: nxs_codebook::operand_at"][::core::mem::offset_of!(nxs_codebook, operand_at) - 24usize];
+    ["Offset of field: nxs_codebook::bytes"][::core::mem::offset_of!(nxs_codebook, bytes) - 32usize];
+    ["Offset of field: nxs_codebook::entries"][::core::mem::offset_of!(nxs_codebook, entries) - 40usize];
+    ["Offset of field: nxs_codebook::levels"][::core::mem::offset_of!(nxs_codebook, levels) - 48usize];
+    ["Offset of field: nxs_codebook::dim"][::core::mem::offset_of!(nxs_codebook, dim) - 52usize];
+    ["Offset of field: nxs_codebook::padded_dim"][::core::mem::offset_of!(nxs_codebook, padded_dim) - 56usize];
+    ["Offset of field: nxs_codebook::operand_dim"][::core::mem::offset_of!(nxs_codebook, operand_dim) - 60usize];
+    ["Offset of field: nxs_codebook::pieces"][::core::mem::offset_of!(nxs_codebook, pieces) - 64usize];
+    ["Offset of field: nxs_codebook::metric"][::core::mem::offset_of!(nxs_codebook, metric) - 68usize];
+    ["Offset of field: nxs_codebook::eps"][::core::mem::offset_of!(nxs_codebook, eps) - 72usize];
+};
+impl Default for nxs_codebook {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_codebook_prepare_params {
+    pub codebook: nxs_codebook,
+    pub rows: *const ::core::ffi::c_void,
+    pub usage_or_null: *const f32,
+    pub flags_or_null: *mut u32,
+    pub rows_stride_level: i64,
+    pub rows_stride_entry: i64,
+    pub usage_stride_level: i64,
+    pub usage_eps: f32,
+    pub rows_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_codebook_prepare_params"][::core::mem::size_of::<nxs_codebook_prepare_params>() - 136usize];
+    ["Alignment of nxs_codebook_prepare_params"][::core::mem::align_of::<nxs_codebook_prepare_params>() - 8usize];
+    ["Offset of field: nxs_codebook_prepare_params::codebook"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, codebook) - 0usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows) - 80usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_or_null"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_or_null) - 88usize];
+    ["Offset of field: nxs_codebook_prepare_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, flags_or_null) - 96usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_stride_level"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_stride_level) - 104usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_stride_entry"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_stride_entry) - 112usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_stride_level"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_stride_level) - 120usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_eps"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_eps) - 128usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_dtype"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_dtype) - 132usize];
+};
+impl Default for nxs_codebook_prepare_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_rvq_encode_params {
+    pub codebook: nxs_codebook,
+    pub input: *const ::core::ffi::c_void,
+    pub codes: *mut ::core::ffi::c_void,
+    pub quantized_or_null: *mut ::core::ffi::c_void,
+    pub residual_or_null: *mut ::core::ffi::c_void,
+    pub distances_or_null: *mut f32,
+    pub histogram_or_null: *mut u32,
+    pub flags_or_null: *mut u32,
+    pub in_weight_or_null: *const f32,
+    pub in_bias_or_null: *const f32,
+    pub out_weight_or_null: *const f32,
+    pub out_bias_or_null: *const f32,
+    pub input_stride_batch: i64,
+    pub input_stride_row: i64,
+    pub input_stride_dim: i64,
+    pub codes_stride_batch: i64,
+    pub codes_stride_level: i64,
+    pub codes_stride_row: i64,
+    pub quantized_stride_batch: i64,
+    pub quantized_stride_row: i64,
+    pub quantized_stride_dim: i64,
+    pub residual_stride_batch: i64,
+    pub residual_stride_row: i64,
+    pub residual_stride_dim: i64,
+    pub distances_stride_batch: i64,
+    pub distances_stride_level: i64,
+    pub distances_stride_row: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub levels: i32,
+    pub latent: i32,
+    pub dtype: nxs_dtype,
+    pub codes_dtype: nxs_dtype,
+    pub variant: i32,
+    pub tile_rows: i32,
+    pub stages: i32,
+    pub cluster: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_rvq_encode_params"][::core::mem::size_of::<nxs_rvq_encode_params>() - 336usize];
+    ["Alignment of nxs_rvq_encode_params"][::core::mem::align_of::<nxs_rvq_encode_params>() - 8usize];
+    ["Offset of field: nxs_rvq_encode_params::codebook"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codebook) - 0usize];
+    ["Offset of field: nxs_rvq_encode_params::input"][::core::mem::offset_of!(nxs_rvq_encode_params, input) - 80usize];
+    ["Offset of field: nxs_rvq_encode_params::codes"][::core::mem::offset_of!(nxs_rvq_encode_params, codes) - 88usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_or_null) - 96usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_or_null) - 104usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_or_null) - 112usize];
+    ["Offset of field: nxs_rvq_encode_params::histogram_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, histogram_or_null) - 120usize];
+    ["Offset of field: nxs_rvq_encode_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, flags_or_null) - 128usize];
+    ["Offset of field: nxs_rvq_encode_params::in_weight_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, in_weight_or_null) - 136usize];
+    ["Offset of field: nxs_rvq_encode_params::in_bias_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, in_bias_or_null) - 144usize];
+    ["Offset of field: nxs_rvq_encode_params::out_weight_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, out_weight_or_null) - 152usize];
+    ["Offset of field: nxs_rvq_encode_params::out_bias_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, out_bias_or_null) - 160usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_batch) - 168usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_row) - 176usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_dim) - 184usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_batch) - 192usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_level) - 200usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_row) - 208usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_batch) - 216usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_row) - 224usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_dim) - 232usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_batch) - 240usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_row) - 248usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_dim) - 256usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_batch) - 264usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_level) - 272usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_row) - 280usize];
+    ["Offset of field: nxs_rvq_encode_params::batch"][::core::mem::offset_of!(nxs_rvq_encode_params, batch) - 288usize];
+    ["Offset of field: nxs_rvq_encode_params::rows"][::core::mem::offset_of!(nxs_rvq_encode_params, rows) - 296usize];
+    ["Offset of field: nxs_rvq_encode_params::levels"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, levels) - 304usize];
+    ["Offset of field: nxs_rvq_encode_params::latent"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, latent) - 308usize];
+    ["Offset of field: nxs_rvq_encode_params::dtype"][::core::mem::offset_of!(nxs_rvq_encode_params, dtype) - 312usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_dtype) - 316usize];
+    ["Offset of field: nxs_rvq_encode_params::variant"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, variant) - 320usize];
+    ["Offset of field: nxs_rvq_encode_params::tile_rows"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, tile_rows) - 324usize];
+    ["Offset of field: nxs_rvq_encode_params::stages"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, stages) - 328usize];
+    ["Offset of field: nxs_rvq_encode_params::cluster"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, cluster) - 332usize];
+};
+impl Default for nxs_rvq_encode_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct nxs_multi_scale_params {
     pub tokens_or_null: *const ::core::ffi::c_void,
     pub codebook_or_null: *const f32,
@@ -965,6 +1202,268 @@ impl Default for nxs_remap_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_row_stats_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub partials: *mut f32,
+    pub stride_row: i64,
+    pub allow_stride_row: i64,
+    pub rows: i64,
+    pub vocab: i64,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_row_stats_params"][::core::mem::size_of::<nxs_row_stats_params>() - 72usize];
+    ["Alignment of nxs_row_stats_params"][::core::mem::align_of::<nxs_row_stats_params>() - 8usize];
+    ["Offset of field: nxs_row_stats_params::logits"][::core::mem::offset_of!(nxs_row_stats_params, logits) - 0usize];
+    ["Offset of field: nxs_row_stats_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_row_stats_params, temperature_or_null) - 8usize];
+    ["Offset of field: nxs_row_stats_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_row_stats_params, allow_or_null) - 16usize];
+    ["Offset of field: nxs_row_stats_params::partials"]
+        [::core::mem::offset_of!(nxs_row_stats_params, partials) - 24usize];
+    ["Offset of field: nxs_row_stats_params::stride_row"]
+        [::core::mem::offset_of!(nxs_row_stats_params, stride_row) - 32usize];
+    ["Offset of field: nxs_row_stats_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_row_stats_params, allow_stride_row) - 40usize];
+    ["Offset of field: nxs_row_stats_params::rows"][::core::mem::offset_of!(nxs_row_stats_params, rows) - 48usize];
+    ["Offset of field: nxs_row_stats_params::vocab"][::core::mem::offset_of!(nxs_row_stats_params, vocab) - 56usize];
+    ["Offset of field: nxs_row_stats_params::dtype"][::core::mem::offset_of!(nxs_row_stats_params, dtype) - 64usize];
+};
+impl Default for nxs_row_stats_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_draft_sample_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub draft_to_target_or_null: *const i32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub stats_or_null: *mut f32,
+    pub log_probs_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub rows: i64,
+    pub vocab: i64,
+    pub row_in_step: i32,
+    pub fallback: i32,
+    pub chunks_per_item: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_draft_sample_params"][::core::mem::size_of::<nxs_draft_sample_params>() - 168usize];
+    ["Alignment of nxs_draft_sample_params"][::core::mem::align_of::<nxs_draft_sample_params>() - 8usize];
+    ["Offset of field: nxs_draft_sample_params::logits"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, logits) - 0usize];
+    ["Offset of field: nxs_draft_sample_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, temperature_or_null) - 8usize];
+    ["Offset of field: nxs_draft_sample_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, top_k_or_null) - 16usize];
+    ["Offset of field: nxs_draft_sample_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, top_p_or_null) - 24usize];
+    ["Offset of field: nxs_draft_sample_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, min_p_or_null) - 32usize];
+    ["Offset of field: nxs_draft_sample_params::draft_to_target_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, draft_to_target_or_null) - 40usize];
+    ["Offset of field: nxs_draft_sample_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, seeds_or_null) - 48usize];
+    ["Offset of field: nxs_draft_sample_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, positions_or_null) - 56usize];
+    ["Offset of field: nxs_draft_sample_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, uniforms_or_null) - 64usize];
+    ["Offset of field: nxs_draft_sample_params::tokens"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, tokens) - 72usize];
+    ["Offset of field: nxs_draft_sample_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, stats_or_null) - 80usize];
+    ["Offset of field: nxs_draft_sample_params::log_probs_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, log_probs_or_null) - 88usize];
+    ["Offset of field: nxs_draft_sample_params::status"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, status) - 96usize];
+    ["Offset of field: nxs_draft_sample_params::workspace"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, workspace) - 104usize];
+    ["Offset of field: nxs_draft_sample_params::counters"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, counters) - 112usize];
+    ["Offset of field: nxs_draft_sample_params::stride_row"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, stride_row) - 120usize];
+    ["Offset of field: nxs_draft_sample_params::rows"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, rows) - 128usize];
+    ["Offset of field: nxs_draft_sample_params::vocab"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, vocab) - 136usize];
+    ["Offset of field: nxs_draft_sample_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, row_in_step) - 144usize];
+    ["Offset of field: nxs_draft_sample_params::fallback"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, fallback) - 148usize];
+    ["Offset of field: nxs_draft_sample_params::chunks_per_item"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, chunks_per_item) - 152usize];
+    ["Offset of field: nxs_draft_sample_params::blocks"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, blocks) - 156usize];
+    ["Offset of field: nxs_draft_sample_params::dtype"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, dtype) - 160usize];
+};
+impl Default for nxs_draft_sample_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub cu_rows: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub target_to_draft_or_null: *const i32,
+    pub target_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub rules_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub log_probs_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub draft_vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub max_drafts: i32,
+    pub rule: i32,
+    pub may_block: i32,
+    pub trials: i32,
+    pub fallback: i32,
+    pub chunks_per_item: i32,
+    pub blocks: i32,
+    pub target_dtype: nxs_dtype,
+    pub draft_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_verify_params"][::core::mem::size_of::<nxs_verify_params>() - 320usize];
+    ["Alignment of nxs_verify_params"][::core::mem::align_of::<nxs_verify_params>() - 8usize];
+    ["Offset of field: nxs_verify_params::target"][::core::mem::offset_of!(nxs_verify_params, target) - 0usize];
+    ["Offset of field: nxs_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_or_null) - 8usize];
+    ["Offset of field: nxs_verify_params::cu_rows"][::core::mem::offset_of!(nxs_verify_params, cu_rows) - 16usize];
+    ["Offset of field: nxs_verify_params::drafts"][::core::mem::offset_of!(nxs_verify_params, drafts) - 24usize];
+    ["Offset of field: nxs_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, row_index_or_null) - 32usize];
+    ["Offset of field: nxs_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_row_or_null) - 40usize];
+    ["Offset of field: nxs_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_stats_or_null) - 48usize];
+    ["Offset of field: nxs_verify_params::target_to_draft_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, target_to_draft_or_null) - 56usize];
+    ["Offset of field: nxs_verify_params::target_stats_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, target_stats_or_null) - 64usize];
+    ["Offset of field: nxs_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, allow_or_null) - 72usize];
+    ["Offset of field: nxs_verify_params::rules_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, rules_or_null) - 80usize];
+    ["Offset of field: nxs_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, temperature_or_null) - 88usize];
+    ["Offset of field: nxs_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_temperature_or_null) - 96usize];
+    ["Offset of field: nxs_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, top_k_or_null) - 104usize];
+    ["Offset of field: nxs_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, top_p_or_null) - 112usize];
+    ["Offset of field: nxs_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, min_p_or_null) - 120usize];
+    ["Offset of field: nxs_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, seeds_or_null) - 128usize];
+    ["Offset of field: nxs_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, positions_or_null) - 136usize];
+    ["Offset of field: nxs_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, uniforms_or_null) - 144usize];
+    ["Offset of field: nxs_verify_params::tokens"][::core::mem::offset_of!(nxs_verify_params, tokens) - 152usize];
+    ["Offset of field: nxs_verify_params::emitted"][::core::mem::offset_of!(nxs_verify_params, emitted) - 160usize];
+    ["Offset of field: nxs_verify_params::accepted"][::core::mem::offset_of!(nxs_verify_params, accepted) - 168usize];
+    ["Offset of field: nxs_verify_params::status"][::core::mem::offset_of!(nxs_verify_params, status) - 176usize];
+    ["Offset of field: nxs_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, last_row_or_null) - 184usize];
+    ["Offset of field: nxs_verify_params::log_probs_or_null"]
+        [::core::mem::offset_of!(nxs_verify_params, log_probs_or_null) - 192usize];
+    ["Offset of field: nxs_verify_params::workspace"][::core::mem::offset_of!(nxs_verify_params, workspace) - 200usize];
+    ["Offset of field: nxs_verify_params::counters"][::core::mem::offset_of!(nxs_verify_params, counters) - 208usize];
+    ["Offset of field: nxs_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_verify_params, target_stride_row) - 216usize];
+    ["Offset of field: nxs_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_stride_row) - 224usize];
+    ["Offset of field: nxs_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_verify_params, allow_stride_row) - 232usize];
+    ["Offset of field: nxs_verify_params::batch"][::core::mem::offset_of!(nxs_verify_params, batch) - 240usize];
+    ["Offset of field: nxs_verify_params::vocab"][::core::mem::offset_of!(nxs_verify_params, vocab) - 248usize];
+    ["Offset of field: nxs_verify_params::draft_vocab"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_vocab) - 256usize];
+    ["Offset of field: nxs_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_verify_params, target_rows) - 264usize];
+    ["Offset of field: nxs_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_rows) - 272usize];
+    ["Offset of field: nxs_verify_params::max_drafts"]
+        [::core::mem::offset_of!(nxs_verify_params, max_drafts) - 280usize];
+    ["Offset of field: nxs_verify_params::rule"][::core::mem::offset_of!(nxs_verify_params, rule) - 284usize];
+    ["Offset of field: nxs_verify_params::may_block"][::core::mem::offset_of!(nxs_verify_params, may_block) - 288usize];
+    ["Offset of field: nxs_verify_params::trials"][::core::mem::offset_of!(nxs_verify_params, trials) - 292usize];
+    ["Offset of field: nxs_verify_params::fallback"][::core::mem::offset_of!(nxs_verify_params, fallback) - 296usize];
+    ["Offset of field: nxs_verify_params::chunks_per_item"]
+        [::core::mem::offset_of!(nxs_verify_params, chunks_per_item) - 300usize];
+    ["Offset of field: nxs_verify_params::blocks"][::core::mem::offset_of!(nxs_verify_params, blocks) - 304usize];
+    ["Offset of field: nxs_verify_params::target_dtype"]
+        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 308usize];
+    ["Offset of field: nxs_verify_params::draft_dtype"]
+        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 312usize];
+};
+impl Default for nxs_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -984,9 +1483,17 @@ unsafe extern "C" {
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_codebook_prepare(
+        params: *const nxs_codebook_prepare_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_rvq_encode(params: *const nxs_rvq_encode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_multi_scale(params: *const nxs_multi_scale_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_nearest_code(params: *const nxs_nearest_code_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_bits(params: *const nxs_bits_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_fsq(params: *const nxs_fsq_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_remap(params: *const nxs_remap_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

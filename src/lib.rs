@@ -1,7 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![warn(missing_debug_implementations, unreachable_pub)]
 // Without a family, parts of the shared vocabulary have no user.
-#![cfg_attr(not(all(feature = "attention", feature = "quantization")), allow(dead_code))]
+#![cfg_attr(not(all(feature = "attention", feature = "quantization", feature = "verification")), allow(dead_code))]
 
 #[cfg(feature = "attention")]
 pub mod attention;
@@ -15,12 +15,14 @@ pub mod philox;
 #[cfg(feature = "quantization")]
 pub mod quantization;
 pub mod stream;
+#[cfg(feature = "verification")]
+pub mod verification;
 pub mod view;
 
 mod engine;
 mod ffi;
 mod launch;
-#[cfg(any(feature = "attention", feature = "quantization"))]
+#[cfg(any(feature = "attention", feature = "quantization", feature = "verification"))]
 mod plan;
 
 pub use device::{Device, DeviceInfo, driver_present};

@@ -66,6 +66,28 @@ fn rvq_decode_allocates_nothing() {
     }
 }
 
+#[cfg(feature = "quantization")]
+#[test]
+fn rvq_encode_allocates_nothing() {
+    use nextscale::quantization::{Codebook, CodebookArgs, EncodeVariant, RvqEncode, RvqEncodeArgs};
+    for device in TestDevice::all() {
+        let book = Codebook::builder(2, 20, 8).build(&DeviceInfo::H200).unwrap();
+        let rows = Buffer::of(&device, &[1f32; 320], 0);
+        let mut prepared = Buffer::<u8>::poisoned(&device, book.bytes() as usize, 0);
+        let args = CodebookArgs { rows: rows.input(), usage: None, prepared: prepared.output(), flags: None };
+        book.prepare(&device.stream(), args).unwrap();
+        let mut codes = Buffer::<u32>::poisoned(&device, 6, 0);
+        for variant in [EncodeVariant::Portable, EncodeVariant::Hopper, EncodeVariant::Stream] {
+            let plan = RvqEncode::<f32, u32>::builder(&book).rows(3).variant(variant);
+            let plan = plan.build(&DeviceInfo::H200).unwrap();
+            assert_allocates_nothing(&device, || {
+                let args = RvqEncodeArgs::new(rows.input_of(24), prepared.input(), codes.output());
+                plan.run(&device.stream(), args).unwrap();
+            });
+        }
+    }
+}
+
 /// Tables are lowered when the plan is made; a run with every operand walks them in place.
 #[cfg(feature = "attention")]
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use nextscale::verification::Rule;
 use nextscale::{Access, DType};
 
 use crate::runner::Runner;
@@ -136,6 +137,19 @@ impl Setting for DType {
     const WHAT: &'static str = "a dtype";
     fn parse(text: &str) -> Option<Self> {
         crate::tensors::DTYPES.iter().map(|&(dtype, _)| dtype).find(|dtype| dtype.to_string() == text)
+    }
+}
+
+impl Setting for Rule {
+    const WHAT: &'static str = "greedy, match, reject or block";
+    fn parse(text: &str) -> Option<Self> {
+        match text {
+            "greedy" => Some(Rule::Greedy),
+            "match" => Some(Rule::Match),
+            "reject" => Some(Rule::Reject),
+            "block" => Some(Rule::Block),
+            _ => None,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! A device is one variant of [`Runner`], one of [`Buffer`], and one arm in each match here. Ops see none of it.
 
+use std::marker::PhantomData;
 #[cfg(feature = "cudarc-0_19")]
 use std::sync::Arc;
 
@@ -32,25 +33,25 @@ pub(crate) enum Runner {
 
 /// Elements on a runner's device.
 pub(crate) enum Buffer<T> {
-    Host(Vec<T>),
-    /// On the 256-byte alignment of a device allocation, so that the sectors that are counted are those of a GPU.
+    /// On the 256-byte alignment of a device allocation, as workspaces want it.
+    Host { lines: Vec<Line>, len: usize, elements: PhantomData<T> },
+    /// Aligned alike, so that the sectors that are counted are those of a GPU.
     #[cfg(feature = "emulate")]
-    Emulated {
-        lines: Vec<Line>,
-        len: usize,
-    },
+    Emulated { lines: Vec<Line>, len: usize },
     /// In bytes: cudarc does not know all of our element types. Never of size zero, which CUDA cannot allocate.
     #[cfg(feature = "cudarc-0_19")]
-    Cuda {
-        bytes: CudaSlice<u8>,
-        len: usize,
-    },
+    Cuda { bytes: CudaSlice<u8>, len: usize },
 }
 
-#[cfg(feature = "emulate")]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(256))]
 pub(crate) struct Line([u8; 256]);
+
+fn lines_of<T: Element>(elements: &[T]) -> Vec<Line> {
+    let mut lines = vec![Line([0; 256]); size_of_val(elements).div_ceil(256)];
+    bytemuck::cast_slice_mut(&mut lines)[..elements.len()].copy_from_slice(elements);
+    lines
+}
 
 impl Runner {
     /// `counters`: the device must be one that counts.
@@ -121,13 +122,9 @@ impl Runner {
     /// A copy of `elements`.
     pub(crate) fn upload<T: Element>(&self, elements: &[T]) -> Result<Buffer<T>, Failure> {
         match self {
-            Runner::Host => Ok(Buffer::Host(elements.to_vec())),
+            Runner::Host => Ok(Buffer::Host { lines: lines_of(elements), len: elements.len(), elements: PhantomData }),
             #[cfg(feature = "emulate")]
-            Runner::Emulated => {
-                let mut lines = vec![Line([0; 256]); size_of_val(elements).div_ceil(256)];
-                bytemuck::cast_slice_mut(&mut lines)[..elements.len()].copy_from_slice(elements);
-                Ok(Buffer::Emulated { lines, len: elements.len() })
-            }
+            Runner::Emulated => Ok(Buffer::Emulated { lines: lines_of(elements), len: elements.len() }),
             #[cfg(feature = "cudarc-0_19")]
             Runner::Cuda(stream) => {
                 let source: &[u8] = bytemuck::cast_slice(elements);
@@ -168,7 +165,7 @@ impl<T: Element> Buffer<T> {
     /// For an op to read.
     pub(crate) fn as_in(&self) -> In<'_, T> {
         match self {
-            Buffer::Host(elements) => In::host(elements),
+            Buffer::Host { lines, len, .. } => In::host(&bytemuck::cast_slice(lines)[..*len]),
             #[cfg(feature = "emulate")]
             Buffer::Emulated { lines, len } => In::emulated(&bytemuck::cast_slice(lines)[..*len]),
             #[cfg(feature = "cudarc-0_19")]
@@ -184,7 +181,7 @@ impl<T: Element> Buffer<T> {
     /// For an op to write.
     pub(crate) fn as_out(&mut self) -> Out<'_, T> {
         match self {
-            Buffer::Host(elements) => Out::host(elements),
+            Buffer::Host { lines, len, .. } => Out::host(&mut bytemuck::cast_slice_mut(lines)[..*len]),
             #[cfg(feature = "emulate")]
             Buffer::Emulated { lines, len } => Out::emulated(&mut bytemuck::cast_slice_mut(lines)[..*len]),
             #[cfg(feature = "cudarc-0_19")]
@@ -200,7 +197,7 @@ impl<T: Element> Buffer<T> {
     /// The elements, in host memory.
     pub(crate) fn download(self) -> Result<Vec<T>, Failure> {
         match self {
-            Buffer::Host(elements) => Ok(elements),
+            Buffer::Host { lines, len, .. } => Ok(bytemuck::cast_slice(&lines)[..len].to_vec()),
             #[cfg(feature = "emulate")]
             Buffer::Emulated { lines, len } => Ok(bytemuck::cast_slice(&lines)[..len].to_vec()),
             #[cfg(feature = "cudarc-0_19")]

@@ -55,6 +55,8 @@ typedef int32_t nxs_dtype;
 #define NXS_FLAG_CODE_CLAMPED 1u     /* a code was outside its codebook and was clamped to the nearest entry */
 #define NXS_FLAG_APPEND_SKIPPED 2u   /* a row had no place in the cache and was not written */
 #define NXS_FLAG_POSITION_CLAMPED 4u /* a position was outside its table and was clamped to the nearest row */
+#define NXS_FLAG_CODEBOOK_NOT_FINITE 8u /* a codebook has elements that are NaN or infinite; they were taken as 0 */
+#define NXS_FLAG_ROW_NOT_FINITE 16u  /* a row had no finite distance to any code, and got code 0 */
 
 /* The version this library was built with. */
 uint32_t nxs_abi_version(void);
@@ -104,25 +106,27 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
  *
  * The schedule is made by the caller (nextscale's Rust plans make it) and lies in device memory as 32-bit words. An item
  * is a block of query rows that read the same keys: `groups` tiles of up to 64 rows. The keys come in runs, and a run in
- * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
- * the first. Offsets count words from the start of the schedule.
+ * chunks of 128 keys (160 where groups are 4) from its start on, the last one shorter; runs are taken as listed, chunks of a
+ * run from the last to the first. Offsets count words from the start of the schedule.
  *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
  *     0 offset of the first run, a multiple of 4   1 runs   2 split   3 digest: the params' value, or the item is not taken
  *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
  *   run, NXS_SCHEDULE_RUN_WORDS words:
  *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from
  *     4 + g: mask of tile g: NXS_MASK_NONE, all keys of the run are visible; NXS_MASK_HIDDEN, none is: only before the
- *     first run of which the tile sees something, or after the last one; else the offset, even, of a mask of 256 words that
+ *     first run of which the tile sees something, or after the last one; else the offset, a multiple of 4, of a mask that
  *     holds for every chunk of the run
- *   mask: two words for each of 128 threads, element i of thread t being bit i % 32 of word 2 t + i / 32: row
- *     16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
+ *   mask: w = 2 words (4 where groups are 4) for each of 128 threads, element i of thread t being bit i % 32 of word
+ *     w t + i / 32: row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
  * Each row belongs to one tile of each split.
  */
 #define NXS_SCHEDULE_ITEM_WORDS 12
 #define NXS_SCHEDULE_RUN_WORDS 8
 #define NXS_SCHEDULE_MASK_WORDS 256
+#define NXS_SCHEDULE_WIDE_MASK_WORDS 512
 #define NXS_SCHEDULE_TILE_ROWS 64
 #define NXS_SCHEDULE_CHUNK_KEYS 128
+#define NXS_SCHEDULE_WIDE_CHUNK_KEYS 160
 #define NXS_MASK_NONE 0u
 #define NXS_MASK_HIDDEN 1u
 
@@ -151,14 +155,14 @@ typedef struct nxs_scale_attention_params {
   int32_t heads, kv_heads, dim;     /* dim: a multiple of 8 up to 128 */
   int32_t items, splits;            /* items of all splits; splits >= 1 */
   int32_t pack;                     /* 1, or heads / kv_heads: rows of the schedule are (row, head within its group) */
-  int32_t groups;                   /* tiles of an item: 1 to 3 */
+  int32_t groups;                   /* tiles of an item: 1 or 2; for dim <= 64 also 3; beyond also 4, which a pair of blocks takes */
   int32_t section;                  /* heads (over the batch) whose items are taken before the next ones'; 0: all */
   int32_t length_count;
   int32_t schedule_head_words;
   uint32_t digest;                  /* word 3 of every item: tells this schedule from others */
   nxs_dtype dtype;                  /* NXS_BF16 or NXS_F16 */
   int32_t variant;                  /* 0: portable (sm_80), groups 1; 1: Hopper (sm_90a) */
-  int32_t blocks;                   /* of the Hopper kernel's persistent grid */
+  int32_t blocks;                   /* of the Hopper kernel's persistent grid; even for pairs */
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
 } nxs_scale_attention_params;
@@ -309,6 +313,102 @@ typedef struct nxs_rvq_decode_params {
 
 nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);
 
+/* What is nearest, and what a code stands for. */
+#define NXS_METRIC_L2 0          /* the code of least distance; its row */
+#define NXS_METRIC_COSINE_RAW 1  /* input and rows divided by max(norm, eps), then as L2; the row as it was (DAC, VAR znorm) */
+#define NXS_METRIC_COSINE_UNIT 2 /* the same search; the row that was divided (LlamaGen) */
+
+/*
+ * Codebooks made ready for search by nxs_codebook_prepare, in one piece of memory of `bytes` bytes. With P = padded_dim,
+ * Q = operand_dim and R = entries rounded up to 128:
+ *   at 0           f32 [levels, 4]: greatest norm of a searched row, of its second bf16 piece, of what the pieces leave out; 0
+ *   at values_at   f32 [levels, entries, P]: what codes stand for
+ *   at search_at   f32 [levels, R / 32, P / 4, 32, 4]: searched rows, element k of code c at [c / 32, k / 4, c % 32, k % 4]
+ *   at operand_at  bf16 [levels, R / 128, Q / 8, 128, 8]: B of the products, element q of code c at [c / 128, q / 8, c % 128,
+ *                  q % 8]; of a searched row c, with hi = bf16(c), lo = bf16(c - hi) and three pieces n of -|c|^2 / 2:
+ *                  (pieces 1) hi, n, 0, ...; (pieces 3) hi, hi, lo, n, 0, ...
+ * Elements from dim on are 0, as are searched rows from entries on; the first piece of their n is -2^120.
+ */
+typedef struct nxs_codebook {
+  void *prepared;       /* 256-byte aligned */
+  int64_t values_at, search_at, operand_at, bytes; /* multiples of 256 */
+  int64_t entries;      /* 1 to 131072 */
+  int32_t levels;       /* 1 to 65536 */
+  int32_t dim;          /* 1 to 512 */
+  int32_t padded_dim;   /* dim rounded up to 8 */
+  int32_t operand_dim;  /* pieces * padded_dim + 3 rounded up to 16 times a multiple of 2, 3 or 4: the least of these */
+  int32_t pieces;       /* 1 or 3 */
+  int32_t metric;       /* NXS_METRIC_* */
+  float eps;            /* least norm that a row is divided by */
+} nxs_codebook;
+
+/*
+ * Fills codebook.prepared from rows, or, if usage is given, from rows / max(usage, usage_eps) (running sums and counts of an
+ * exponential moving average). Elements that are not finite are taken as 0, and NXS_FLAG_CODEBOOK_NOT_FINITE is OR-ed into
+ * *flags_or_null.
+ */
+typedef struct nxs_codebook_prepare_params {
+  nxs_codebook codebook;
+  const void *rows;           /* [levels, entries, dim] rows_dtype */
+  const float *usage_or_null; /* [levels, entries] */
+  uint32_t *flags_or_null;    /* [1]; only ever OR-ed into: the caller clears it */
+  int64_t rows_stride_level, rows_stride_entry, usage_stride_level;
+  float usage_eps;
+  nxs_dtype rows_dtype;       /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_codebook_prepare_params;
+
+nxs_status nxs_codebook_prepare(const nxs_codebook_prepare_params *params, void *stream);
+
+/*
+ * Residual-vector-quantization encode (EnCodec, Mimi, RQ-VAE, DAC; with one level vector quantization):
+ *   r = input[b, t, :] in f32
+ *   for l ascending: codes[b, l, t] = argmin over c of |s - search[l, c]|^2 with s = r, or with a cosine metric
+ *                    r / max(|r|, eps);  r = r - values[l, codes[b, l, t]]
+ *   residual[b, t, :] = round(r); quantized[b, t, :] = round(sum over l ascending of values[l, codes[b, l, t]])
+ * The score that is least is f32: acc = fma(s[k] - c[k], s[k] - c[k], acc) for k ascending from acc = 0; the lowest code wins
+ * ties. A code whose score is NaN or infinite does not win; if all are, the code is 0, its distance +inf, and
+ * NXS_FLAG_ROW_NOT_FINITE is OR-ed into *flags_or_null. Norms are sqrt of an f32 fma chain, k ascending.
+ *
+ * With latent > 0 (DAC) input, residual and quantized have `latent` elements a row, and each level searches
+ *   e[j] = fma over k ascending of in_weight[l, j, k] r[k], from in_bias[l, j], in four chains: of k % 4 = 0, 1, 2, 3, the first
+ *          from in_bias, the others from 0, added as (0 + 1) + (2 + 3)
+ * instead of r, and takes y[k] = fma over j ascending of out_weight[l, k, j] values[l, code, j], from out_bias[l, k], from r.
+ */
+typedef struct nxs_rvq_encode_params {
+  nxs_codebook codebook;           /* levels 1: shared by all levels */
+  const void *input;               /* [batch, rows, dim or latent] dtype, every dimension strided */
+  void *codes;                     /* [batch, levels, rows] codes_dtype, every dimension strided */
+  void *quantized_or_null;         /* [batch, rows, dim or latent] dtype, every dimension strided; no elements overlap */
+  void *residual_or_null;          /* [batch, rows, dim or latent] dtype, every dimension strided; no elements overlap */
+  float *distances_or_null;        /* [batch, levels, rows]: the winners' scores, every dimension strided */
+  uint32_t *histogram_or_null;     /* [levels, entries], contiguous: counts are added to what is there */
+  uint32_t *flags_or_null;         /* [1]; only ever OR-ed into: the caller clears it */
+  const float *in_weight_or_null;  /* [levels, dim, latent]; these four contiguous and required with latent > 0 */
+  const float *in_bias_or_null;    /* [levels, dim] */
+  const float *out_weight_or_null; /* [levels, latent, dim] */
+  const float *out_bias_or_null;   /* [levels, latent] */
+  int64_t input_stride_batch, input_stride_row, input_stride_dim;
+  int64_t codes_stride_batch, codes_stride_level, codes_stride_row;
+  int64_t quantized_stride_batch, quantized_stride_row, quantized_stride_dim;
+  int64_t residual_stride_batch, residual_stride_row, residual_stride_dim;
+  int64_t distances_stride_batch, distances_stride_level, distances_stride_row;
+  int64_t batch, rows;
+  int32_t levels;                  /* 1 to 32; at most codebook.levels unless that is 1 */
+  int32_t latent;                  /* 0, or 1 to 1024 with dim up to 32 */
+  nxs_dtype dtype;                 /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype codes_dtype;           /* NXS_U16 (entries up to 65536), NXS_U32 or NXS_I64 */
+  int32_t variant;                 /* NXS_RVQ_ENCODE_* */
+  int32_t tile_rows;               /* SM80: 16, 32 or 64; SM90: 64; STREAM: rows of a cluster, 1 to 8; PROJECTED: 16 */
+  int32_t stages;                  /* SM80, SM90: pieces of the operand that shared memory has room for, 2 to 8 */
+  int32_t cluster;                 /* SM90, STREAM: blocks of a cluster, 1, 2, 4 or 8, STREAM also 16; SM90: at most one for
+                                      each 128 entries */
+} nxs_rvq_encode_params;
+#define NXS_RVQ_ENCODE_SM80 0      /* mma.sync */
+#define NXS_RVQ_ENCODE_SM90 1      /* wgmma; dim up to 256 */
+#define NXS_RVQ_ENCODE_STREAM 2    /* few rows, one cluster each tile_rows; sm_90 */
+#define NXS_RVQ_ENCODE_PROJECTED 3 /* latent > 0 */
+
+nxs_status nxs_rvq_encode(const nxs_rvq_encode_params *params, void *stream);
 /* How a map is resized along each axis, align_corners false. */
 #define NXS_RESIZE_BICUBIC 0  /* a = -0.75, source positions not clamped, taps clamped into the map */
 #define NXS_RESIZE_BILINEAR 1 /* source positions clamped from below */
@@ -484,6 +584,130 @@ typedef struct nxs_remap_params {
 } nxs_remap_params;
 
 nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
+
+/* ---- verification ------------------------------------------------------------------------------------------- */
+
+/*
+ * Rows of logits are cut into chunks of NXS_CHUNK_COLUMNS columns. A row's distribution is the softmax of
+ * logit / temperature, in powers of two: with s = log2(e) / temperature, max the greatest logit of a chunk and r the
+ * integer nearest to s * max, the chunk's partial is { max, sum over its columns of 2^(s * logit - r) }. The sum is 0
+ * where max is infinite, where |s * max| > 2^21, and for greedy rows; its sign is set if the chunk holds a NaN, which has
+ * no part in either number. A temperature below 1e-5 is greedy. Temperatures, seeds and positions stand in device memory,
+ * so that a captured graph takes those of the moment.
+ *
+ * The random draws are Philox blocks of (seed, absolute position, use | row << 8, draw), as nextscale's documentation of
+ * the module `verification` says.
+ */
+#define NXS_CHUNK_COLUMNS 1024
+
+/* Bits of a status word. */
+#define NXS_STATUS_TARGET_NAN 1u        /* a row of the target holds a NaN */
+#define NXS_STATUS_DRAFT_BAD 2u         /* a row of the draft holds a NaN or nothing */
+#define NXS_STATUS_TARGET_EMPTY 4u      /* a row of the target allows no token */
+#define NXS_STATUS_TARGET_BEYOND 8u     /* a greatest logit is infinite or too large for its temperature */
+#define NXS_STATUS_DRAFT_IMPOSSIBLE 16u /* q is 0 for a draft */
+#define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
+#define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
+
+/* partials[r, c] = the partial of chunk c of logits[r]. */
+typedef struct nxs_row_stats_params {
+  const void *logits;               /* [rows, vocab] dtype */
+  const float *temperature_or_null; /* [rows]; null: 1 */
+  const uint32_t *allow_or_null;    /* [rows, ceil(vocab / 32)]: bit v % 32 of word v / 32 is column v; the others count
+                                       as -inf */
+  float *partials;                  /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS), 2], 8-byte aligned */
+  int64_t stride_row, allow_stride_row;
+  int64_t rows, vocab;              /* vocab from 1 to 2^24, fewer than 2^31 chunks */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_row_stats_params;
+
+nxs_status nxs_row_stats(const nxs_row_stats_params *params, void *stream);
+
+/* One draft a row, drawn from its distribution, and what nxs_verify has to know of the row. */
+typedef struct nxs_draft_sample_params {
+  const void *logits;                     /* [rows, vocab] dtype */
+  const float *temperature_or_null;       /* [rows]; null: 1 */
+  const int32_t *top_k_or_null;           /* [rows]; 0 and null: off */
+  const float *top_p_or_null;             /* [rows]; 1 and null: off */
+  const float *min_p_or_null;             /* [rows]; 0 and null: off */
+  const int32_t *draft_to_target_or_null; /* [vocab]: the token of a column; null: the column */
+  const int64_t *seeds_or_null;           /* [rows]; null: 0 */
+  const int64_t *positions_or_null;       /* [rows], of the step's first draft; null: 0 */
+  const float *uniforms_or_null;          /* [rows, 4] in [0, 1); in place of seeds */
+  int32_t *tokens;                        /* [rows] */
+  float *stats_or_null;                   /* [rows, 4], 4-byte aligned: greatest logit; sum (its sign: a NaN); least logit that is
+                                             kept; log2(e) / temperature, 0 for a greedy row */
+  float *log_probs_or_null;               /* [rows], natural logarithm; NaN where no token could be drawn */
+  uint32_t *status;                       /* [rows] NXS_STATUS_*, the row being the target */
+  void *workspace;                        /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS)] partials, 8-byte aligned */
+  uint32_t *counters;                     /* [rows], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t rows, vocab;                    /* vocab from 1 to 2^24 */
+  int32_t row_in_step;                    /* 0 to 1023 */
+  int32_t fallback;                       /* the token where none can be drawn */
+  int32_t chunks_per_item;                /* a multiple of 8: chunks that a block takes between two arrivals */
+  int32_t blocks;                         /* of the persistent grid */
+  nxs_dtype dtype;                        /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_draft_sample_params;
+
+nxs_status nxs_draft_sample(const nxs_draft_sample_params *params, void *stream);
+
+/* When a draft is accepted. */
+#define NXS_RULE_GREEDY 0
+#define NXS_RULE_MATCH 1
+#define NXS_RULE_REJECT 2
+#define NXS_RULE_BLOCK 3
+
+/*
+ * Verification of chains of drafts. Request b has the rows cu_rows[b] to cu_rows[b + 1] - 1 of the step, one more than
+ * drafts; row i is the target's distribution after the first i drafts. What is emitted, and when a draft is accepted, is
+ * described at nextscale::verification::Verifier and Rule. `rows` below is batch * (max_drafts + 1).
+ */
+typedef struct nxs_verify_params {
+  const void *target;                      /* [target_rows, vocab] target_dtype: raw logits */
+  const void *draft_or_null;               /* [draft_rows, draft_vocab] draft_dtype: raw logits; null: drafts are not random */
+  const int32_t *cu_rows;                  /* [batch + 1], ascending */
+  const int32_t *drafts;                   /* [rows]: at row r the draft that it scores; -1: none from here on */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft; null: b * max_drafts + i */
+  const float *draft_stats_or_null;        /* [draft_rows, 4] of nxs_draft_sample: rows of draft are not swept */
+  const int32_t *target_to_draft_or_null;  /* [vocab]: the column of draft, or -1; null: the token itself */
+  const float *target_stats_or_null;       /* [target_rows, chunks, 2]: partials; rows of target are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const int32_t *rules_or_null;            /* [batch] NXS_RULE_*; null, and what is none: rule */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after row 0 */
+  const float *uniforms_or_null;           /* [rows, 4] by request and row: accept test, three for a token */
+  int32_t *tokens;                         /* [batch, max_drafts + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch] */
+  float *log_probs_or_null;                /* [batch, max_drafts + 1], NaN after what is emitted */
+  void *workspace;                         /* 16-byte aligned: [rows] of NXS_VERIFY_ROW_BYTES, then [rows, chunks of target and
+                                              of draft where it is swept, 2] f32, then [rows, chunks of target] f32 */
+  uint32_t *counters;                      /* [rows + 2 * batch], all 0 before the first run and after each */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row;
+  int64_t batch, vocab, draft_vocab;       /* vocabularies from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int32_t max_drafts;                      /* 0 to 1023 */
+  int32_t rule;
+  int32_t may_block;                       /* 1: a request may have NXS_RULE_BLOCK: a second kernel is enqueued */
+  int32_t trials;                          /* draws of thinning before the rows are swept for the residual */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t chunks_per_item;                 /* a multiple of 8 */
+  int32_t blocks;                          /* of the persistent grid */
+  nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_verify_params;
+
+#define NXS_VERIFY_ROW_BYTES 64
+
+nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,126 @@
+// Draft sampling: a token of each row by three uniforms, and what a verifier has to know of the row.
+//
+// Who does what  A persistent grid of blocks of 8 warps. An item is chunks_per_item chunks of a row; block i takes items i,
+//                i + blocks, ... A warp writes the partials of its chunks, then the block arrives at the row's counter.
+//                The last block to come, whichever it is, has all partials of the row and draws its token.
+// Bytes          rows * vocab * sizeof(dtype), once; the chunk of the token again; 8 a chunk written and read.
+// Determinism    bitwise: partials do not depend on who makes them, and one block reads them in order.
+#include "common/check.h"
+#include "common/ptx/atomic.cuh"
+#include "common/ptx/launch.cuh"
+#include "verification/sample.cuh"
+
+namespace nxs::verification {
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) draft_sample_kernel(const __grid_constant__ nxs_draft_sample_params p) {
+  const u32 shared = dynamic_shared(), warp = thread_index() / 32;
+  const u32 columns = static_cast<u32>(p.vocab), chunks = chunks_of(columns);
+  const u32 an_item = static_cast<u32>(p.chunks_per_item), slices = (chunks + an_item - 1) / an_item;
+  const u64 items = static_cast<u64>(p.rows) * slices;
+  for (u64 item = block_index_x(); item < items; item += grid_size_x()) {
+    const u32 r = static_cast<u32>(item / slices), slice = static_cast<u32>(item - static_cast<u64>(r) * slices);
+    const Row<T> row = {static_cast<const T*>(p.logits) + r * p.stride_row, nullptr, columns};
+    const Scale scale = scale_of(p.temperature_or_null ? load_global_nc(p.temperature_or_null + r) : 1.0f);
+    Partial* partials = static_cast<Partial*>(p.workspace) + static_cast<u64>(r) * chunks;
+    for (u32 round = warp; round < an_item; round += kWarps) {
+      const u32 chunk = slice * an_item + round;
+      if (chunk >= chunks) break;
+      Logits<T> logits = load_logits(row, chunk);
+      const Partial partial = chunk_partial(logits, scale);
+      if (lane_index() == 0) store_global(partials + chunk, partial);
+    }
+    block_sync();
+    if (thread_index() == 0) store_shared(shared, atomic_inc_acq_rel_global(p.counters + r, slices - 1));
+    block_sync();
+    if (load_shared<u32>(shared) != slices - 1) continue;
+
+    const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
+    Summary summary = summarize(chunks, scale, load);
+    Truncation truncation = {0, 1.0f, 0.0f};
+    if (p.top_k_or_null) {
+      const i32 top_k = load_global_nc(p.top_k_or_null + r);
+      truncation.top_k = top_k > 0 ? static_cast<u32>(top_k) : 0;
+    }
+    if (p.top_p_or_null) truncation.top_p = load_global_nc(p.top_p_or_null + r);
+    if (p.min_p_or_null) truncation.min_p = load_global_nc(p.min_p_or_null + r);
+    truncate_row(truncation, summary, row, chunks, partials, shared + 16);
+    if (warp == 0) {
+      Uniforms u;
+      if (p.uniforms_or_null) {
+        for (u32 i = 0; i < 4; ++i) u.at[i] = load_global_nc(p.uniforms_or_null + r * i64{4} + i);
+      } else {
+        const u64 seed = p.seeds_or_null ? static_cast<u64>(load_global_nc(p.seeds_or_null + r)) : 0;
+        const u64 position = p.positions_or_null ? static_cast<u64>(load_global_nc(p.positions_or_null + r)) : 0;
+        const u32 row_in_step = static_cast<u32>(p.row_in_step);
+        u = draw(seed, position + row_in_step, kUseDraft, row_in_step, 0);
+      }
+      const u32 column = sample_row(summary, row, chunks, u.at[0], u.at[1], u.at[2], load);
+      if (lane_index() == 0) {
+        i32 token = p.fallback;
+        if (column != kNothing)
+          token = p.draft_to_target_or_null ? load_global_nc(p.draft_to_target_or_null + column)
+                                            : static_cast<i32>(column);
+        store_global(p.tokens + r, token);
+        u32 said = summary.nan ? NXS_STATUS_TARGET_NAN : 0;
+        if (summary.beyond || summary.top == INFINITY) said |= NXS_STATUS_TARGET_BEYOND;
+        if (summary.shape == kEmpty) said |= NXS_STATUS_TARGET_EMPTY;
+        store_global(p.status + r, said);
+        const bool spread = summary.shape == kSpread;
+        if (p.stats_or_null) {
+          float* stats = p.stats_or_null + r * i64{4};
+          const float sum = spread ? summary.sum : 0.0f;
+          store_global(stats, summary.top);
+          store_global(stats + 1, summary.nan ? -sum : sum);
+          store_global(stats + 2, spread ? summary.cut : -INFINITY);
+          store_global(stats + 3, spread ? summary.scale.per_logit : 0.0f);
+        }
+        if (p.log_probs_or_null) {
+          float log_prob = bits_float(0x7fffffffu);
+          if (column != kNothing) log_prob = spread ? log_probability(summary, logit_at(row, column)) : 0.0f;
+          store_global(p.log_probs_or_null + r, log_prob);
+        }
+      }
+    }
+    block_sync();
+  }
+}
+
+template <typename T> nxs_status draft_sample(const nxs_draft_sample_params& p, void* stream) {
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(p.blocks));
+  shape.block = kThreads;
+  shape.dynamic_smem = 128;
+  return launch(draft_sample_kernel<T>, shape, stream, p);
+}
+
+}  // namespace nxs::verification
+
+extern "C" nxs_status nxs_draft_sample(const nxs_draft_sample_params* params, void* stream) {
+  using namespace nxs;
+  using namespace nxs::verification;
+  NXS_REQUIRE(params, NXS_E_NULL);
+  const nxs_draft_sample_params& p = *params;
+  NXS_REQUIRE(p.dtype == NXS_F32 || p.dtype == NXS_F16 || p.dtype == NXS_BF16, NXS_E_DTYPE);
+  NXS_REQUIRE(p.rows >= 0 && p.rows <= i64{1} << 20 && p.vocab >= 1 && p.vocab <= i64{1} << 24, NXS_E_SHAPE);
+  NXS_REQUIRE(p.row_in_step >= 0 && p.row_in_step <= 1023, NXS_E_SHAPE);
+  NXS_REQUIRE(p.stride_row >= 0, NXS_E_STRIDE);
+  if (p.rows == 0) return NXS_OK;
+  NXS_REQUIRE(p.chunks_per_item >= 8 && p.chunks_per_item % 8 == 0 && p.blocks >= 1, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.logits && p.tokens && p.status && p.workspace && p.counters, NXS_E_NULL);
+  for (const void* word : {static_cast<const void*>(p.temperature_or_null), static_cast<const void*>(p.top_k_or_null),
+                           static_cast<const void*>(p.top_p_or_null), static_cast<const void*>(p.min_p_or_null),
+                           static_cast<const void*>(p.draft_to_target_or_null),
+                           static_cast<const void*>(p.uniforms_or_null), static_cast<const void*>(p.tokens),
+                           static_cast<const void*>(p.stats_or_null), static_cast<const void*>(p.log_probs_or_null),
+                           static_cast<const void*>(p.status), static_cast<const void*>(p.counters)})
+    NXS_REQUIRE(is_aligned(word, 4), NXS_E_ALIGNMENT);
+  NXS_REQUIRE(is_aligned(p.logits, dtype_bytes(p.dtype)) && is_aligned(p.seeds_or_null, 8) &&
+                  is_aligned(p.positions_or_null, 8) && is_aligned(p.workspace, 8),
+              NXS_E_ALIGNMENT);
+  switch (p.dtype) {
+    case NXS_F32: return draft_sample<float>(p, stream);
+    case NXS_F16: return draft_sample<f16>(p, stream);
+    default: return draft_sample<bf16>(p, stream);
+  }
+}
