@@ -77,7 +77,7 @@ where
     let phis = || shape.phi.then(|| phi.input());
 
     let steps = |plan: &MultiScale<T, bf16>, turns: bool| {
-        for scale in 0..scales {
+        for (scale, of_scale) in tokens.iter().enumerate() {
             let mut maps = maps.borrow_mut();
             let [first, second] = &mut *maps;
             let f_hat = match scale {
@@ -91,7 +91,7 @@ where
                 stream,
                 StepArgs {
                     scale,
-                    tokens: tokens[scale].input(),
+                    tokens: of_scale.input(),
                     codebook: books(),
                     phi: phis(),
                     f_hat: Some(f_hat),

@@ -61,6 +61,12 @@ __host__ NXS_DEVICE constexpr u32 up_stride(u32 width) {
   return width4 == 16 ? 24 : width4 + 4;
 }
 
+// Words between channels of `up`: such that the same column of two chunks of four channels lies in different banks.
+__host__ NXS_DEVICE constexpr u32 up_plane(u32 band, u32 width) {
+  const u32 words = (band + 2) * up_stride(width);
+  return words % 8 == 0 ? words + 4 : words;
+}
+
 // Where the owner kernel keeps things, bytes from the start of shared memory.
 struct OwnerLayout {
   u32 weights, plane, up, work, bytes;
@@ -84,7 +90,7 @@ inline OwnerLayout owner_layout(const Params& p, u32 taps) {
   at.weights = round_up(p.height * 20, 16);
   at.plane = at.weights + (conv ? p.group / 4 * (9 * p.channels + 1) * 16 : 0);
   at.up = at.plane + (plane ? p.group * p.height * p.width * 4 : 0);
-  at.work = at.up + (conv ? channels4 * (p.band + 2) * up_stride(p.width) * 4 : 0);
+  at.work = at.up + (conv ? channels4 * up_plane(p.band, p.width) * 4 : 0);
   at.bytes = at.work + work;
   return at;
 }
@@ -389,7 +395,8 @@ NXS_DEVICE void resize(const ScaleParams& q, const Grid& grid, u32 shared, u32 l
 // The phi of a band: sums of each eighth of the inputs, for outputs 4 `group` and on, to the working memory.
 NXS_DEVICE void convolve(const ScaleParams& q, u32 shared, u32 group) {
   const Params& p = q.p;
-  const u32 channels = p.channels, band = p.band, stride = up_stride(p.width) * 4, plane = (band + 2) * stride;
+  const u32 channels = p.channels, band = p.band, stride = up_stride(p.width) * 4;
+  const u32 plane = up_plane(band, p.width) * 4;
   const u32 columns = ceil_div(p.width, 4), tiles = band / 2 * columns, share = ceil_div(channels, kParts);
   const u32 weights = shared + q.at.weights + group * (9 * channels + 1) * 16;
   for (u32 item = thread_index(); item < tiles * kParts; item += kScaleThreads) {
@@ -420,12 +427,12 @@ NXS_DEVICE void convolve(const ScaleParams& q, u32 shared, u32 group) {
               sum[r][i][k] = fma(pixel[r + tap / 3][i + tap % 3], weight.data[k], sum[r][i][k]);
       }
     }
-    const u32 to = shared + q.at.work + ((part * 4 * band + row) * columns + x / 4) * 16;
+    const u32 to = shared + q.at.work + (part * 4 * band * columns + tile) * 16;  // [part][output][row % 2][tile]
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        store_shared(to + (k * band + r) * columns * 16,
+        store_shared(to + (2 * k + r) * tiles * 16,
                      Four{{sum[r][0][k], sum[r][1][k], sum[r][2][k], sum[r][3][k]}});
   }
 }
@@ -436,10 +443,11 @@ struct Sums {
   bool there;
 };
 NXS_DEVICE Sums sums_of(const Params& p, const Owner& o, u32 group, u32 y0, u32 item) {
-  const u32 columns = ceil_div(p.width, 4), row = item / columns;
+  const u32 columns = ceil_div(p.width, 4), tiles = p.band / 2 * columns;
+  const u32 half = item / tiles, tile = item - half * tiles, row = tile / columns;
   Sums at;
-  at.k = row / p.band;
-  at.x = (item - row * columns) * 4, at.y = y0 + row - at.k * p.band;
+  at.k = half / 2;
+  at.x = (tile - row * columns) * 4, at.y = y0 + row * 2 + half % 2;
   at.channel = o.channel + group * 4 + at.k;
   at.there = at.k < 4 && at.y < static_cast<u32>(p.height) && at.channel < static_cast<u32>(p.channels);
   return at;
@@ -577,7 +585,7 @@ template <int kTaps> NXS_DEVICE void prepare_scale(const ScaleParams& q, u32 sha
   }
   if (p.scale_phi[s] < 0 || zeroed) return;
   // What lies beside the map; what lies above and below is written with each band.
-  const u32 words = round_up(p.channels, 4) * (p.band + 2) * up_stride(p.width);
+  const u32 words = round_up(p.channels, 4) * up_plane(p.band, p.width);
   for (u32 i = thread_index(); i < words / 4; i += kScaleThreads) store_shared(shared + q.at.up + i * 16, Four{});
   zeroed = true;
 }
@@ -630,7 +638,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
         Four old = old_of(q, o, 0, y0);
         copy_async_wait<0>();
         block_sync();
-        const u32 plane = (p.band + 2) * stride;
+        const u32 plane = up_plane(p.band, width);
         resize<kTaps>(q, grid, o.shared, lo, chunks, ya, yb, [&](u32 chunk, u32 y, u32 x, const Four& h) {
           const u32 to = o.shared + q.at.up + (chunk * 4 * plane + (y + 1 - y0) * stride + x + 1) * 4;
 #pragma unroll

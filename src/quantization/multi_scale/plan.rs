@@ -332,7 +332,9 @@ impl Plan {
         }
         if conv {
             let stride = if width4 == 16 { 24 } else { width4 + 4 };
-            bytes += group / 4 * (9 * self.channels + 1) * 16 + channels4 * (band + 2) * stride * 4;
+            let plane = (band + 2) * stride;
+            let plane = if plane.is_multiple_of(8) { plane + 4 } else { plane };
+            bytes += group / 4 * (9 * self.channels + 1) * 16 + channels4 * plane * 4;
             work = work.max(PARTS * 16 * band * width4);
         }
         bytes + work
