@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_verification import Verify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
@@ -306,6 +307,7 @@ OPS = {
     "scale_attention": ScaleAttention,
     "attention_merge": AttentionMerge,
     "attention_prepare": AttentionPrepare,
+    "verify": Verify,
 }
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compare_attention import scale_attention
+from compare_verification import draft_sample, row_stats, verify
 from nextscale_ref import attention, philox, rvq
 
 DTYPES = {
@@ -329,6 +330,9 @@ OPS = {
     "scale_attention": scale_attention,
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,
+    "verify": verify,
+    "draft_sample": draft_sample,
+    "row_stats": row_stats,
     "philox_fill": philox_fill,
 }
 
