@@ -4,7 +4,8 @@
     python bench_peers.py --out peers.json
 
 Modes, each a median:
-    graph  a CUDA graph of 20 calls (fewer if they take over 4 ms), L2 warm; the time of a replay / calls
+    graph  a CUDA graph of 20 calls (fewer if they take over 4 ms), L2 warm; the time of a replay / calls. After 200 ms of
+           rest, as the Rust benches do it: a GPU under load lowers its clock
     eager  20 calls from Python between two events / 20
     cold   one call between two events after 256 MiB were written, which leaves nothing of the inputs in L2; the GPU is
            kept busy until the call is enqueued, so that the time is the GPU's, not Python's
@@ -33,12 +34,16 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_multi_scale import MultiScale
+from peers_rvq_encode import RvqEncode
 from peers_verification import Verify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
 # A graph of fewer calls, if they would take longer than this.
 LONG_GRAPH_MS = 4
+# Before a graph is timed.
+REST_S = 0.2
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 COMPILERS = [("default", "compile"), ("max-autotune-no-cudagraphs", "compile max-autotune")]
@@ -304,9 +309,11 @@ class AttentionPrepare(Expressions):
 
 OPS = {
     "rvq_decode": RvqDecode,
+    "rvq_encode": RvqEncode,
     "scale_attention": ScaleAttention,
     "attention_merge": AttentionMerge,
     "attention_prepare": AttentionPrepare,
+    "multi_scale": MultiScale,
     "verify": Verify,
 }
 
@@ -340,7 +347,12 @@ def check_one(out, want, tolerance):
 def poison(like):
     """Memory that a call may get for its output holds NaN afterwards."""
     for tensor in tensors(like):
-        torch.full_like(tensor, float("nan"))
+        torch.full_like(tensor, nothing(tensor))
+
+
+def nothing(tensor):
+    """What no result is."""
+    return float("nan") if tensor.is_floating_point() else -1
 
 
 def milliseconds(work):
@@ -354,9 +366,11 @@ def milliseconds(work):
 
 
 def median_us(work):
-    """Median GPU time of 7 to 30 rounds, as many as fit in about half a second."""
-    work()
-    rounds = min(30, max(7, int(500 / max(milliseconds(work), 1e-3))))
+    """Median GPU time of the rounds that fit in 100 ms, at least 7, after 25 ms of them."""
+    once = max(milliseconds(work), 1e-3)
+    for _ in range(max(1, int(25 / once))):
+        work()
+    rounds = min(200, max(7, int(100 / once)))
     return statistics.median(milliseconds(work) for _ in range(rounds)) * 1e3
 
 
@@ -373,9 +387,11 @@ def time_graph(call, verify):
         for _ in range(calls):
             out = call()
     for tensor in tensors(out):
-        tensor.fill_(float("nan"))
+        tensor.fill_(nothing(tensor))
     graph.replay()
     verify(out)
+    torch.cuda.synchronize()
+    time.sleep(REST_S)
     return median_us(graph.replay) / calls
 
 

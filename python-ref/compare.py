@@ -19,7 +19,9 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import compare_multi_scale
 from compare_attention import scale_attention
+from compare_rvq_encode import rvq_encode
 from compare_verification import draft_sample, row_stats, verify
 from nextscale_ref import attention, philox, rvq
 
@@ -327,6 +329,7 @@ def philox_fill(program, number, rng):
 
 OPS = {
     "rvq_decode": rvq_decode,
+    "rvq_encode": rvq_encode,
     "scale_attention": scale_attention,
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,
@@ -334,7 +337,7 @@ OPS = {
     "draft_sample": draft_sample,
     "row_stats": row_stats,
     "philox_fill": philox_fill,
-}
+} | compare_multi_scale.OPS
 
 
 def main():

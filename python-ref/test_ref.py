@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import make_golden
-from nextscale_ref import attention, philox, rvq, scale_attention
+from nextscale_ref import attention, multi_scale, philox, rvq, scale_attention
 
 
 def test_philox_known_answers():
@@ -328,6 +328,51 @@ def main():
         if name.startswith("test_"):
             test()
             print(f"{name}: ok")
+
+
+def test_multi_scale_conventions():
+    # Weights half way between pixels, windows of 16 to 13, and tokens of 2 x 2 pixels.
+    impulses = torch.eye(8, dtype=torch.float64).view(8, 1, 1, 8)
+    weights = multi_scale.resize(impulses, (1, 12), "bicubic")[1:5, 0, 0, 4]
+    assert torch.allclose(weights, torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375], dtype=torch.float64), atol=1e-12)
+    ramp = torch.arange(16, dtype=torch.float64).view(1, 1, 1, 16)
+    windows = [(0, 2), (1, 3), (2, 4), (3, 5), (4, 7), (6, 8), (7, 9), (8, 10), (9, 12), (11, 13), (12, 14), (13, 15), (14, 16)]
+    means = torch.tensor([(first + last - 1) / 2 for first, last in windows], dtype=torch.float64)
+    assert torch.allclose(multi_scale.resize(ramp, (1, 13), "area")[0, 0, 0], means)
+    tokens = torch.arange(24, dtype=torch.float32).view(1, 3, 8)
+    pixels = multi_scale.grid(tokens, (1, 3), patch=2)
+    assert pixels.shape == (1, 2, 2, 6) and pixels[0, 1, 1, 2] == 8 + 4 * 1 + 2 * 1 + 0
+    assert torch.equal(multi_scale.token_major(pixels, 2), tokens.double())
+
+
+def test_multi_scale_adds_up_as_var_does():
+    generator = torch.Generator().manual_seed(0)
+    book = torch.randn(7, 4, generator=generator)
+    phis = (torch.randn(2, 4, 4, 3, 3, generator=generator), torch.randn(2, 4, generator=generator), 0.5, [0, 1, 1])
+    quantizer = multi_scale.Quantizer([(1, 1), (2, 2), (3, 3)], phis=phis)
+    codes = torch.randint(0, 7, [2, 14], generator=generator)
+    maps, inputs = quantizer.chain(codes, book)
+    f_hat = torch.zeros(2, 4, 3, 3, dtype=torch.float64)
+    for scale, side in enumerate([1, 2, 3]):
+        h = book.double()[codes[:, [0, 1, 5][scale] : [1, 5, 14][scale]]].transpose(1, 2).reshape(2, 4, side, side)
+        if side < 3:
+            h = F.interpolate(h, size=(3, 3), mode="bicubic")
+        weight, bias = phis[0][phis[3][scale]].double(), phis[1][phis[3][scale]].double()
+        f_hat = f_hat + h * 0.5 + F.conv2d(h, weight, bias, padding=1) * 0.5
+        assert torch.allclose(maps[scale], f_hat)
+        if scale < 2:
+            area = F.interpolate(f_hat, size=(side + 1, side + 1), mode="area")
+            assert torch.allclose(inputs[scale], area.flatten(2).transpose(1, 2))
+
+
+def test_fsq_levels():
+    levels = torch.tensor([8, 5])
+    for bound in ["tanh", "symmetric", "clamp"]:
+        z = torch.tensor([[9.0, 9.0], [-9.0, -9.0]], dtype=torch.float64)
+        level = multi_scale.fsq_level(z, levels, bound).round()
+        assert level.tolist() == [[7, 4], [0, 0]]
+        value = multi_scale.fsq_value(level, levels, bound)
+        assert value.tolist() == ([[0.75, 1.0], [-1.0, -1.0]] if bound == "tanh" else [[1.0, 1.0], [-1.0, -1.0]])
 
 
 if __name__ == "__main__":

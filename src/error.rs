@@ -124,6 +124,13 @@ pub enum Error {
         /// How many there are.
         rows: u64,
     },
+    /// The host path met a NaN or an infinity where there must be none. (A kernel takes it as 0 and sets a flag.)
+    NotFinite {
+        /// The argument.
+        arg: &'static str,
+        /// Position in the buffer, in elements.
+        at: u64,
+    },
     /// A dtype that is known only when the program runs does not suit.
     DType {
         /// The argument.
@@ -168,6 +175,7 @@ impl fmt::Display for Error {
             Error::RowOutOfRange { arg, at, row, rows } => {
                 write!(f, "{arg}: row {row} by element {at}, but there are {rows} rows")
             }
+            Error::NotFinite { arg, at } => write!(f, "{arg}: element {at} is NaN or infinite"),
             Error::DType { arg, what } => write!(f, "{arg}: wrong dtype; {what}"),
             Error::Launch { op, code, name } => write!(f, "{op}: {name} ({code})"),
         }

@@ -24,11 +24,15 @@ pub const NXS_I64: u32 = 9;
 pub const NXS_FLAG_CODE_CLAMPED: u32 = 1;
 pub const NXS_FLAG_APPEND_SKIPPED: u32 = 2;
 pub const NXS_FLAG_POSITION_CLAMPED: u32 = 4;
+pub const NXS_FLAG_CODEBOOK_NOT_FINITE: u32 = 8;
+pub const NXS_FLAG_ROW_NOT_FINITE: u32 = 16;
 pub const NXS_SCHEDULE_ITEM_WORDS: u32 = 12;
 pub const NXS_SCHEDULE_RUN_WORDS: u32 = 8;
 pub const NXS_SCHEDULE_MASK_WORDS: u32 = 256;
+pub const NXS_SCHEDULE_WIDE_MASK_WORDS: u32 = 512;
 pub const NXS_SCHEDULE_TILE_ROWS: u32 = 64;
 pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
+pub const NXS_SCHEDULE_WIDE_CHUNK_KEYS: u32 = 160;
 pub const NXS_MASK_NONE: u32 = 0;
 pub const NXS_MASK_HIDDEN: u32 = 1;
 pub const NXS_NORM_NONE: u32 = 0;
@@ -37,6 +41,27 @@ pub const NXS_NORM_RMS: u32 = 2;
 pub const NXS_ROPE_NONE: u32 = 0;
 pub const NXS_ROPE_INTERLEAVED: u32 = 1;
 pub const NXS_ROPE_HALF: u32 = 2;
+pub const NXS_METRIC_L2: u32 = 0;
+pub const NXS_METRIC_COSINE_RAW: u32 = 1;
+pub const NXS_METRIC_COSINE_UNIT: u32 = 2;
+pub const NXS_RVQ_ENCODE_SM80: u32 = 0;
+pub const NXS_RVQ_ENCODE_SM90: u32 = 1;
+pub const NXS_RVQ_ENCODE_STREAM: u32 = 2;
+pub const NXS_RVQ_ENCODE_PROJECTED: u32 = 3;
+pub const NXS_RESIZE_BICUBIC: u32 = 0;
+pub const NXS_RESIZE_BILINEAR: u32 = 1;
+pub const NXS_RESIZE_AREA: u32 = 2;
+pub const NXS_TOKENS_CODES: u32 = 0;
+pub const NXS_TOKENS_EMBEDDINGS: u32 = 1;
+pub const NXS_TOKENS_BITS: u32 = 2;
+pub const NXS_MAX_SCALES: u32 = 32;
+pub const NXS_DOMAIN_BIT_FLIP: u32 = 1650879600;
+pub const NXS_BITS_MSB_FIRST: u32 = 0;
+pub const NXS_BITS_LSB_FIRST: u32 = 1;
+pub const NXS_FSQ_TANH: u32 = 0;
+pub const NXS_FSQ_SYMMETRIC: u32 = 1;
+pub const NXS_FSQ_CLAMP: u32 = 2;
+pub const NXS_FSQ_MOST_DIM: u32 = 16;
 pub const NXS_CHUNK_COLUMNS: u32 = 1024;
 pub const NXS_STATUS_TARGET_NAN: u32 = 1;
 pub const NXS_STATUS_DRAFT_BAD: u32 = 2;
@@ -624,6 +649,561 @@ impl Default for nxs_rvq_decode_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct nxs_codebook {
+    pub prepared: *mut ::core::ffi::c_void,
+    pub values_at: i64,
+    pub search_at: i64,
+    pub operand_at: i64,
+    pub bytes: i64,
+    pub entries: i64,
+    pub levels: i32,
+    pub dim: i32,
+    pub padded_dim: i32,
+    pub operand_dim: i32,
+    pub pieces: i32,
+    pub metric: i32,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_codebook"][::core::mem::size_of::<nxs_codebook>() - 80usize];
+    ["Alignment of nxs_codebook"][::core::mem::align_of::<nxs_codebook>() - 8usize];
+    ["Offset of field: nxs_codebook::prepared"][::core::mem::offset_of!(nxs_codebook, prepared) - 0usize];
+    ["Offset of field: nxs_codebook::values_at"][::core::mem::offset_of!(nxs_codebook, values_at) - 8usize];
+    ["Offset of field: nxs_codebook::search_at"][::core::mem::offset_of!(nxs_codebook, search_at) - 16usize];
+    ["Offset of field: nxs_codebook::operand_at"][::core::mem::offset_of!(nxs_codebook, operand_at) - 24usize];
+    ["Offset of field: nxs_codebook::bytes"][::core::mem::offset_of!(nxs_codebook, bytes) - 32usize];
+    ["Offset of field: nxs_codebook::entries"][::core::mem::offset_of!(nxs_codebook, entries) - 40usize];
+    ["Offset of field: nxs_codebook::levels"][::core::mem::offset_of!(nxs_codebook, levels) - 48usize];
+    ["Offset of field: nxs_codebook::dim"][::core::mem::offset_of!(nxs_codebook, dim) - 52usize];
+    ["Offset of field: nxs_codebook::padded_dim"][::core::mem::offset_of!(nxs_codebook, padded_dim) - 56usize];
+    ["Offset of field: nxs_codebook::operand_dim"][::core::mem::offset_of!(nxs_codebook, operand_dim) - 60usize];
+    ["Offset of field: nxs_codebook::pieces"][::core::mem::offset_of!(nxs_codebook, pieces) - 64usize];
+    ["Offset of field: nxs_codebook::metric"][::core::mem::offset_of!(nxs_codebook, metric) - 68usize];
+    ["Offset of field: nxs_codebook::eps"][::core::mem::offset_of!(nxs_codebook, eps) - 72usize];
+};
+impl Default for nxs_codebook {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_codebook_prepare_params {
+    pub codebook: nxs_codebook,
+    pub rows: *const ::core::ffi::c_void,
+    pub usage_or_null: *const f32,
+    pub flags_or_null: *mut u32,
+    pub rows_stride_level: i64,
+    pub rows_stride_entry: i64,
+    pub usage_stride_level: i64,
+    pub usage_eps: f32,
+    pub rows_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_codebook_prepare_params"][::core::mem::size_of::<nxs_codebook_prepare_params>() - 136usize];
+    ["Alignment of nxs_codebook_prepare_params"][::core::mem::align_of::<nxs_codebook_prepare_params>() - 8usize];
+    ["Offset of field: nxs_codebook_prepare_params::codebook"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, codebook) - 0usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows) - 80usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_or_null"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_or_null) - 88usize];
+    ["Offset of field: nxs_codebook_prepare_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, flags_or_null) - 96usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_stride_level"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_stride_level) - 104usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_stride_entry"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_stride_entry) - 112usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_stride_level"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_stride_level) - 120usize];
+    ["Offset of field: nxs_codebook_prepare_params::usage_eps"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, usage_eps) - 128usize];
+    ["Offset of field: nxs_codebook_prepare_params::rows_dtype"]
+        [::core::mem::offset_of!(nxs_codebook_prepare_params, rows_dtype) - 132usize];
+};
+impl Default for nxs_codebook_prepare_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_rvq_encode_params {
+    pub codebook: nxs_codebook,
+    pub input: *const ::core::ffi::c_void,
+    pub codes: *mut ::core::ffi::c_void,
+    pub quantized_or_null: *mut ::core::ffi::c_void,
+    pub residual_or_null: *mut ::core::ffi::c_void,
+    pub distances_or_null: *mut f32,
+    pub histogram_or_null: *mut u32,
+    pub flags_or_null: *mut u32,
+    pub in_weight_or_null: *const f32,
+    pub in_bias_or_null: *const f32,
+    pub out_weight_or_null: *const f32,
+    pub out_bias_or_null: *const f32,
+    pub input_stride_batch: i64,
+    pub input_stride_row: i64,
+    pub input_stride_dim: i64,
+    pub codes_stride_batch: i64,
+    pub codes_stride_level: i64,
+    pub codes_stride_row: i64,
+    pub quantized_stride_batch: i64,
+    pub quantized_stride_row: i64,
+    pub quantized_stride_dim: i64,
+    pub residual_stride_batch: i64,
+    pub residual_stride_row: i64,
+    pub residual_stride_dim: i64,
+    pub distances_stride_batch: i64,
+    pub distances_stride_level: i64,
+    pub distances_stride_row: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub levels: i32,
+    pub latent: i32,
+    pub dtype: nxs_dtype,
+    pub codes_dtype: nxs_dtype,
+    pub variant: i32,
+    pub tile_rows: i32,
+    pub stages: i32,
+    pub cluster: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_rvq_encode_params"][::core::mem::size_of::<nxs_rvq_encode_params>() - 336usize];
+    ["Alignment of nxs_rvq_encode_params"][::core::mem::align_of::<nxs_rvq_encode_params>() - 8usize];
+    ["Offset of field: nxs_rvq_encode_params::codebook"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codebook) - 0usize];
+    ["Offset of field: nxs_rvq_encode_params::input"][::core::mem::offset_of!(nxs_rvq_encode_params, input) - 80usize];
+    ["Offset of field: nxs_rvq_encode_params::codes"][::core::mem::offset_of!(nxs_rvq_encode_params, codes) - 88usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_or_null) - 96usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_or_null) - 104usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_or_null) - 112usize];
+    ["Offset of field: nxs_rvq_encode_params::histogram_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, histogram_or_null) - 120usize];
+    ["Offset of field: nxs_rvq_encode_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, flags_or_null) - 128usize];
+    ["Offset of field: nxs_rvq_encode_params::in_weight_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, in_weight_or_null) - 136usize];
+    ["Offset of field: nxs_rvq_encode_params::in_bias_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, in_bias_or_null) - 144usize];
+    ["Offset of field: nxs_rvq_encode_params::out_weight_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, out_weight_or_null) - 152usize];
+    ["Offset of field: nxs_rvq_encode_params::out_bias_or_null"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, out_bias_or_null) - 160usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_batch) - 168usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_row) - 176usize];
+    ["Offset of field: nxs_rvq_encode_params::input_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, input_stride_dim) - 184usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_batch) - 192usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_level) - 200usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_stride_row) - 208usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_batch) - 216usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_row) - 224usize];
+    ["Offset of field: nxs_rvq_encode_params::quantized_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, quantized_stride_dim) - 232usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_batch) - 240usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_row) - 248usize];
+    ["Offset of field: nxs_rvq_encode_params::residual_stride_dim"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, residual_stride_dim) - 256usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_batch"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_batch) - 264usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_level"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_level) - 272usize];
+    ["Offset of field: nxs_rvq_encode_params::distances_stride_row"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, distances_stride_row) - 280usize];
+    ["Offset of field: nxs_rvq_encode_params::batch"][::core::mem::offset_of!(nxs_rvq_encode_params, batch) - 288usize];
+    ["Offset of field: nxs_rvq_encode_params::rows"][::core::mem::offset_of!(nxs_rvq_encode_params, rows) - 296usize];
+    ["Offset of field: nxs_rvq_encode_params::levels"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, levels) - 304usize];
+    ["Offset of field: nxs_rvq_encode_params::latent"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, latent) - 308usize];
+    ["Offset of field: nxs_rvq_encode_params::dtype"][::core::mem::offset_of!(nxs_rvq_encode_params, dtype) - 312usize];
+    ["Offset of field: nxs_rvq_encode_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, codes_dtype) - 316usize];
+    ["Offset of field: nxs_rvq_encode_params::variant"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, variant) - 320usize];
+    ["Offset of field: nxs_rvq_encode_params::tile_rows"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, tile_rows) - 324usize];
+    ["Offset of field: nxs_rvq_encode_params::stages"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, stages) - 328usize];
+    ["Offset of field: nxs_rvq_encode_params::cluster"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, cluster) - 332usize];
+};
+impl Default for nxs_rvq_encode_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_multi_scale_params {
+    pub tokens_or_null: *const ::core::ffi::c_void,
+    pub codebook_or_null: *const f32,
+    pub phi_or_null: *const f32,
+    pub f_hat_or_null: *const f32,
+    pub f_hat_out_or_null: *mut f32,
+    pub target_or_null: *const f32,
+    pub next_or_null: *mut ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub flipped_or_null: *mut u8,
+    pub seeds_or_null: *const i64,
+    pub flags_or_null: *mut u32,
+    pub tokens_stride_batch: i64,
+    pub next_stride_batch: i64,
+    pub labels_stride_batch: i64,
+    pub batch: i64,
+    pub entries: i64,
+    pub first_label: i64,
+    pub channels: i32,
+    pub height: i32,
+    pub width: i32,
+    pub patch: i32,
+    pub scales: i32,
+    pub prefixes: i32,
+    pub independent: i32,
+    pub scale_height: [u16; 32usize],
+    pub scale_width: [u16; 32usize],
+    pub scale_phi: [i8; 32usize],
+    pub up: i32,
+    pub down: i32,
+    pub next_height: i32,
+    pub next_width: i32,
+    pub next_of_residual: i32,
+    pub repeat: i32,
+    pub tokens_kind: i32,
+    pub tokens_dtype: nxs_dtype,
+    pub next_dtype: nxs_dtype,
+    pub bit_scale: f32,
+    pub flip_rate: f32,
+    pub rows: i32,
+    pub group: i32,
+    pub band: i32,
+    pub plane_shared: i32,
+    pub programmatic: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_multi_scale_params"][::core::mem::size_of::<nxs_multi_scale_params>() - 392usize];
+    ["Alignment of nxs_multi_scale_params"][::core::mem::align_of::<nxs_multi_scale_params>() - 8usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_or_null) - 0usize];
+    ["Offset of field: nxs_multi_scale_params::codebook_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, codebook_or_null) - 8usize];
+    ["Offset of field: nxs_multi_scale_params::phi_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, phi_or_null) - 16usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_or_null) - 24usize];
+    ["Offset of field: nxs_multi_scale_params::f_hat_out_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, f_hat_out_or_null) - 32usize];
+    ["Offset of field: nxs_multi_scale_params::target_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, target_or_null) - 40usize];
+    ["Offset of field: nxs_multi_scale_params::next_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_or_null) - 48usize];
+    ["Offset of field: nxs_multi_scale_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_or_null) - 56usize];
+    ["Offset of field: nxs_multi_scale_params::flipped_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flipped_or_null) - 64usize];
+    ["Offset of field: nxs_multi_scale_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, seeds_or_null) - 72usize];
+    ["Offset of field: nxs_multi_scale_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flags_or_null) - 80usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_stride_batch) - 88usize];
+    ["Offset of field: nxs_multi_scale_params::next_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_stride_batch) - 96usize];
+    ["Offset of field: nxs_multi_scale_params::labels_stride_batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, labels_stride_batch) - 104usize];
+    ["Offset of field: nxs_multi_scale_params::batch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, batch) - 112usize];
+    ["Offset of field: nxs_multi_scale_params::entries"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, entries) - 120usize];
+    ["Offset of field: nxs_multi_scale_params::first_label"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, first_label) - 128usize];
+    ["Offset of field: nxs_multi_scale_params::channels"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, channels) - 136usize];
+    ["Offset of field: nxs_multi_scale_params::height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, height) - 140usize];
+    ["Offset of field: nxs_multi_scale_params::width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, width) - 144usize];
+    ["Offset of field: nxs_multi_scale_params::patch"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, patch) - 148usize];
+    ["Offset of field: nxs_multi_scale_params::scales"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scales) - 152usize];
+    ["Offset of field: nxs_multi_scale_params::prefixes"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, prefixes) - 156usize];
+    ["Offset of field: nxs_multi_scale_params::independent"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, independent) - 160usize];
+    ["Offset of field: nxs_multi_scale_params::scale_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_height) - 164usize];
+    ["Offset of field: nxs_multi_scale_params::scale_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_width) - 228usize];
+    ["Offset of field: nxs_multi_scale_params::scale_phi"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, scale_phi) - 292usize];
+    ["Offset of field: nxs_multi_scale_params::up"][::core::mem::offset_of!(nxs_multi_scale_params, up) - 324usize];
+    ["Offset of field: nxs_multi_scale_params::down"][::core::mem::offset_of!(nxs_multi_scale_params, down) - 328usize];
+    ["Offset of field: nxs_multi_scale_params::next_height"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_height) - 332usize];
+    ["Offset of field: nxs_multi_scale_params::next_width"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_width) - 336usize];
+    ["Offset of field: nxs_multi_scale_params::next_of_residual"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_of_residual) - 340usize];
+    ["Offset of field: nxs_multi_scale_params::repeat"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, repeat) - 344usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_kind"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_kind) - 348usize];
+    ["Offset of field: nxs_multi_scale_params::tokens_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, tokens_dtype) - 352usize];
+    ["Offset of field: nxs_multi_scale_params::next_dtype"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, next_dtype) - 356usize];
+    ["Offset of field: nxs_multi_scale_params::bit_scale"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, bit_scale) - 360usize];
+    ["Offset of field: nxs_multi_scale_params::flip_rate"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, flip_rate) - 364usize];
+    ["Offset of field: nxs_multi_scale_params::rows"][::core::mem::offset_of!(nxs_multi_scale_params, rows) - 368usize];
+    ["Offset of field: nxs_multi_scale_params::group"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, group) - 372usize];
+    ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
+    ["Offset of field: nxs_multi_scale_params::plane_shared"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+    ["Offset of field: nxs_multi_scale_params::programmatic"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 384usize];
+};
+impl Default for nxs_multi_scale_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_nearest_code_params {
+    pub z: *const f32,
+    pub codebook: *const f32,
+    pub codes: *mut ::core::ffi::c_void,
+    pub codes_stride_batch: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub entries: i64,
+    pub channels: i32,
+    pub normalize: i32,
+    pub eps: f32,
+    pub codes_dtype: nxs_dtype,
+    pub log2_tile: i32,
+    pub splits: i32,
+    pub programmatic: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_nearest_code_params"][::core::mem::size_of::<nxs_nearest_code_params>() - 88usize];
+    ["Alignment of nxs_nearest_code_params"][::core::mem::align_of::<nxs_nearest_code_params>() - 8usize];
+    ["Offset of field: nxs_nearest_code_params::z"][::core::mem::offset_of!(nxs_nearest_code_params, z) - 0usize];
+    ["Offset of field: nxs_nearest_code_params::codebook"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codebook) - 8usize];
+    ["Offset of field: nxs_nearest_code_params::codes"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes) - 16usize];
+    ["Offset of field: nxs_nearest_code_params::codes_stride_batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_stride_batch) - 24usize];
+    ["Offset of field: nxs_nearest_code_params::batch"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, batch) - 32usize];
+    ["Offset of field: nxs_nearest_code_params::rows"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, rows) - 40usize];
+    ["Offset of field: nxs_nearest_code_params::entries"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, entries) - 48usize];
+    ["Offset of field: nxs_nearest_code_params::channels"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, channels) - 56usize];
+    ["Offset of field: nxs_nearest_code_params::normalize"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, normalize) - 60usize];
+    ["Offset of field: nxs_nearest_code_params::eps"][::core::mem::offset_of!(nxs_nearest_code_params, eps) - 64usize];
+    ["Offset of field: nxs_nearest_code_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, codes_dtype) - 68usize];
+    ["Offset of field: nxs_nearest_code_params::log2_tile"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, log2_tile) - 72usize];
+    ["Offset of field: nxs_nearest_code_params::splits"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, splits) - 76usize];
+    ["Offset of field: nxs_nearest_code_params::programmatic"]
+        [::core::mem::offset_of!(nxs_nearest_code_params, programmatic) - 80usize];
+};
+impl Default for nxs_nearest_code_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_bits_params {
+    pub input: *const ::core::ffi::c_void,
+    pub labels_or_null: *mut u8,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub codes_or_null: *mut ::core::ffi::c_void,
+    pub seeds_or_null: *const i64,
+    pub rows: i64,
+    pub rows_per_seed: i64,
+    pub first_row: i64,
+    pub dim: i32,
+    pub order: i32,
+    pub scale: f32,
+    pub flip_rate: f32,
+    pub input_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub codes_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_bits_params"][::core::mem::size_of::<nxs_bits_params>() - 96usize];
+    ["Alignment of nxs_bits_params"][::core::mem::align_of::<nxs_bits_params>() - 8usize];
+    ["Offset of field: nxs_bits_params::input"][::core::mem::offset_of!(nxs_bits_params, input) - 0usize];
+    ["Offset of field: nxs_bits_params::labels_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, labels_or_null) - 8usize];
+    ["Offset of field: nxs_bits_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, values_or_null) - 16usize];
+    ["Offset of field: nxs_bits_params::codes_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, codes_or_null) - 24usize];
+    ["Offset of field: nxs_bits_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_bits_params, seeds_or_null) - 32usize];
+    ["Offset of field: nxs_bits_params::rows"][::core::mem::offset_of!(nxs_bits_params, rows) - 40usize];
+    ["Offset of field: nxs_bits_params::rows_per_seed"]
+        [::core::mem::offset_of!(nxs_bits_params, rows_per_seed) - 48usize];
+    ["Offset of field: nxs_bits_params::first_row"][::core::mem::offset_of!(nxs_bits_params, first_row) - 56usize];
+    ["Offset of field: nxs_bits_params::dim"][::core::mem::offset_of!(nxs_bits_params, dim) - 64usize];
+    ["Offset of field: nxs_bits_params::order"][::core::mem::offset_of!(nxs_bits_params, order) - 68usize];
+    ["Offset of field: nxs_bits_params::scale"][::core::mem::offset_of!(nxs_bits_params, scale) - 72usize];
+    ["Offset of field: nxs_bits_params::flip_rate"][::core::mem::offset_of!(nxs_bits_params, flip_rate) - 76usize];
+    ["Offset of field: nxs_bits_params::input_dtype"][::core::mem::offset_of!(nxs_bits_params, input_dtype) - 80usize];
+    ["Offset of field: nxs_bits_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_bits_params, values_dtype) - 84usize];
+    ["Offset of field: nxs_bits_params::codes_dtype"][::core::mem::offset_of!(nxs_bits_params, codes_dtype) - 88usize];
+};
+impl Default for nxs_bits_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_fsq_params {
+    pub z_or_null: *const ::core::ffi::c_void,
+    pub values_or_null: *mut ::core::ffi::c_void,
+    pub indices_or_null: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub rows: i64,
+    pub dim: i32,
+    pub quantizers: i32,
+    pub levels: [i32; 16usize],
+    pub scales: [f32; 256usize],
+    pub soft: [f32; 16usize],
+    pub bound: i32,
+    pub z_dtype: nxs_dtype,
+    pub values_dtype: nxs_dtype,
+    pub indices_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_fsq_params"][::core::mem::size_of::<nxs_fsq_params>() - 1216usize];
+    ["Alignment of nxs_fsq_params"][::core::mem::align_of::<nxs_fsq_params>() - 8usize];
+    ["Offset of field: nxs_fsq_params::z_or_null"][::core::mem::offset_of!(nxs_fsq_params, z_or_null) - 0usize];
+    ["Offset of field: nxs_fsq_params::values_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_or_null) - 8usize];
+    ["Offset of field: nxs_fsq_params::indices_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_or_null) - 16usize];
+    ["Offset of field: nxs_fsq_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_fsq_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_fsq_params::rows"][::core::mem::offset_of!(nxs_fsq_params, rows) - 32usize];
+    ["Offset of field: nxs_fsq_params::dim"][::core::mem::offset_of!(nxs_fsq_params, dim) - 40usize];
+    ["Offset of field: nxs_fsq_params::quantizers"][::core::mem::offset_of!(nxs_fsq_params, quantizers) - 44usize];
+    ["Offset of field: nxs_fsq_params::levels"][::core::mem::offset_of!(nxs_fsq_params, levels) - 48usize];
+    ["Offset of field: nxs_fsq_params::scales"][::core::mem::offset_of!(nxs_fsq_params, scales) - 112usize];
+    ["Offset of field: nxs_fsq_params::soft"][::core::mem::offset_of!(nxs_fsq_params, soft) - 1136usize];
+    ["Offset of field: nxs_fsq_params::bound"][::core::mem::offset_of!(nxs_fsq_params, bound) - 1200usize];
+    ["Offset of field: nxs_fsq_params::z_dtype"][::core::mem::offset_of!(nxs_fsq_params, z_dtype) - 1204usize];
+    ["Offset of field: nxs_fsq_params::values_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, values_dtype) - 1208usize];
+    ["Offset of field: nxs_fsq_params::indices_dtype"]
+        [::core::mem::offset_of!(nxs_fsq_params, indices_dtype) - 1212usize];
+};
+impl Default for nxs_fsq_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_remap_params {
+    pub codes: *const ::core::ffi::c_void,
+    pub table: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub flags_or_null: *mut u32,
+    pub count: i64,
+    pub entries: i64,
+    pub codes_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_remap_params"][::core::mem::size_of::<nxs_remap_params>() - 56usize];
+    ["Alignment of nxs_remap_params"][::core::mem::align_of::<nxs_remap_params>() - 8usize];
+    ["Offset of field: nxs_remap_params::codes"][::core::mem::offset_of!(nxs_remap_params, codes) - 0usize];
+    ["Offset of field: nxs_remap_params::table"][::core::mem::offset_of!(nxs_remap_params, table) - 8usize];
+    ["Offset of field: nxs_remap_params::out"][::core::mem::offset_of!(nxs_remap_params, out) - 16usize];
+    ["Offset of field: nxs_remap_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_remap_params, flags_or_null) - 24usize];
+    ["Offset of field: nxs_remap_params::count"][::core::mem::offset_of!(nxs_remap_params, count) - 32usize];
+    ["Offset of field: nxs_remap_params::entries"][::core::mem::offset_of!(nxs_remap_params, entries) - 40usize];
+    ["Offset of field: nxs_remap_params::codes_dtype"]
+        [::core::mem::offset_of!(nxs_remap_params, codes_dtype) - 48usize];
+    ["Offset of field: nxs_remap_params::out_dtype"][::core::mem::offset_of!(nxs_remap_params, out_dtype) - 52usize];
+};
+impl Default for nxs_remap_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct nxs_row_stats_params {
     pub logits: *const ::core::ffi::c_void,
     pub temperature_or_null: *const f32,
@@ -903,6 +1483,16 @@ unsafe extern "C" {
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_rvq_decode(params: *const nxs_rvq_decode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_codebook_prepare(
+        params: *const nxs_codebook_prepare_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_rvq_encode(params: *const nxs_rvq_encode_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_multi_scale(params: *const nxs_multi_scale_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_nearest_code(params: *const nxs_nearest_code_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_bits(params: *const nxs_bits_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_fsq(params: *const nxs_fsq_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_remap(params: *const nxs_remap_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;

@@ -66,6 +66,28 @@ fn rvq_decode_allocates_nothing() {
     }
 }
 
+#[cfg(feature = "quantization")]
+#[test]
+fn rvq_encode_allocates_nothing() {
+    use nextscale::quantization::{Codebook, CodebookArgs, EncodeVariant, RvqEncode, RvqEncodeArgs};
+    for device in TestDevice::all() {
+        let book = Codebook::builder(2, 20, 8).build(&DeviceInfo::H200).unwrap();
+        let rows = Buffer::of(&device, &[1f32; 320], 0);
+        let mut prepared = Buffer::<u8>::poisoned(&device, book.bytes() as usize, 0);
+        let args = CodebookArgs { rows: rows.input(), usage: None, prepared: prepared.output(), flags: None };
+        book.prepare(&device.stream(), args).unwrap();
+        let mut codes = Buffer::<u32>::poisoned(&device, 6, 0);
+        for variant in [EncodeVariant::Portable, EncodeVariant::Hopper, EncodeVariant::Stream] {
+            let plan = RvqEncode::<f32, u32>::builder(&book).rows(3).variant(variant);
+            let plan = plan.build(&DeviceInfo::H200).unwrap();
+            assert_allocates_nothing(&device, || {
+                let args = RvqEncodeArgs::new(rows.input_of(24), prepared.input(), codes.output());
+                plan.run(&device.stream(), args).unwrap();
+            });
+        }
+    }
+}
+
 /// Tables are lowered when the plan is made; a run with every operand walks them in place.
 #[cfg(feature = "attention")]
 #[test]
@@ -129,6 +151,62 @@ fn merge_and_prepare_allocate_nothing() {
                 ..PrepareArgs::default()
             };
             prepare.run(&device.stream(), args).unwrap();
+        });
+    }
+}
+
+#[cfg(feature = "quantization")]
+#[test]
+fn multi_scale_and_scalar_quantizers_allocate_nothing() {
+    use nextscale::quantization::{
+        Bits, BitsArgs, EncodeArgs, FHat, Fsq, FsqArgs, MultiScale, PhiTable, StepArgs, pack_phi,
+    };
+    for device in TestDevice::all() {
+        let plan = MultiScale::<u16, f32>::builder(4, (3, 3), &[(1, 1), (3, 3)]).entries(5).phi(PhiTable::shared(2));
+        let plan = plan.build(&DeviceInfo::of(&device.stream()).unwrap()).unwrap();
+        let tokens = Buffer::of(&device, &[1u16, 2, 3, 4, 0, 1, 2, 3, 4, 0], 0);
+        let codebook = Buffer::of(&device, &[0.5f32; 20], 0);
+        let phi = Buffer::of(&device, &pack_phi(4, &[0.1; 144], &[0.1; 4], 0.5).unwrap(), 0);
+        let f = Buffer::of(&device, &[0.25f32; 36], 0);
+        let mut map = Buffer::<f32>::poisoned(&device, 36, 0);
+        let mut next = Buffer::<f32>::poisoned(&device, 36, 0);
+        let mut codes = Buffer::<u16>::poisoned(&device, 10, 0);
+        let mut workspace = Buffer::<u8>::poisoned(&device, plan.encode_workspace_bytes() as usize, 0);
+        assert_allocates_nothing(&device, || {
+            let args = StepArgs {
+                scale: 0,
+                tokens: tokens.input(),
+                codebook: Some(codebook.input()),
+                phi: Some(phi.input()),
+                f_hat: Some(FHat::FromZero(map.output())),
+                next: Some(next.output()),
+                flags: None,
+            };
+            plan.step(&device.stream(), args).unwrap();
+            let args = EncodeArgs {
+                f: f.input(),
+                codebook: codebook.input(),
+                search: None,
+                phi: Some(phi.input()),
+                codes: codes.output(),
+                f_hat: map.output(),
+                workspace: Some(workspace.output()),
+            };
+            plan.encode(&device.stream(), args).unwrap();
+        });
+        let bits = Bits::<f32, f32, u16>::builder(4, 9).build(&DeviceInfo::A100).unwrap();
+        let fsq = Fsq::<f32, f32, u16>::builder(12, &[3, 4, 5]).build(&DeviceInfo::A100).unwrap();
+        let mut labels = Buffer::<u8>::poisoned(&device, 36, 0);
+        assert_allocates_nothing(&device, || {
+            let (codes, labels) = (Some(codes.output()), Some(labels.output()));
+            bits.run(
+                &device.stream(),
+                BitsArgs { input: f.input(), labels, values: Some(next.output()), codes, seeds: None },
+            )
+            .unwrap();
+            let args =
+                FsqArgs { z: Some(f.input()), values: Some(map.output()), indices: None, given: None, flags: None };
+            fsq.run(&device.stream(), args).unwrap();
         });
     }
 }

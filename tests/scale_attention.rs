@@ -37,12 +37,13 @@ fn places() -> Vec<(TestDevice, Variant)> {
 impl Case {
     /// With no more groups than the kernel has.
     fn on(&self, variant: Variant) -> Case {
-        let widest = match variant {
-            Variant::Portable => 1,
-            _ if self.dim > 64 => 2,
-            _ => 3,
+        let possible = |groups| match (variant, groups) {
+            (Variant::Portable, _) => 1,
+            (_, 3) if self.dim > 64 => 2,
+            (_, 4) if self.dim <= 64 => 3,
+            _ => groups,
         };
-        Case { variant, groups: self.groups.map(|groups| groups.min(widest)), ..self.clone() }
+        Case { variant, groups: self.groups.map(possible), ..self.clone() }
     }
 }
 
@@ -148,7 +149,7 @@ fn models() -> Vec<Case> {
 fn tables_of_models() {
     for (device, variant) in places() {
         for (i, case) in models().into_iter().enumerate() {
-            let groups = Some(1 + (i as u32 + 1) % 3);
+            let groups = Some(1 + (i as u32 + 1) % 4);
             check_all(&device, &Case { heads: 2, kv_heads: 1 + i % 2, groups, ..case }.on(variant));
         }
     }
@@ -168,7 +169,7 @@ fn edges_of_tiles_and_chunks() {
                         &[[1, 1, keys]],
                         |_, _| if i == j { Rule::Causal } else { Rule::Full },
                     );
-                let case = Case { dim, spare: [0, 200][j % 2], groups: Some(1 + (i * 7 + j) as u32 % 3), ..case };
+                let case = Case { dim, spare: [0, 200][j % 2], groups: Some(1 + (i * 7 + j) as u32 % 4), ..case };
                 let case = Case { memory: if i % 2 == 0 { Memory::OneBuffer } else { Memory::Plain }, ..case };
                 check_dtype(&device, &case.on(variant), (i + j) % 2).unwrap();
             }
@@ -185,7 +186,9 @@ fn many_keys() {
                 if q == 0 && k == 1 { Rule::Hidden } else { Rule::Full }
             });
             let case = Case { lengths: vec![Some(0), None], seed: 2, dim: [64, 128, 96][i], data, spare: 30, ..case };
-            for (groups, splits) in [(None, None), (Some(1), Some(1)), (Some(2), Some(3)), (Some(1), Some(32))] {
+            for (groups, splits) in
+                [(None, None), (Some(1), Some(1)), (Some(2), Some(3)), (Some(4), Some(2)), (Some(1), Some(32))]
+            {
                 check_dtype(&device, &Case { groups, splits, ..case.clone() }.on(variant), i % 2).unwrap();
             }
         }
@@ -226,7 +229,7 @@ fn empty_and_tiny_problems() {
         let case = Case::cross(&[[1, 1, 70], [1, 2, 2]], &[[1, 1, 30], [1, 3, 3]], |q, k| {
             [Rule::Full, Rule::Hidden][q.min(k)]
         });
-        for groups in [1, 2, 3].map(Some) {
+        for groups in [1, 2, 3, 4].map(Some) {
             let case = Case { lengths: vec![None, Some(0)], heads: 2, kv_heads: 2, groups, ..case.clone() }.on(variant);
             let mut problem = case.problem::<bf16>();
             problem.lengths.fill(0);
@@ -243,7 +246,7 @@ fn empty_and_tiny_problems() {
 fn extreme_logits() {
     for (device, variant) in places() {
         for data in [Data::Sharp, Data::Equal(16.0), Data::Equal(0.0), Data::Ramp(0.05), Data::Ramp(1.0)] {
-            for groups in [1, 2].map(Some) {
+            for groups in [1, 2, 4].map(Some) {
                 let case = Case { data, scale: Some(1.0), groups, ..Case::var(&[1, 3, 7, 9, 11]) };
                 check_all(&device, &case.on(variant));
             }
@@ -375,7 +378,7 @@ fn bitwise_repeatable_in_any_batch() {
             Case { lengths: vec![Some(0), Some(1)], packed_keys: true, memory: Memory::AnyOrder, ..case }
         };
         for case in [mixed(), packed, Case { memory: Memory::OneBuffer, gathers: true, ..mixed() }] {
-            for (groups, splits) in [(1, 2), (2, 1)].map(|(groups, splits)| (Some(groups), Some(splits))) {
+            for (groups, splits) in [(1, 2), (2, 1), (4, 1)].map(|(groups, splits)| (Some(groups), Some(splits))) {
                 let case = Case { batch: 5, heads: 2, kv_heads: 1, groups, splits, ..case.clone() }.on(variant);
                 let problem = case.problem::<bf16>();
                 let all = attend(&device, &case, &problem);
@@ -423,7 +426,7 @@ fn bitwise_repeatable_in_any_batch() {
 #[test]
 fn the_same_on_any_device_that_is_cut_alike() {
     for (device, variant) in places() {
-        for (groups, splits) in [(1, 1), (2, 3)].map(|(groups, splits)| (Some(groups), Some(splits))) {
+        for (groups, splits) in [(1, 1), (2, 3), (4, 1)].map(|(groups, splits)| (Some(groups), Some(splits))) {
             let case = Case { batch: 3, heads: 2, groups, splits, ..mixed() }.on(variant);
             let problem = case.problem::<f16>();
             let all = attend(&device, &case, &problem);

@@ -22,8 +22,10 @@ struct Header {
     item_words: usize,
     run_words: usize,
     mask_words: usize,
+    wide_mask_words: usize,
     tile_rows: usize,
     chunk_keys: usize,
+    wide_chunk_keys: usize,
     none: usize,
     hidden: usize,
 }
@@ -39,8 +41,10 @@ static HEADER: LazyLock<Header> = LazyLock::new(|| {
         item_words: number("SCHEDULE_ITEM_WORDS"),
         run_words: number("SCHEDULE_RUN_WORDS"),
         mask_words: number("SCHEDULE_MASK_WORDS"),
+        wide_mask_words: number("SCHEDULE_WIDE_MASK_WORDS"),
         tile_rows: number("SCHEDULE_TILE_ROWS"),
         chunk_keys: number("SCHEDULE_CHUNK_KEYS"),
+        wide_chunk_keys: number("SCHEDULE_WIDE_CHUNK_KEYS"),
         none: number("MASK_NONE"),
         hidden: number("MASK_HIDDEN"),
     }
@@ -86,8 +90,8 @@ struct Item {
 }
 
 impl Item {
-    fn chunks(&self) -> usize {
-        self.runs.iter().map(|run| run.keys.div_ceil(HEADER.chunk_keys)).sum()
+    fn chunks(&self, chunk_keys: usize) -> usize {
+        self.runs.iter().map(|run| run.keys.div_ceil(chunk_keys)).sum()
     }
 }
 
@@ -99,14 +103,20 @@ macro_rules! ensure {
     };
 }
 
-/// The word of a mask, and the bit in it, of which the header says that they are this row and key.
-fn place(row: usize, key: usize) -> (usize, usize) {
-    let thread = row / 16 * 32 + row % 8 * 4 + key % 8 / 2;
-    let element = key / 8 * 4 + row / 8 % 2 * 2 + key % 2;
-    (2 * thread + element / 32, element % 32)
-}
-
 impl Words {
+    /// Keys of a chunk and words of a mask: the header has others for items of four tiles.
+    fn sizes(&self) -> (usize, usize) {
+        let h = &*HEADER;
+        if self.groups == 4 { (h.wide_chunk_keys, h.wide_mask_words) } else { (h.chunk_keys, h.mask_words) }
+    }
+
+    /// The word of a mask, and the bit in it, of which the header says that they are this row and key.
+    fn place(&self, row: usize, key: usize) -> (usize, usize) {
+        let thread = row / 16 * 32 + row % 8 * 4 + key % 8 / 2;
+        let element = key / 8 * 4 + row / 8 % 2 * 2 + key % 2;
+        (self.sizes().1 / 128 * thread + element / 32, element % 32)
+    }
+
     fn of(schedule: &Schedule) -> Self {
         Words {
             words: schedule.words().to_vec(),
@@ -123,7 +133,8 @@ impl Words {
 
     /// Items and runs; what can be said of the words without knowing who sees whom.
     fn read(&self) -> Result<Vec<Item>, String> {
-        let Header { item_words, run_words, mask_words, none, hidden, .. } = *HEADER;
+        let Header { item_words, run_words, none, hidden, .. } = *HEADER;
+        let (_, mask_words) = self.sizes();
         let digest = if self.items > 0 { self.at(3)? } else { 1 };
         ensure!(digest != 0, "no digest");
         let mut items = Vec::new();
@@ -145,7 +156,7 @@ impl Words {
                     if word == hidden {
                         return Ok(Mask::Hidden);
                     }
-                    ensure!(word % 2 == 0, "mask at odd offset {word}");
+                    ensure!(word % 4 == 0, "mask at offset {word}, no multiple of 4");
                     ensure!(word >= self.items * item_words, "mask at {word} is among the items");
                     self.at(word + mask_words - 1)?;
                     Ok(Mask::Bits(word))
@@ -169,14 +180,15 @@ impl Words {
 
     /// Whether a mask lets a row of its tile see a key of its chunk.
     fn bit(&self, mask: usize, row: usize, key: usize) -> bool {
-        let (word, bit) = place(row, key);
+        let (word, bit) = self.place(row, key);
         self.words[mask + word] >> bit & 1 == 1
     }
 
     /// Everything the header promises, with these lengths: each visible pair of a row and a key once over the splits,
     /// and no other.
     fn check(&self, visibility: &Visibility, lengths: &[i32]) -> Result<(), String> {
-        let Header { tile_rows, chunk_keys, .. } = *HEADER;
+        let tile_rows = HEADER.tile_rows;
+        let (chunk_keys, _) = self.sizes();
         let (tokens, keys) = (visibility.query_count() as usize, visibility.key_count() as usize);
         let rows = tokens * self.pack;
         let items = self.read()?;
@@ -185,8 +197,8 @@ impl Words {
         let mut longest = usize::MAX;
         for (i, item) in items.iter().enumerate() {
             ensure!(item.split < self.splits, "item {i} is of split {}", item.split);
-            ensure!(item.chunks() <= longest, "item {i} is longer than the one before");
-            longest = item.chunks();
+            ensure!(item.chunks(chunk_keys) <= longest, "item {i} is longer than the one before");
+            longest = item.chunks(chunk_keys);
             for (g, tile) in item.tiles.iter().enumerate() {
                 ensure!(tile.rows <= tile_rows, "tile {g} of item {i} has {} rows", tile.rows);
                 ensure!(tile.first + tile.rows <= rows, "tile {g} of item {i} has rows that are none");
@@ -252,7 +264,7 @@ impl Words {
 fn plan(visibility: &Visibility, groups: u32, splits: u32, pack: usize) -> ScaleAttention<bf16> {
     ScaleAttention::builder(visibility)
         .heads(2 * pack, 2)
-        .head_dim(64)
+        .head_dim(if groups == 4 { 128 } else { 64 })
         .variant(Variant::Hopper)
         .tiles_an_item(groups)
         .splits(splits)
@@ -328,7 +340,7 @@ fn case() -> impl Strategy<Value = Case> {
         prop_oneof![Just(0), -5..0i32, 1..140i32, 100..700i32, Just(i32::MAX), Just(i32::MIN)],
         3,
     );
-    let cut = (1..=3u32, 1..=5u32, 1..=4usize);
+    let cut = (1..=4u32, 1..=5u32, 1..=4usize);
     (segments(), prop::option::of(segments()), rules, any::<bool>(), lengths, cut).prop_map(
         |(queries, keys, rules, causal, lengths, (groups, splits, pack))| {
             let keys = keys.unwrap_or_else(|| queries.clone());
@@ -355,7 +367,7 @@ proptest! {
         let sound = words.check(visibility, lengths);
         prop_assert_eq!(sound, Ok(()));
         // What the plan says of itself.
-        let chunks: Vec<usize> = words.read().unwrap().iter().map(Item::chunks).collect();
+        let chunks: Vec<usize> = words.read().unwrap().iter().map(|item| item.chunks(words.sizes().0)).collect();
         prop_assert_eq!(plan.schedule().chunks(), chunks.iter().sum::<usize>() as u64);
         prop_assert_eq!(plan.schedule().longest() as usize, chunks.first().copied().unwrap_or(0));
     }
@@ -411,7 +423,7 @@ fn models_have_sound_schedules() {
         Visibility::cached_step(Segment::tokens(700).with_length(0), (12, 12)).unwrap(),
         var,
     ] {
-        for (groups, splits, pack) in [(1, 1, 1), (2, 1, 1), (3, 3, 1), (2, 2, 4)] {
+        for (groups, splits, pack) in [(1, 1, 1), (2, 1, 1), (3, 3, 1), (2, 2, 4), (4, 2, 1)] {
             for length in [-1, 0, 5, 129, i32::MAX] {
                 words(&visibility, groups, splits, pack).check(&visibility, &[length]).unwrap();
             }
@@ -439,13 +451,14 @@ fn broken_schedules_are_noticed() {
     let scales = [1, 4, 7, 9, 16].map(|n| (n, n));
     let inner = Visibility::scale_local(&scales, 3, 1, 1, 1).unwrap();
     let visibility = inner.with_prefix(Segment::tokens(300).with_length(0), Rule::Causal).unwrap();
+    let Header { item_words, run_words, .. } = *HEADER;
     let sound = words(&visibility, 2, 2, 1);
     sound.check(&visibility, &[200]).unwrap();
     let items = sound.read().unwrap();
     // Keys of a run that its length leaves.
     let exist =
         |run: &Run| run.length.map_or(run.keys, |(_, base)| (base + 200).saturating_sub(run.first).min(run.keys));
-    let run_at = |i: usize, r: usize| sound.words[i * 12] as usize + r * 8;
+    let run_at = |i: usize, r: usize| sound.words[i * item_words] as usize + r * run_words;
     let broken = |what: &str, change: &dyn Fn(&mut Vec<u32>)| {
         let mut broken = sound.clone();
         change(&mut broken.words);
@@ -454,17 +467,17 @@ fn broken_schedules_are_noticed() {
 
     let mut kinds = [false; 6];
     for (i, item) in items.iter().enumerate() {
-        broken("another split", &|words| words[i * 12 + 2] ^= 1);
-        broken("a digest", &|words| words[i * 12 + 3] ^= 1 << 20);
-        broken("one more run", &|words| words[i * 12 + 1] += 1);
+        broken("another split", &|words| words[i * item_words + 2] ^= 1);
+        broken("a digest", &|words| words[i * item_words + 3] ^= 1 << 20);
+        broken("one more run", &|words| words[i * item_words + 1] += 1);
         if item.runs.last().is_some_and(|run| run.masks.contains(&Mask::None) && exist(run) > 0) {
             kinds[0] = true;
-            broken("a run that is left out", &|words| words[i * 12 + 1] -= 1);
+            broken("a run that is left out", &|words| words[i * item_words + 1] -= 1);
         }
         for (g, tile) in item.tiles.iter().enumerate().filter(|(_, tile)| tile.rows > 0) {
-            broken("a tile that begins late", &|words| words[i * 12 + 4 + 2 * g] += 1);
-            broken("a tile with a row less", &|words| words[i * 12 + 5 + 2 * g] -= 1);
-            broken("a tile with a row more", &|words| words[i * 12 + 5 + 2 * g] += 1);
+            broken("a tile that begins late", &|words| words[i * item_words + 4 + 2 * g] += 1);
+            broken("a tile with a row less", &|words| words[i * item_words + 5 + 2 * g] -= 1);
+            broken("a tile with a row more", &|words| words[i * item_words + 5 + 2 * g] += 1);
             for (r, run) in item.runs.iter().enumerate() {
                 let at = run_at(i, r);
                 let exist = exist(run);
@@ -488,7 +501,7 @@ fn broken_schedules_are_noticed() {
                         broken("a mask beyond the end", &|words| words[at + 4 + g] = words.len() as u32 - 254);
                         // Any bit of a row and a key that are there.
                         for n in 0..6 {
-                            let (word, bit) = place(n * 37 % tile.rows, n * 53 % exist.min(128));
+                            let (word, bit) = sound.place(n * 37 % tile.rows, n * 53 % exist.min(128));
                             broken("a bit of a mask", &|words| words[mask + word] ^= 1 << bit);
                         }
                     }
@@ -502,9 +515,12 @@ fn broken_schedules_are_noticed() {
                 }
             }
         }
-        if i > 0 && items[i - 1].chunks() > item.chunks() {
+        let [before, here] = [i.saturating_sub(1), i].map(|i| items[i].chunks(sound.sizes().0));
+        if before > here {
             kinds[5] = true;
-            broken("items in disorder", &|words| (0..12).for_each(|w| words.swap(i * 12 + w, (i - 1) * 12 + w)));
+            broken("items in disorder", &|words| {
+                (0..item_words).for_each(|w| words.swap(i * item_words + w, (i - 1) * item_words + w))
+            });
         }
     }
     assert_eq!(kinds, [true; 6], "the schedule has something of every kind");

@@ -320,7 +320,7 @@ void cluster_complete();
 void land(Copy& copy);
 void end_copies(Thread& thread);
 void check_bounds(const void* p, u32 bytes, Where where);
-// What ptxas gives a thread whose kernel says __launch_bounds__(threads, 1).
+// What ptxas gives a thread whose kernel says __launch_bounds__(threads, 1), or of two blocks together (threads / 2, 2).
 inline u32 launch_registers(u32 threads) { return threads > 256 ? 65536 / threads / 8 * 8 : 256; }
 
 }  // namespace nxs::emulator

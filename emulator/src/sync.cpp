@@ -71,8 +71,13 @@ void cluster_wait(Where where) {
 
 // ---- setmaxnreg
 
-void change_registers(u32 registers, bool raise, Where where) {
+void change_registers(u32 registers, u32 blocks, bool raise, Where where) {
   Block& block = *self->block;
+  // Blocks that share a multiprocessor begin with less; a launch does not say, the first change does.
+  const u32 launch = launch_registers(self->place.block_threads * blocks);
+  if (blocks > 1)
+    for (Warpgroup& group : block.warpgroups)
+      if (group.registers == launch_registers(self->place.block_threads)) group.registers = launch;
   if (registers < 24 || registers > 256 || registers % 8)
     fail("registers", where, "a limit of %u registers; a multiple of 8 from 24 to 256 is due", registers);
   Warpgroup& group = block.warpgroups[self->place.thread / kWarpgroup];
@@ -88,7 +93,7 @@ void change_registers(u32 registers, bool raise, Where where) {
     block_on(group.waiting, "the other warps of its warpgroup", where);
     return;
   }
-  const u32 pool = launch_registers(self->place.block_threads) * static_cast<u32>(block.warpgroups.size());
+  const u32 pool = launch * static_cast<u32>(block.warpgroups.size());
   for (;;) {
     u32 used = registers;
     for (const Warpgroup& other : block.warpgroups) used += &other == &group ? 0 : other.registers;
@@ -216,7 +221,7 @@ void complete_mbarrier(Mbarrier& mbarrier) {
   machine->wake(mbarrier.waiting);
 }
 
-void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where) {
+void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where, bool publishes) {
   Mbarrier& mbarrier = find_mbarrier(address, cluster, where);
   mbarrier.bytes += expected_bytes;
   if (expected_bytes >= 1u << 20 || mbarrier.bytes >= 1 << 20)
@@ -224,7 +229,7 @@ void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster
   if (!arrives) return;
   for (const Thread* other : mbarrier.arrived)
     if (other == self) fail("arrival", where, "a second arrival of this thread in one phase of an mbarrier");
-  mbarrier.remote |= mbarrier.block != self->block;
+  mbarrier.remote |= publishes && mbarrier.block != self->block;
   mbarrier.arrived.push_back(self);
   mbarrier.arriving.join(self->clocks);
   self->tick();

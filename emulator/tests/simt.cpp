@@ -10,6 +10,8 @@
 #include "common/ptx/memory.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/warp.cuh"
+#include <algorithm>
+
 #include "device.h"
 
 namespace nxs {
@@ -146,6 +148,18 @@ __global__ void __launch_bounds__(128) special_kernel(const float* in, float* ou
   store_global(out + 2 * count + i, rsqrt_approx(x));
   store_global(out + 3 * count + i, reciprocal_approx(x));
   store_global(out + 4 * count + i, nxs::fma(x, x, 0.5f));
+  store_global(out + 5 * count + i, square_root(x));
+  store_global(out + 6 * count + i, divide(x, 3.0f));
+}
+
+// The least of each block's words.
+__global__ void __launch_bounds__(128) minimum_kernel(const u64* in, u64* out) {
+  const u32 least = dynamic_shared(), t = thread_index();
+  if (t == 0) store_shared(least, ~u64{0});
+  block_sync();
+  atomic_min_shared(least, load_global_nc(in + block_index_x() * 128 + t));
+  block_sync();
+  if (t == 0) store_global(out + block_index_x(), load_shared<u64>(least));
 }
 
 }  // namespace nxs
@@ -319,20 +333,36 @@ static void test_special() {
   const uint32_t n = 100;
   std::vector<float> in(n);
   for (uint32_t i = 0; i < n; ++i) in[i] = 0.01f + static_cast<float>(i) * 0.2f;
-  Buffer<float> din(in), out(5 * n);
+  Buffer<float> din(in), out(7 * n);
   check(finish_launch(nxs::launch(nxs::special_kernel, shape_of(1, 128), nullptr, din.get(), out.get(), n)) == NXS_OK,
         "special functions run");
   const auto got = out.read();
   double worst = 0;
-  bool fused = true;
+  bool fused = true, rounded = true;
   for (uint32_t i = 0; i < n; ++i) {
     const double x = in[i], want[4] = {std::exp2(x), std::log2(x), 1 / std::sqrt(x), 1 / x};
     for (int f = 0; f < 4; ++f)
       worst = std::fmax(worst, std::fabs(got[f * n + i] - want[f]) / std::fmax(std::fabs(want[f]), 0.5));
     fused &= got[4 * n + i] == std::fma(in[i], in[i], 0.5f);
+    rounded &= got[5 * n + i] == std::sqrt(in[i]) && got[6 * n + i] == in[i] / 3.0f;
   }
   check(worst < 0x1p-21, "special functions are within 2^-21");
   check(fused, "fma rounds once");
+  check(rounded, "roots and quotients are rounded to nearest");
+}
+
+static void test_minimum() {
+  const uint32_t blocks = 5;
+  std::vector<uint64_t> in(blocks * 128), least(blocks, ~uint64_t{0});
+  Random random(12);
+  for (uint32_t i = 0; i < in.size(); ++i) {
+    in[i] = uint64_t{random.next()} << 32 | random.next();
+    least[i / 128] = std::min(least[i / 128], in[i]);
+  }
+  Buffer<uint64_t> din(in), out(blocks);
+  check(finish_launch(nxs::launch(nxs::minimum_kernel, shape_of(blocks, 128, 8), nullptr, din.get(), out.get())) == NXS_OK,
+        "minima run");
+  check(out.read() == least, "minima of 64 bits");
 }
 
 int main() {
@@ -343,5 +373,6 @@ int main() {
   test_bulk();
   test_conversions();
   test_special();
+  test_minimum();
   return finish();
 }

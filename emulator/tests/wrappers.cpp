@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(128, 1)
   mbarrier_arrive_expect(b, 4);
   mbarrier_expect(b, 4);
   mbarrier_arrive(b);
+  mbarrier_arrive_read(map_to_rank(b, 1));
   mbarrier_arrive_cluster(map_to_rank(b, 1));
   mbarrier_wait(b, 0);
   mbarrier_wait_cluster(b, 0);

@@ -11,11 +11,14 @@
 mod attention_merge;
 mod attention_prepare;
 mod draft_sample;
+mod multi_scale;
 mod philox_fill;
 mod request;
 mod row_stats;
 mod runner;
 mod rvq_decode;
+mod rvq_encode;
+mod scalar_quantize;
 mod scale_attention;
 mod tensors;
 mod verify;
@@ -32,9 +35,15 @@ use crate::tensors::Tensors;
 /// Every op. A new one is a file beside this and a line here.
 static OPS: &[&Op] = &[
     &rvq_decode::OP,
+    &rvq_encode::OP,
     &scale_attention::OP,
     &attention_merge::OP,
     &attention_prepare::OP,
+    &multi_scale::OP,
+    &multi_scale::ENCODE,
+    &scalar_quantize::BITS,
+    &scalar_quantize::FSQ,
+    &scalar_quantize::REMAP,
     &verify::OP,
     &draft_sample::OP,
     &row_stats::OP,

@@ -80,12 +80,13 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   NXS_REQUIRE(p.heads > 0 && p.kv_heads > 0 && p.heads % p.kv_heads == 0, NXS_E_SHAPE);
   NXS_REQUIRE(p.dim > 0 && p.dim <= 128 && p.dim % 8 == 0, NXS_E_SHAPE);
   NXS_REQUIRE(p.pack == 1 || p.pack == p.heads / p.kv_heads, NXS_E_SHAPE);
-  NXS_REQUIRE(p.groups >= 1 && p.groups <= (p.variant == 0 ? 1 : 3) && p.splits >= 1 && p.splits <= 256, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.groups >= 1 && p.groups <= (p.variant == 0 ? 1 : 4), NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.splits >= 1 && p.splits <= 256, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.scale > 0, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.logit_bound >= 0 && p.logit_bound <= 40 && (p.logit_bound == 0 || p.dtype == NXS_BF16), NXS_E_UNSUPPORTED);
   if (p.batch == 0 || p.rows == 0 || p.items == 0) return NXS_OK;
   NXS_REQUIRE(p.batch * (p.heads / p.pack) <= INT32_MAX / p.items, NXS_E_SHAPE);
-  NXS_REQUIRE(p.variant == 0 || p.blocks > 0, NXS_E_SHAPE);
+  NXS_REQUIRE(p.variant == 0 || (p.blocks > 0 && (p.groups < 4 || p.blocks % 2 == 0)), NXS_E_SHAPE);
 
   for (const i64 stride : {p.q_stride_batch, p.q_stride_row, p.q_stride_head, p.k_stride_batch, p.k_stride_row, p.k_stride_head,
                            p.v_stride_batch, p.v_stride_row, p.v_stride_head, p.out_stride_batch, p.out_stride_row,

@@ -3,31 +3,33 @@
 //   out[b, i, h, :] = sum over visible j of softmax_j(scale * q . k_j) v_j, by the schedule of nextscale.h
 //
 // Grid       persistent: block c takes works c, then 2 G - 1 - c, 2 G + c, ... of the G blocks: back and forth, as works come
-//            longest first.
+//            longest first. With kPair 2 a cluster of two blocks takes a work together, each its tiles of the item: each loads
+//            half of every chunk, into both, for what L2 is read costs power, and power is what bounds the clock.
 // Block      a producer warpgroup and kGroups consumer warpgroups. Of the producer, warp 0 streams the chunks of K and V (TMA,
 //            kStages deep), warp 1 cleans the tails of V, warp 2 loads q tiles of works to come, warp 3 writes the results
 //            of works done. Each consumer warpgroup owns a tile of 64 rows: S = Q K^T from shared memory, softmax in
 //            registers, O += P V with P from registers. It leaves O where its q was.
-// Overlap    P V of one chunk is in flight while the exponentials of the next are computed, also from one work to the next;
-//            and the warpgroups take turns to issue, so that one's exponentials run beside another's products.
+// Overlap    the warpgroups take turns to issue S of a chunk and P V of the one before, so that one's exponentials run beside
+//            another's products; also from one work to the next.
 // Softmax    base 2, f32, relative to a reference that is the row's maximum at the time it was set, in the first chunk. It is
 //            raised, and O rescaled, only when exponentials grow large: their sum tells, so that no maximum is taken. Then
 //            the warp computes the chunk's logits again (mma.sync) and takes the maximum after all. A bound that the caller
 //            vouches for may stand in for the first maximum.
-// Masks      a chunk whose keys all rows see costs nothing; else 64 bits a thread, in the order of its accumulators. Of a
-//            chunk of up to 64 keys only half the exponentials are taken.
+// Masks      a chunk whose keys all rows see costs nothing; else a bit for each element of a thread, in the order of its accumulators. Of a
+//            chunk of up to half the keys only half the exponentials are taken.
 // Tails      the rows of V beyond a chunk's last key belong to others and may hold anything: they are overwritten with
 //            zeroes before the consumers see them. K needs nothing, its logits are masked.
-// Shared     q: kSlots slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][128][128 B];
+// Shared     q: kSlots slots of kGroups tiles [blocks of 64 columns][64 rows][128 B]; K and V: kStages chunks [blocks][kKeys][128 B];
 //            all with the 128-byte swizzle.
 // Bytes      q and out once; K and V once for each item and head, from L2 once a section's keys are there.
-// FLOPs      4 * kDim * 64 * 128 a tile and chunk.
+// FLOPs      4 * kDim * 64 * kKeys a tile and chunk.
 // Limits     dim <= kDim, a multiple of 8; sm_90a.
 #pragma once
 #include "attention/scale_rows.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/bulk.cuh"
+#include "common/ptx/cluster.cuh"
 #include "common/ptx/fence.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
@@ -41,7 +43,7 @@
 namespace nxs::attention {
 
 constexpr u32 kGroupThreads = 128;
-// Where no maximum is taken: of a thread's sum of 32 exponentials. None of them exceeds it then, nor what f16 can hold.
+// Where no maximum is taken: of a thread's sum of the exponentials of a row. None of them exceeds it then, nor what f16 can hold.
 constexpr float kMostSum = 4096.0f;
 // What the producer tells a consumer warpgroup of a chunk.
 struct ChunkInfo {
@@ -55,16 +57,22 @@ constexpr u32 kChunkHidden = 1u << 16, kChunkLast = 1u << 17;
 template <u32 kStages> NXS_DEVICE u32 stage_of(u32 n) { return n % kStages; }
 template <u32 kStages> NXS_DEVICE u32 parity_of(u32 n) { return n / kStages & 1; }
 
-template <int kDim, int kGroups> struct Sm90 {
+template <int kDim, int kGroups, int kPair> struct Sm90 {
   static constexpr u32 kBlocks = (kDim + 63) / 64;  // columns of 64 elements
+  // A wide chunk has more products to what a chunk costs besides; two slots of q are left beside it, so it is for long items.
+  static constexpr u32 kKeys = kPair > 1 ? NXS_SCHEDULE_WIDE_CHUNK_KEYS : kChunk;
+  static constexpr u32 kMaskWords = (kPair > 1 ? NXS_SCHEDULE_WIDE_MASK_WORDS : NXS_SCHEDULE_MASK_WORDS) / kGroupThreads;
   static constexpr u32 kStages = kDim == 64 ? 4 : 2;  // of K, and of V
   static constexpr u32 kTileBytes = kBlocks * kTileRows * 128;  // q of one group
   static constexpr u32 kSlotBytes = kGroups * kTileBytes;
-  static constexpr u32 kChunkBytes = kBlocks * kChunk * 128;  // K or V of one chunk
+  static constexpr u32 kChunkBytes = kBlocks * kKeys * 128;  // K or V of one chunk
   static constexpr u32 kThreads = kGroupThreads * (kGroups + 1);
   static constexpr bool kTurns = kGroups > 1;
+  // Whether plain chunks have a loop of their own: measured, ptxas makes better code for two narrow tiles without.
+  static constexpr bool kTight = kDim > 64 || kGroups != 2;
+  static_assert(kPair == 1 || (kPair == 2 && kGroups == 2));  // an item has at most four tiles
 
-  static constexpr u32 kSlots = 3;
+  static constexpr u32 kSlots = kPair > 1 ? 2 : 3;
   static constexpr u32 kQ = 0, kK = kQ + kSlots * kSlotBytes, kV = kK + kStages * kChunkBytes,
                        kInfo = kV + kStages * kChunkBytes,
                        kHeader = (kInfo + kStages * kGroups * sizeof(ChunkInfo) + 15) / 16 * 16,
@@ -90,75 +98,87 @@ NXS_DEVICE void multiply(float (&d)[kN / 2], const A& a, u64 b, bool accumulate)
   }
 }
 
-// The n-th work of this block, or one beyond the last.
-NXS_DEVICE u32 nth_work(u32 n) {
-  const u32 grid = grid_size_x();
-  return n * grid + (n & 1 ? grid - 1 - block_index_x() : block_index_x());
+// The n-th work of this block (of its pair), or one beyond the last.
+template <int kPair> NXS_DEVICE u32 nth_work(u32 n) {
+  const u32 grid = grid_size_x() / kPair, block = block_index_x() / kPair;
+  return n * grid + (n & 1 ? grid - 1 - block : block);
 }
+// Which of the pair this is.
+template <int kPair> NXS_DEVICE u32 rank_in_pair() { return kPair > 1 ? cluster_rank() : 0; }
+
 // ---- producer
 
 // V of this chunk has rows that belong to others and lie within the tensor; what lies beyond it comes as zero.
-NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
-  return keys < kChunk && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
+template <u32 kChunkKeys> NXS_DEVICE bool has_tail(const ScaleKernelParams& p, u32 key, u32 keys) {
+  return keys < kChunkKeys && static_cast<u64>(key) + keys < static_cast<u64>(p.kv_rows);
 }
 // Warp 0: K and V.
-template <int kDim, int kGroups>
+template <int kDim, int kGroups, int kPair>
 NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
-  using C = Sm90<kDim, kGroups>;
-  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  using C = Sm90<kDim, kGroups, kPair>;
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p), rank = rank_in_pair<kPair>();
+  // Of a pair each block loads its share of the rows, for both.
+  constexpr u32 kShare = C::kKeys / kPair;
+  const auto load = [&](u32 to, const TensorMap* map, u32 barrier, u32 key, u32 kv_head, u32 batch) {
+#pragma unroll
+    for (u32 block = 0; block < C::kBlocks; ++block) {
+      const u32 at = to + (block * C::kKeys + rank * kShare) * 128;
+      const i32 from[4] = {static_cast<i32>(block * 64), static_cast<i32>(key + rank * kShare), static_cast<i32>(kv_head),
+                           static_cast<i32>(batch)};
+      if constexpr (kPair == 1)
+        tensor_load(at, map, barrier, from);
+      else
+        tensor_load_multicast(at, map, barrier, from, static_cast<u16>((1 << kPair) - 1));
+    }
+  };
+  const auto wait_empty = [&](u32 barrier, u32 parity) {
+    mbarrier_wait(barrier, parity);
+    warp_sync();  // before what lets the phase go on: a lane that is late would wait for the one after
+  };
   u32 chunk = 0;
   for (u32 n = 0;; ++n) {
-    const u32 index = nth_work(n);
+    const u32 index = nth_work<kPair>(n);
     if (index >= works) break;
-    const Work work = work_at(p, index);
-    const i32 kv_head = static_cast<i32>(kv_head_of(p, work));
-    const i32 batch_k = p.k_stride_batch ? static_cast<i32>(work.batch) : 0,
-              batch_v = p.v_stride_batch ? static_cast<i32>(work.batch) : 0;
-    KeyWalk<kChunk>::Of of;
-    KeyWalk<kChunk> walk(p, work, of);
+    typename KeyWalk<C::kKeys>::Of of;
+    KeyWalk<C::kKeys> walk(p, work_at(p, index), of);
     u32 coming = walk.next(p, of);
     bool nothing = coming == 0;  // a work without keys still has one chunk, hidden from all
     while (coming > 0 || nothing) {
       const u32 stage = stage_of<C::kStages>(chunk), parity = parity_of<C::kStages>(chunk) ^ 1;
       const u32 k_full = shared + C::kKFull + 8 * stage, v_full = shared + C::kVFull + 8 * stage;
       const u32 key = walk.first_key(), keys = coming;
-      const Vec<u32, 4> mask = nothing ? Vec<u32, 4>{} : walk.masks(p);
+      const Vec<u32, 4> masks = nothing ? Vec<u32, 4>{} : walk.masks(p);
+      u32 mask[kGroups];
+#pragma unroll
+      for (u32 g = 0; g < kGroups; ++g) mask[g] = rank == 0 ? masks.data[g] : masks.data[(kGroups + g) % 4];
       coming = walk.next(p, of);
 
-      mbarrier_wait(shared + C::kKEmpty + 8 * stage, parity);
-      warp_sync();  // before what lets the phase go on: a lane that is late would wait for the one after
+      wait_empty(shared + C::kKEmpty + 8 * stage, parity);
       if (lane == 0) {
 #pragma unroll
         for (u32 g = 0; g < kGroups; ++g) {
-          const bool hidden = nothing || mask.data[g] == NXS_MASK_HIDDEN;
+          const bool hidden = nothing || mask[g] == NXS_MASK_HIDDEN;
           ChunkInfo info;
           info.keys = keys | (hidden ? kChunkHidden : 0) | (coming > 0 ? 0 : kChunkLast);
-          info.mask = hidden ? 0 : mask.data[g];
+          info.mask = hidden ? 0 : mask[g];
           store_shared(shared + C::kInfo + (stage * kGroups + g) * static_cast<u32>(sizeof(ChunkInfo)), info);
         }
         if (nothing) {
           mbarrier_arrive(k_full);
         } else {
           mbarrier_arrive_expect(k_full, C::kChunkBytes);
-#pragma unroll
-          for (u32 block = 0; block < C::kBlocks; ++block)
-            tensor_load(shared + C::kK + stage * C::kChunkBytes + block * kChunk * 128, map_k, k_full,
-                        {static_cast<i32>(block * 64), static_cast<i32>(key), kv_head, batch_k});
+          load(shared + C::kK + stage * C::kChunkBytes, map_k, k_full, key, of.kv_head, p.k_stride_batch ? of.batch : 0);
         }
       }
-      const bool tail = !nothing && has_tail(p, key, keys);
-      mbarrier_wait(shared + C::kVEmpty + 8 * stage, parity);
-      warp_sync();
+      const bool tail = !nothing && has_tail<C::kKeys>(p, key, keys);
+      wait_empty(shared + C::kVEmpty + 8 * stage, parity);
       if (lane == 0) {
         if (nothing) {
           mbarrier_arrive(v_full);
         } else {
           const u32 loaded = tail ? shared + C::kTail + 8 * stage : v_full;
           mbarrier_arrive_expect(loaded, C::kChunkBytes);
-#pragma unroll
-          for (u32 block = 0; block < C::kBlocks; ++block)
-            tensor_load(shared + C::kV + stage * C::kChunkBytes + block * kChunk * 128, map_v, loaded,
-                        {static_cast<i32>(block * 64), static_cast<i32>(key), kv_head, batch_v});
+          load(shared + C::kV + stage * C::kChunkBytes, map_v, loaded, key, of.kv_head, p.v_stride_batch ? of.batch : 0);
           if (tail) mbarrier_arrive(v_full);
         }
       }
@@ -170,26 +190,26 @@ NXS_DEVICE void stream_chunks(const ScaleKernelParams& p, const TensorMap* map_k
 }
 
 // Warp 1: zeroes where V of a chunk is not its own. Walks as warp 0 does.
-template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleKernelParams& p, u32 shared) {
-  using C = Sm90<kDim, kGroups>;
+template <int kDim, int kGroups, int kPair> NXS_DEVICE void clean_tails(const ScaleKernelParams& p, u32 shared) {
+  using C = Sm90<kDim, kGroups, kPair>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   u32 chunk = 0, parities = 0;  // a bit for each stage
   for (u32 n = 0;; ++n) {
-    const u32 index = nth_work(n);
+    const u32 index = nth_work<kPair>(n);
     if (index >= works) break;
     const Work work = work_at(p, index);
-    KeyWalk<kChunk>::Of of;
-    KeyWalk<kChunk> walk(p, work, of);
+    typename KeyWalk<C::kKeys>::Of of;
+    KeyWalk<C::kKeys> walk(p, work, of);
     const u32 before = chunk;
     for (u32 keys; (keys = walk.next(p, of)) > 0; ++chunk) {
       const u32 stage = stage_of<C::kStages>(chunk);
-      if (!has_tail(p, walk.first_key(), keys)) continue;
+      if (!has_tail<C::kKeys>(p, walk.first_key(), keys)) continue;
       mbarrier_wait(shared + C::kTail + 8 * stage, parities >> stage & 1);
       parities ^= 1u << stage;
       const u32 tile = shared + C::kV + stage * C::kChunkBytes;
-      for (u32 i = keys * 8 + lane; i < kChunk * 8; i += kWarpSize)
+      for (u32 i = keys * 8 + lane; i < C::kKeys * 8; i += kWarpSize)
 #pragma unroll
-        for (u32 block = 0; block < C::kBlocks; ++block) store_shared(tile + block * kChunk * 128 + i * 16, Vec<u32, 4>{});
+        for (u32 block = 0; block < C::kBlocks; ++block) store_shared(tile + block * C::kKeys * 128 + i * 16, Vec<u32, 4>{});
       fence_async_shared();
       warp_sync();
       if (lane == 0) mbarrier_arrive(shared + C::kVFull + 8 * stage);
@@ -199,18 +219,18 @@ template <int kDim, int kGroups> NXS_DEVICE void clean_tails(const ScaleKernelPa
 }
 
 // Warp 2: q of works to come, and headers that tell what the slots hold.
-template <typename T, int kDim, int kGroups>
+template <typename T, int kDim, int kGroups, int kPair>
 NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared) {
-  using C = Sm90<kDim, kGroups>;
+  using C = Sm90<kDim, kGroups, kPair>;
   constexpr u32 kPieces = kDim / 8;  // of 16 bytes, in a row
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   for (u32 n = 0;; ++n) {
-    const u32 index = nth_work(n);
+    const u32 index = nth_work<kPair>(n);
     if (index >= works) break;
     const Work work = work_at(p, index);
     const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
     const u32 full = shared + C::kQFull + 8 * slot, tiles = shared + C::kQ + slot * C::kSlotBytes;
-    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4);
+    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4 + 4 * rank_in_pair<kPair>());
     const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
     const bool ours = item.data[3] == p.digest;  // else nothing is read or written
     mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
@@ -258,13 +278,13 @@ NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q,
 }
 
 // Warp 3: the results that the consumers left in a slot. Parts they have written themselves.
-template <typename T, int kDim, int kGroups>
+template <typename T, int kDim, int kGroups, int kPair>
 NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
-  using C = Sm90<kDim, kGroups>;
+  using C = Sm90<kDim, kGroups, kPair>;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   // The items may have come with the params, but masks did not.
   const bool ours = load_global_nc(p.schedule + 3) == p.digest;
-  for (u32 n = 0; nth_work(n) < works; ++n) {
+  for (u32 n = 0; nth_work<kPair>(n) < works; ++n) {
     const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
     mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
     const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
@@ -311,8 +331,8 @@ NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_o
 
 // ---- consumer: one warpgroup, one tile of 64 rows at a time
 
-template <typename T, int kDim, int kGroups> struct Consumer {
-  using C = Sm90<kDim, kGroups>;
+template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
+  using C = Sm90<kDim, kGroups, kPair>;
 
   const ScaleKernelParams& p;
   const u32 shared, group, warp, lane;
@@ -321,10 +341,11 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   ChunkInfo info;        // of that one
   bool owed = false;     // P V of the chunk before is still to come, with `prob`
   bool settled = false;  // all rows of the warp have a reference
+  u64 q_operand;         // q of the work at hand
 
   float o[kDim / 2];
-  float s[kChunk / 2];
-  u32 prob[kChunk / 16][4];            // P, as the A operand of P V
+  float s[C::kKeys / 2];
+  u32 prob[C::kKeys / 16][4];            // P, as the A operand of P V
   float reference[2], sum[2], grow[2];  // of the thread's two rows: base-2 reference, sum, factor of the last rescale
 
   NXS_DEVICE Consumer(const ScaleKernelParams& p_, u32 shared_, u32 group_)
@@ -353,71 +374,86 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   // Waits for K of the next chunk, and learns what the chunk is.
   NXS_DEVICE void wait_chunk() {
     mbarrier_wait(shared + C::kKFull + 8 * stage(), parity_of<C::kStages>(chunk));
-    info = load_shared<ChunkInfo>(shared + C::kInfo + (stage() * kGroups + group) * static_cast<u32>(sizeof(ChunkInfo)));
+    info = info_of(chunk);
   }
+  NXS_DEVICE bool chunk_is_there(u32 of_chunk) const {
+    return mbarrier_test_wait(shared + C::kKFull + 8 * stage_of<C::kStages>(of_chunk), parity_of<C::kStages>(of_chunk));
+  }
+  NXS_DEVICE ChunkInfo info_of(u32 of_chunk) const {
+    const u32 place = stage_of<C::kStages>(of_chunk) * kGroups + group;
+    return load_shared<ChunkInfo>(shared + C::kInfo + place * static_cast<u32>(sizeof(ChunkInfo)));
+  }
+  // A stage of K or V is free when the consumers of every block of the cluster have left it.
+  NXS_DEVICE void release_stage(u32 barrier) const {
+    warp_sync();
+    if constexpr (kPair == 1) {
+      if (lane == 0) mbarrier_arrive(barrier);
+    } else {
+      if (lane < kPair) mbarrier_arrive_read(map_to_rank(barrier, lane));
+    }
+  }
+  NXS_DEVICE u32 v_empty(u32 of_chunk) const { return shared + C::kVEmpty + 8 * stage_of<C::kStages>(of_chunk); }
   NXS_DEVICE void release_keys() {
-    release(shared + C::kKEmpty + 8 * stage());
+    release_stage(shared + C::kKEmpty + 8 * stage());
     ++chunk;
   }
   // V of the chunk before, whose K was released.
   NXS_DEVICE void wait_values() const {
     mbarrier_wait(shared + C::kVFull + 8 * stage_of<C::kStages>(chunk - 1), parity_of<C::kStages>(chunk - 1));
   }
-  NXS_DEVICE void release_values(u32 of_chunk) const { release(shared + C::kVEmpty + 8 * stage_of<C::kStages>(of_chunk)); }
   // Passes over a chunk of which this group sees nothing. No P V is owed: its V might be in the way of this one's.
   NXS_DEVICE void skip_chunk() {
     turn_begin();
     turn_end();
     release_keys();
     wait_values();
-    release_values(chunk - 1);
+    release_stage(v_empty(chunk - 1));
   }
 
   // S = Q K^T
   NXS_DEVICE void start_logits() {
     keep_registers(s);
-    const u64 a = matrix_descriptor(q_tile(slot()), 16, 1024, Swizzle::k128);
     const u64 b = matrix_descriptor(shared + C::kK + stage() * C::kChunkBytes, 16, 1024, Swizzle::k128);
     wgmma_fence();
 #pragma unroll
     for (u32 i = 0; i < kDim / 16; ++i) {
       const u32 block = i / 4, within = i % 4 * 32;
-      const u64 step_a = (block * kTileRows * 128 + within) >> 4, step_b = (block * kChunk * 128 + within) >> 4;
-      multiply<T, kChunk, Major::kK>(s, a + step_a, b + step_b, i != 0);
+      multiply<T, C::kKeys, Major::kK>(s, advanced(q_operand, block * kTileRows * 128 + within), advanced(b, block * C::kKeys * 128 + within),
+                                     i != 0);
     }
     wgmma_commit();
   }
   // O += P V
   NXS_DEVICE void start_sum() {
     wait_values();
-    const u64 b = matrix_descriptor(shared + C::kV + stage_of<C::kStages>(chunk - 1) * C::kChunkBytes, kChunk * 128, 1024, Swizzle::k128);
+    const u64 b = matrix_descriptor(shared + C::kV + stage_of<C::kStages>(chunk - 1) * C::kChunkBytes, C::kKeys * 128, 1024, Swizzle::k128);
     wgmma_fence();
 #pragma unroll
-    for (u32 i = 0; i < kChunk / 16; ++i) multiply<T, kDim, Major::kMN>(o, prob[i], b + (i * 2048 >> 4), true);
+    for (u32 i = 0; i < C::kKeys / 16; ++i) multiply<T, kDim, Major::kMN>(o, prob[i], advanced(b, i * 2048), true);
     wgmma_commit();
   }
 
   // Logits that are not to be seen become -inf.
-  NXS_DEVICE void mask_logits(bool half, u64 bits) {
+  NXS_DEVICE void mask_logits(bool half, const Vec<u32, C::kMaskWords>& bits) {
     if (info.mask != 0) {
-      const auto mask = [&](u32 first, u32 word) {
+      const auto mask = [&](u32 first) {
 #pragma unroll
-        for (u32 j = 0; j < kChunk / 4; ++j)
-          if (!(word & 1u << j)) s[first + j] = kNothing;
+        for (u32 i = first; i < first + C::kKeys / 4; ++i)
+          if (!(bits.data[i / 32] & 1u << i % 32)) s[i] = kNothing;
       };
-      mask(0, static_cast<u32>(bits));
-      if (!half) mask(kChunk / 4, static_cast<u32>(bits >> 32));
+      mask(0);
+      if (!half) mask(C::kKeys / 4);
     }
     const i32 left = static_cast<i32>(info.keys & 0xffff) - static_cast<i32>(2 * (lane % 4));
     const auto mask = [&](u32 first) {
 #pragma unroll
-      for (u32 j = 0; j < kChunk / 4; ++j)
+      for (u32 j = 0; j < C::kKeys / 4; ++j)
         if (left <= static_cast<i32>(8 * ((first + j) / 4) + j % 2)) s[first + j] = kNothing;
     };
     if (half)
       mask(0);
     else
-      mask(kChunk / 4);  // more than 64 are left
+      mask(C::kKeys / 4);  // more than half are left
   }
 
   // The maximum of each row decides of its reference; `forced` rows take it even if it grew little.
@@ -425,14 +461,14 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     float most[2][2] = {{s[0], s[1]}, {s[2], s[3]}};
     const auto look = [&](u32 first) {
 #pragma unroll
-      for (u32 j = 0; j < kChunk / 4; j += 4)
+      for (u32 j = 0; j < C::kKeys / 4; j += 4)
 #pragma unroll
         for (u32 r = 0; r < 2; ++r)
 #pragma unroll
           for (u32 e = 0; e < 2; ++e) most[r][e] = fmaxf(most[r][e], s[first + j + 2 * r + e]);
     };
     look(0);
-    if (!half) look(kChunk / 4);
+    if (!half) look(C::kKeys / 4);
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
       float all = fmaxf(most[r][0], most[r][1]);
@@ -445,24 +481,24 @@ template <typename T, int kDim, int kGroups> struct Consumer {
       sum[r] = starts ? 0.0f : sum[r] * grow[r];
     }
   }
-  // Exponentials in place; adds them up.
+  // Exponentials of a quarter of the thread's logits, or more, in place; adds them to `part`, [row][even or odd].
+  NXS_DEVICE void exponentiate(u32 first, u32 count, float (&part)[2][2]) {
+    const float shift[2] = {reference[0] == kNothing ? 0.0f : reference[0], reference[1] == kNothing ? 0.0f : reference[1]};
+#pragma unroll
+    for (u32 j = first; j < first + count; j += 4)
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r)
+#pragma unroll
+        for (u32 e = 0; e < 2; ++e) {
+          float& x = s[j + 2 * r + e];
+          x = exp2_approx(fma(x, p.scale, -shift[r]));
+          part[r][e] += x;
+        }
+  }
   NXS_DEVICE void exponentiate(bool half, float (&add)[2]) {
     float part[2][2] = {};
-    const float shift[2] = {reference[0] == kNothing ? 0.0f : reference[0], reference[1] == kNothing ? 0.0f : reference[1]};
-    const auto half_of = [&](u32 first) {
-#pragma unroll
-      for (u32 j = 0; j < kChunk / 4; j += 4)
-#pragma unroll
-        for (u32 r = 0; r < 2; ++r)
-#pragma unroll
-          for (u32 e = 0; e < 2; ++e) {
-            float& x = s[first + j + 2 * r + e];
-            x = exp2_approx(fma(x, p.scale, -shift[r]));
-            part[r][e] += x;
-          }
-    };
-    half_of(0);
-    if (!half) half_of(kChunk / 4);
+    exponentiate(0, C::kKeys / 4, part);
+    if (!half) exponentiate(C::kKeys / 4, C::kKeys / 4, part);
     add[0] = part[0][0] + part[0][1];
     add[1] = part[1][0] + part[1][1];
   }
@@ -471,15 +507,15 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     const u32 q = q_tile(slot()) + (warp * 16 + lane % 16) * 128 + lane / 16 * 16;
     const u32 keys = shared + C::kK + stage() * C::kChunkBytes + (lane % 8 + lane / 16 * 8) * 128 + lane / 8 % 2 * 16;
 #pragma unroll
-    for (u32 i = 0; i < kChunk / 2; ++i) s[i] = 0;
+    for (u32 i = 0; i < C::kKeys / 2; ++i) s[i] = 0;
 #pragma unroll
     for (u32 step = 0; step < kDim / 16; ++step) {
       u32 a[4];
       load_matrix(a, swizzled(q + step / 4 * (kTileRows * 128) + step % 4 * 32, Swizzle::k128));
 #pragma unroll
-      for (u32 n = 0; n < kChunk / 16; ++n) {
+      for (u32 n = 0; n < C::kKeys / 16; ++n) {
         u32 b[4];
-        load_matrix(b, swizzled(keys + step / 4 * (kChunk * 128) + step % 4 * 32 + n * 16 * 128, Swizzle::k128));
+        load_matrix(b, swizzled(keys + step / 4 * (C::kKeys * 128) + step % 4 * 32 + n * 16 * 128, Swizzle::k128));
         multiply_again(reinterpret_cast<float(&)[4]>(s[8 * n]), a, b[0], b[1]);
         multiply_again(reinterpret_cast<float(&)[4]>(s[8 * n + 4]), a, b[2], b[3]);
       }
@@ -490,35 +526,47 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     else mma_f16(d, a, b0, b1);
   }
 
-  // Of a chunk that all rows see whole; returns whether O has to be rescaled.
+  // Of a chunk that all rows see whole, to the rounded probabilities; returns whether O has to be rescaled. On the way it
+  // waits for the P V under way, whose last products are done while the first exponentials are taken.
   NXS_DEVICE bool softmax_plain() {
-    float add[2];
+    const bool before = settled;
     bool raised = false;
-    if (__builtin_expect(settled, 1)) {
-      exponentiate(false, add);
-      bool over[2] = {add[0] > kMostSum, add[1] > kMostSum};
-      if (__builtin_expect(warp_any(over[0] || over[1]), 0)) {
-        // Each row by its own logits alone: a neighbour's do not change its result.
-#pragma unroll
-        for (u32 r = 0; r < 2; ++r) over[r] = warp_ballot(over[r]) >> (lane & ~3u) & 15;
-        logits_again();
-        take_maximum<true>(false, false, over);
-        exponentiate(false, add);
-        raised = true;
-      }
-    } else {
+    if (__builtin_expect(!before, 0)) {
       take_maximum<false>(false, false, {});
-      exponentiate(false, add);
       settle();
       raised = warp_any(grow[0] != 1.0f || grow[1] != 1.0f);
+    }
+    float part[2][2] = {};
+    exponentiate(0, C::kKeys / 4, part);
+    // With three groups a look at the sums keeps ptxas from taking these exponentials behind the wait.
+    bool large = false;
+    if constexpr (kGroups == 3) large = warp_any(fmaxf(part[0][0], part[1][0]) > kMostSum);
+    keep_registers(s);
+    wgmma_wait<0>();
+    keep_registers(o);
+    keep_registers(s);  // so that nothing is written to P before
+    release_stage(v_empty(chunk - 1));
+    round_half(0);
+    exponentiate(C::kKeys / 4, C::kKeys / 4, part);
+    round_half(C::kKeys / 8);
+    float add[2] = {part[0][0] + part[0][1], part[1][0] + part[1][1]};
+    bool over[2] = {add[0] > kMostSum, add[1] > kMostSum};
+    if (__builtin_expect(before && (large || warp_any(over[0] || over[1])), 0)) {
+      // Each row by its own logits alone: a neighbour's do not change its result.
+#pragma unroll
+      for (u32 r = 0; r < 2; ++r) over[r] = warp_ballot(over[r]) >> (lane & ~3u) & 15;
+      logits_again();
+      take_maximum<true>(false, false, over);
+      exponentiate(false, add);
+      round_probabilities(false);
+      raised = true;
     }
     sum[0] += add[0];
     sum[1] += add[1];
     return raised;
   }
-  // Of any chunk.
-  NXS_DEVICE void softmax(bool starts, bool half, u64 bits) {
-    float add[2];
+  // Masks the logits of any chunk, and lets their maximum, or a bound, decide of the reference.
+  NXS_DEVICE void set_reference(bool starts, bool half, const Vec<u32, C::kMaskWords>& bits) {
     if (!plain()) mask_logits(half, bits);
     if (starts && p.logit_bound > 0) {
 #pragma unroll
@@ -526,38 +574,33 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     } else {
       take_maximum<false>(starts, half, {});
     }
-    exponentiate(half, add);
     settle();
-    sum[0] += add[0];
-    sum[1] += add[1];
   }
   NXS_DEVICE void settle() { settled = !warp_any(reference[0] == kNothing || reference[1] == kNothing); }
   NXS_DEVICE void rescale() {
 #pragma unroll
     for (u32 i = 0; i < kDim / 2; ++i) o[i] *= grow[i / 2 % 2];
   }
-  NXS_DEVICE void round_probabilities(bool half) {
-    const auto half_of = [&](u32 first) {
+  NXS_DEVICE void round_half(u32 first) {
 #pragma unroll
-      for (u32 j = 0; j < kChunk / 8; ++j) {
-        const u32 i = first + j;
-        prob[i / 4][i % 4] = round_pair<T>(s[2 * i], s[2 * i + 1]);
-      }
-    };
-    half_of(0);
+    for (u32 i = first; i < first + C::kKeys / 8; ++i) prob[i / 4][i % 4] = round_pair<T>(s[2 * i], s[2 * i + 1]);
+  }
+  NXS_DEVICE void round_probabilities(bool half) {
+    round_half(0);
     if (half)
 #pragma unroll
-      for (u32 i = kChunk / 8; i < kChunk / 4; ++i) prob[i / 4][i % 4] = 0;
+      for (u32 i = C::kKeys / 8; i < C::kKeys / 4; ++i) prob[i / 4][i % 4] = 0;
     else
-      half_of(kChunk / 8);
+      round_half(C::kKeys / 8);
   }
 
-  // Logits and exponentials of the chunk in `k`, beside the P V that is owed; this chunk's P V is owed then.
+  // Logits and exponentials of the chunk at hand, beside the P V that is owed; this chunk's P V is owed then.
   NXS_DEVICE void take_chunk(bool starts) {
-    const bool half = (info.keys & 0xffff) <= kChunk / 2, ends = last();
-    u64 bits = 0;
+    const bool half = (info.keys & 0xffff) <= C::kKeys / 2;
+    Vec<u32, C::kMaskWords> bits{};
     if (info.mask != 0)
-      bits = load_global_nc(reinterpret_cast<const u64*>(p.schedule + info.mask) + thread_index() % kGroupThreads);
+      bits = load_global_nc(reinterpret_cast<const Vec<u32, C::kMaskWords>*>(p.schedule + info.mask) +
+                            thread_index() % kGroupThreads);
     turn_begin();
     start_logits();
     if (owed) {
@@ -569,15 +612,20 @@ template <typename T, int kDim, int kGroups> struct Consumer {
       wgmma_wait<0>();
     }
     keep_registers(s);
+    const bool ends = last();
     release_keys();
     if (starts && owed) close_sums(slot_before());
-    softmax(starts, half, bits);
+    set_reference(starts, half, bits);
+    float add[2];
+    exponentiate(half, add);
+    sum[0] += add[0];
+    sum[1] += add[1];
     keep_registers(s);
-    if (!ends) wait_chunk();  // also keeps the compiler from moving the wait below above the exponentials
+    if (!ends) wait_chunk();
     wgmma_wait<0>();
     keep_registers(o);
     if (owed) {
-      release_values(chunk - 2);
+      release_stage(v_empty(chunk - 2));
       if (starts)
         leave_tile(slot_before());
       else
@@ -587,25 +635,26 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     owed = true;
   }
   // The same for a chunk that all rows see whole and that starts no work: where the time goes.
-  NXS_DEVICE void take_plain_chunk() {
-    const bool ends = last();
+  NXS_DEVICE void take_plain_chunk(bool ends) {
     turn_begin();
     start_logits();
     start_sum();
     turn_end();
+    // What the next chunk is is mostly known by now: then it need not be waited for later.
+    ChunkInfo next{};
+    const bool known = !ends && chunk_is_there(chunk + 1);
+    if (known) next = info_of(chunk + 1);
     wgmma_wait<1>();
     keep_registers(s);
     const bool raised = softmax_plain();
-    keep_registers(s);
     release_keys();  // not before: the logits may be needed again
-    if (!ends) wait_chunk();
-    wgmma_wait<0>();
-    keep_registers(o);
-    release_values(chunk - 2);
+    if (known)
+      info = next;
+    else if (!ends)
+      wait_chunk();
     if (__builtin_expect(raised, 0)) rescale();
-    round_probabilities(false);
   }
-  NXS_DEVICE bool plain() const { return info.mask == 0 && (info.keys & 0x1ffff) == kChunk; }
+  NXS_DEVICE bool plain() const { return info.mask == 0 && (info.keys & 0x1ffff) == C::kKeys; }
   // The P V that is owed to the work in `of_slot`, without another chunk beside it.
   NXS_DEVICE void pay(u32 of_slot) {
     if (!owed) return;
@@ -613,7 +662,7 @@ template <typename T, int kDim, int kGroups> struct Consumer {
     start_sum();
     wgmma_wait<0>();
     keep_registers(o);
-    release_values(chunk - 1);
+    release_stage(v_empty(chunk - 1));
     close_sums(of_slot);
     warp_sync();
     leave_tile(of_slot);
@@ -690,8 +739,9 @@ template <typename T, int kDim, int kGroups> struct Consumer {
 #pragma unroll
     for (u32 i = 0; i < kDim / 2; ++i) o[i] = 0;
     const u32 works = all_works(p);
-    for (; nth_work(work) < works; ++work) {
+    for (; nth_work<kPair>(work) < works; ++work) {
       mbarrier_wait(shared + C::kQFull + 8 * slot(), parity_of<C::kSlots>(work));
+      q_operand = matrix_descriptor(q_tile(slot()), 16, 1024, Swizzle::k128);
       wait_chunk();
       bool starts = true, ends = false;
       do {
@@ -704,7 +754,10 @@ template <typename T, int kDim, int kGroups> struct Consumer {
           take_chunk(starts);
           starts = false;
         } else {
-          take_plain_chunk();
+          do {
+            ends = last();
+            take_plain_chunk(ends);
+          } while (C::kTight && !ends && plain());
         }
       } while (!ends);
       if (starts) leave_nothing();
@@ -715,13 +768,13 @@ template <typename T, int kDim, int kGroups> struct Consumer {
   }
 };
 
-template <typename T, int kDim, int kGroups>
-__global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
+template <typename T, int kDim, int kGroups, int kPair>
+__global__ void __launch_bounds__(Sm90<kDim, kGroups, kPair>::kThreads, 1)
     scale_attention_sm90_kernel(const __grid_constant__ ScaleKernelParams p, const __grid_constant__ TensorMap map_q,
                                 const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_v,
                                 const __grid_constant__ TensorMap map_out) {
   // p.scale and p.logit_bound come times log2(e).
-  using C = Sm90<kDim, kGroups>;
+  using C = Sm90<kDim, kGroups, kPair>;
   const u32 shared = dynamic_shared(), t = thread_index();
   if (t == 0) {
     prefetch_tensor_map(&map_q);
@@ -735,36 +788,46 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups>::kThreads, 1)
     }
     for (u32 stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared + C::kKFull + 8 * stage, 1);
-      mbarrier_init(shared + C::kKEmpty + 8 * stage, 4 * kGroups);
+      mbarrier_init(shared + C::kKEmpty + 8 * stage, 4 * kGroups * kPair);
     }
     for (u32 stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared + C::kVFull + 8 * stage, 2);  // the copy, and that nothing of it is left to clean
-      mbarrier_init(shared + C::kVEmpty + 8 * stage, 4 * kGroups);
+      mbarrier_init(shared + C::kVEmpty + 8 * stage, 4 * kGroups * kPair);
       mbarrier_init(shared + C::kTail + 8 * stage, 1);
     }
     fence_mbarrier_init();
   }
-  block_sync();
+  if constexpr (kPair > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    block_sync();
+  }
   if (t < kGroupThreads) {
-    if constexpr (kGroups == 2) lower_registers<56>();
+    if constexpr (kGroups == 2) lower_registers<kPair == 1 ? 56 : 40>();
     if constexpr (kGroups == 3) lower_registers<32>();
     if (t < kWarpSize)
-      stream_chunks<kDim, kGroups>(p, &map_k, &map_v, shared);
+      stream_chunks<kDim, kGroups, kPair>(p, &map_k, &map_v, shared);
     else if (t < 2 * kWarpSize)
-      clean_tails<kDim, kGroups>(p, shared);
+      clean_tails<kDim, kGroups, kPair>(p, shared);
     else if (t < 3 * kWarpSize)
-      load_queries<T, kDim, kGroups>(p, &map_q, shared);
+      load_queries<T, kDim, kGroups, kPair>(p, &map_q, shared);
     else
-      write_results<T, kDim, kGroups>(p, &map_out, shared);
+      write_results<T, kDim, kGroups, kPair>(p, &map_out, shared);
   } else {
-    if constexpr (kGroups == 2) raise_registers<224>();
+    if constexpr (kGroups == 2) raise_registers<kPair == 1 ? 224 : 232>();
     if constexpr (kGroups == 3) raise_registers<160>();
-    Consumer<T, kDim, kGroups>(p, shared, t / kGroupThreads - 1).run();
+    Consumer<T, kDim, kGroups, kPair>(p, shared, t / kGroupThreads - 1).run();
+  }
+  if constexpr (kPair > 1) {  // the other block may still copy to this one and arrive here
+    warp_sync();
+    cluster_arrive();
+    cluster_wait();
   }
 }
 
-template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_launch(const ScaleParams& p, void* stream) {
-  using C = Sm90<kDim, kGroups>;
+template <typename T, int kDim, int kGroups, int kPair> nxs_status scale_attention_sm90_launch(const ScaleParams& p, void* stream) {
+  using C = Sm90<kDim, kGroups, kPair>;
   TensorMap maps[4];
   const struct {
     const void* address;
@@ -772,8 +835,8 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
     u32 box_rows;
   } views[4] = {
       {p.q, p.q_stride_row, p.q_stride_head, p.q_stride_batch, p.q_rows, p.heads, kTileRows},
-      {p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch, p.kv_rows, p.kv_heads, kChunk},
-      {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch, p.kv_rows, p.kv_heads, kChunk},
+      {p.k, p.k_stride_row, p.k_stride_head, p.k_stride_batch, p.kv_rows, p.kv_heads, C::kKeys / kPair},
+      {p.v, p.v_stride_row, p.v_stride_head, p.v_stride_batch, p.kv_rows, p.kv_heads, C::kKeys / kPair},
       {p.out, p.out_stride_row, p.out_stride_head, p.out_stride_batch, p.rows, p.heads, 8},
   };
   for (int i = 0; i < 4; ++i) {
@@ -797,12 +860,13 @@ template <typename T, int kDim, int kGroups> nxs_status scale_attention_sm90_lau
     shape.swizzle = Swizzle::k128;
     NXS_TRY(encode_tensor_map(&maps[i], shape));
   }
-  const auto kernel = scale_attention_sm90_kernel<T, kDim, kGroups>;
+  const auto kernel = scale_attention_sm90_kernel<T, kDim, kGroups, kPair>;
   NXS_TRY(allow_dynamic_smem(kernel, C::kSharedBytes));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(p.blocks));
   shape.block = C::kThreads;
   shape.dynamic_smem = C::kSharedBytes;
+  shape.cluster = kPair;
   ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
   base2.logit_bound *= kLog2E;

@@ -58,7 +58,7 @@ __host__ NXS_DEVICE u32 all_works(const ScaleParams& p) {
 // The keys of an item, up to kStep at a time (a chunk or a part of it), in the order in which they are taken; those beyond a
 // length are left out.
 template <u32 kStep> struct KeyWalk {
-  static_assert(kChunk % kStep == 0);
+  static_assert(kChunk % kStep == 0 || kStep == NXS_SCHEDULE_WIDE_CHUNK_KEYS);
 
   // What stays the same on the way.
   struct Of {

@@ -27,6 +27,12 @@ NXS_DEVICE PhiloxBlock philox(u64 seed, u64 position, u32 domain, u32 draw) {
   return PhiloxBlock{{c0, c1, c2, c3}};
 }
 
+// Word `i % 4`, by selects: an index would put the block into local memory.
+NXS_DEVICE u32 philox_word(const PhiloxBlock& block, u32 i) {
+  const u32 low = i & 1 ? block.word[1] : block.word[0], high = i & 1 ? block.word[3] : block.word[2];
+  return i & 2 ? high : low;
+}
+
 // The upper 24 bits as a float in [0, 1): every value is exact.
 NXS_DEVICE float philox_uniform(u32 word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
 

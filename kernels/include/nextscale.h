@@ -55,6 +55,8 @@ typedef int32_t nxs_dtype;
 #define NXS_FLAG_CODE_CLAMPED 1u     /* a code was outside its codebook and was clamped to the nearest entry */
 #define NXS_FLAG_APPEND_SKIPPED 2u   /* a row had no place in the cache and was not written */
 #define NXS_FLAG_POSITION_CLAMPED 4u /* a position was outside its table and was clamped to the nearest row */
+#define NXS_FLAG_CODEBOOK_NOT_FINITE 8u /* a codebook has elements that are NaN or infinite; they were taken as 0 */
+#define NXS_FLAG_ROW_NOT_FINITE 16u  /* a row had no finite distance to any code, and got code 0 */
 
 /* The version this library was built with. */
 uint32_t nxs_abi_version(void);
@@ -104,25 +106,27 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
  *
  * The schedule is made by the caller (nextscale's Rust plans make it) and lies in device memory as 32-bit words. An item
  * is a block of query rows that read the same keys: `groups` tiles of up to 64 rows. The keys come in runs, and a run in
- * chunks of 128 keys from its start on, the last one shorter; runs are taken as listed, chunks of a run from the last to
- * the first. Offsets count words from the start of the schedule.
+ * chunks of 128 keys (160 where groups are 4) from its start on, the last one shorter; runs are taken as listed, chunks of a
+ * run from the last to the first. Offsets count words from the start of the schedule.
  *   item, NXS_SCHEDULE_ITEM_WORDS words, the first at offset 0, longest first:
  *     0 offset of the first run, a multiple of 4   1 runs   2 split   3 digest: the params' value, or the item is not taken
  *     4 + 2 g, 5 + 2 g: first row and number of rows (0 to 64) of tile g
  *   run, NXS_SCHEDULE_RUN_WORDS words:
  *     0 first key   1 keys   2 zero, or 1 + the index of the length that limits it   3 first key that this length counts from
  *     4 + g: mask of tile g: NXS_MASK_NONE, all keys of the run are visible; NXS_MASK_HIDDEN, none is: only before the
- *     first run of which the tile sees something, or after the last one; else the offset, even, of a mask of 256 words that
+ *     first run of which the tile sees something, or after the last one; else the offset, a multiple of 4, of a mask that
  *     holds for every chunk of the run
- *   mask: two words for each of 128 threads, element i of thread t being bit i % 32 of word 2 t + i / 32: row
- *     16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
+ *   mask: w = 2 words (4 where groups are 4) for each of 128 threads, element i of thread t being bit i % 32 of word
+ *     w t + i / 32: row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), key 8 (i / 4) + 2 (t % 4) + i % 2.
  * Each row belongs to one tile of each split.
  */
 #define NXS_SCHEDULE_ITEM_WORDS 12
 #define NXS_SCHEDULE_RUN_WORDS 8
 #define NXS_SCHEDULE_MASK_WORDS 256
+#define NXS_SCHEDULE_WIDE_MASK_WORDS 512
 #define NXS_SCHEDULE_TILE_ROWS 64
 #define NXS_SCHEDULE_CHUNK_KEYS 128
+#define NXS_SCHEDULE_WIDE_CHUNK_KEYS 160
 #define NXS_MASK_NONE 0u
 #define NXS_MASK_HIDDEN 1u
 
@@ -151,14 +155,14 @@ typedef struct nxs_scale_attention_params {
   int32_t heads, kv_heads, dim;     /* dim: a multiple of 8 up to 128 */
   int32_t items, splits;            /* items of all splits; splits >= 1 */
   int32_t pack;                     /* 1, or heads / kv_heads: rows of the schedule are (row, head within its group) */
-  int32_t groups;                   /* tiles of an item: 1 to 3 */
+  int32_t groups;                   /* tiles of an item: 1 or 2; for dim <= 64 also 3; beyond also 4, which a pair of blocks takes */
   int32_t section;                  /* heads (over the batch) whose items are taken before the next ones'; 0: all */
   int32_t length_count;
   int32_t schedule_head_words;
   uint32_t digest;                  /* word 3 of every item: tells this schedule from others */
   nxs_dtype dtype;                  /* NXS_BF16 or NXS_F16 */
   int32_t variant;                  /* 0: portable (sm_80), groups 1; 1: Hopper (sm_90a) */
-  int32_t blocks;                   /* of the Hopper kernel's persistent grid */
+  int32_t blocks;                   /* of the Hopper kernel's persistent grid; even for pairs */
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
 } nxs_scale_attention_params;
@@ -308,6 +312,278 @@ typedef struct nxs_rvq_decode_params {
 } nxs_rvq_decode_params;
 
 nxs_status nxs_rvq_decode(const nxs_rvq_decode_params *params, void *stream);
+
+/* What is nearest, and what a code stands for. */
+#define NXS_METRIC_L2 0          /* the code of least distance; its row */
+#define NXS_METRIC_COSINE_RAW 1  /* input and rows divided by max(norm, eps), then as L2; the row as it was (DAC, VAR znorm) */
+#define NXS_METRIC_COSINE_UNIT 2 /* the same search; the row that was divided (LlamaGen) */
+
+/*
+ * Codebooks made ready for search by nxs_codebook_prepare, in one piece of memory of `bytes` bytes. With P = padded_dim,
+ * Q = operand_dim and R = entries rounded up to 128:
+ *   at 0           f32 [levels, 4]: greatest norm of a searched row, of its second bf16 piece, of what the pieces leave out; 0
+ *   at values_at   f32 [levels, entries, P]: what codes stand for
+ *   at search_at   f32 [levels, R / 32, P / 4, 32, 4]: searched rows, element k of code c at [c / 32, k / 4, c % 32, k % 4]
+ *   at operand_at  bf16 [levels, R / 128, Q / 8, 128, 8]: B of the products, element q of code c at [c / 128, q / 8, c % 128,
+ *                  q % 8]; of a searched row c, with hi = bf16(c), lo = bf16(c - hi) and three pieces n of -|c|^2 / 2:
+ *                  (pieces 1) hi, n, 0, ...; (pieces 3) hi, hi, lo, n, 0, ...
+ * Elements from dim on are 0, as are searched rows from entries on; the first piece of their n is -2^120.
+ */
+typedef struct nxs_codebook {
+  void *prepared;       /* 256-byte aligned */
+  int64_t values_at, search_at, operand_at, bytes; /* multiples of 256 */
+  int64_t entries;      /* 1 to 131072 */
+  int32_t levels;       /* 1 to 65536 */
+  int32_t dim;          /* 1 to 512 */
+  int32_t padded_dim;   /* dim rounded up to 8 */
+  int32_t operand_dim;  /* pieces * padded_dim + 3 rounded up to 16 times a multiple of 2, 3 or 4: the least of these */
+  int32_t pieces;       /* 1 or 3 */
+  int32_t metric;       /* NXS_METRIC_* */
+  float eps;            /* least norm that a row is divided by */
+} nxs_codebook;
+
+/*
+ * Fills codebook.prepared from rows, or, if usage is given, from rows / max(usage, usage_eps) (running sums and counts of an
+ * exponential moving average). Elements that are not finite are taken as 0, and NXS_FLAG_CODEBOOK_NOT_FINITE is OR-ed into
+ * *flags_or_null.
+ */
+typedef struct nxs_codebook_prepare_params {
+  nxs_codebook codebook;
+  const void *rows;           /* [levels, entries, dim] rows_dtype */
+  const float *usage_or_null; /* [levels, entries] */
+  uint32_t *flags_or_null;    /* [1]; only ever OR-ed into: the caller clears it */
+  int64_t rows_stride_level, rows_stride_entry, usage_stride_level;
+  float usage_eps;
+  nxs_dtype rows_dtype;       /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_codebook_prepare_params;
+
+nxs_status nxs_codebook_prepare(const nxs_codebook_prepare_params *params, void *stream);
+
+/*
+ * Residual-vector-quantization encode (EnCodec, Mimi, RQ-VAE, DAC; with one level vector quantization):
+ *   r = input[b, t, :] in f32
+ *   for l ascending: codes[b, l, t] = argmin over c of |s - search[l, c]|^2 with s = r, or with a cosine metric
+ *                    r / max(|r|, eps);  r = r - values[l, codes[b, l, t]]
+ *   residual[b, t, :] = round(r); quantized[b, t, :] = round(sum over l ascending of values[l, codes[b, l, t]])
+ * The score that is least is f32: acc = fma(s[k] - c[k], s[k] - c[k], acc) for k ascending from acc = 0; the lowest code wins
+ * ties. A code whose score is NaN or infinite does not win; if all are, the code is 0, its distance +inf, and
+ * NXS_FLAG_ROW_NOT_FINITE is OR-ed into *flags_or_null. Norms are sqrt of an f32 fma chain, k ascending.
+ *
+ * With latent > 0 (DAC) input, residual and quantized have `latent` elements a row, and each level searches
+ *   e[j] = fma over k ascending of in_weight[l, j, k] r[k], from in_bias[l, j], in four chains: of k % 4 = 0, 1, 2, 3, the first
+ *          from in_bias, the others from 0, added as (0 + 1) + (2 + 3)
+ * instead of r, and takes y[k] = fma over j ascending of out_weight[l, k, j] values[l, code, j], from out_bias[l, k], from r.
+ */
+typedef struct nxs_rvq_encode_params {
+  nxs_codebook codebook;           /* levels 1: shared by all levels */
+  const void *input;               /* [batch, rows, dim or latent] dtype, every dimension strided */
+  void *codes;                     /* [batch, levels, rows] codes_dtype, every dimension strided */
+  void *quantized_or_null;         /* [batch, rows, dim or latent] dtype, every dimension strided; no elements overlap */
+  void *residual_or_null;          /* [batch, rows, dim or latent] dtype, every dimension strided; no elements overlap */
+  float *distances_or_null;        /* [batch, levels, rows]: the winners' scores, every dimension strided */
+  uint32_t *histogram_or_null;     /* [levels, entries], contiguous: counts are added to what is there */
+  uint32_t *flags_or_null;         /* [1]; only ever OR-ed into: the caller clears it */
+  const float *in_weight_or_null;  /* [levels, dim, latent]; these four contiguous and required with latent > 0 */
+  const float *in_bias_or_null;    /* [levels, dim] */
+  const float *out_weight_or_null; /* [levels, latent, dim] */
+  const float *out_bias_or_null;   /* [levels, latent] */
+  int64_t input_stride_batch, input_stride_row, input_stride_dim;
+  int64_t codes_stride_batch, codes_stride_level, codes_stride_row;
+  int64_t quantized_stride_batch, quantized_stride_row, quantized_stride_dim;
+  int64_t residual_stride_batch, residual_stride_row, residual_stride_dim;
+  int64_t distances_stride_batch, distances_stride_level, distances_stride_row;
+  int64_t batch, rows;
+  int32_t levels;                  /* 1 to 32; at most codebook.levels unless that is 1 */
+  int32_t latent;                  /* 0, or 1 to 1024 with dim up to 32 */
+  nxs_dtype dtype;                 /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype codes_dtype;           /* NXS_U16 (entries up to 65536), NXS_U32 or NXS_I64 */
+  int32_t variant;                 /* NXS_RVQ_ENCODE_* */
+  int32_t tile_rows;               /* SM80: 16, 32 or 64; SM90: 64; STREAM: rows of a cluster, 1 to 8; PROJECTED: 16 */
+  int32_t stages;                  /* SM80, SM90: pieces of the operand that shared memory has room for, 2 to 8 */
+  int32_t cluster;                 /* SM90, STREAM: blocks of a cluster, 1, 2, 4 or 8, STREAM also 16; SM90: at most one for
+                                      each 128 entries */
+} nxs_rvq_encode_params;
+#define NXS_RVQ_ENCODE_SM80 0      /* mma.sync */
+#define NXS_RVQ_ENCODE_SM90 1      /* wgmma; dim up to 256 */
+#define NXS_RVQ_ENCODE_STREAM 2    /* few rows, one cluster each tile_rows; sm_90 */
+#define NXS_RVQ_ENCODE_PROJECTED 3 /* latent > 0 */
+
+nxs_status nxs_rvq_encode(const nxs_rvq_encode_params *params, void *stream);
+/* How a map is resized along each axis, align_corners false. */
+#define NXS_RESIZE_BICUBIC 0  /* a = -0.75, source positions not clamped, taps clamped into the map */
+#define NXS_RESIZE_BILINEAR 1 /* source positions clamped from below */
+#define NXS_RESIZE_AREA 2     /* the mean over [floor(i in / out), ceil((i + 1) in / out)), as adaptive average pooling */
+/* What the tokens of a multi-scale quantizer are. */
+#define NXS_TOKENS_CODES 0      /* [batch, tokens] NXS_U16, NXS_U32 or NXS_I64: rows of the codebook */
+#define NXS_TOKENS_EMBEDDINGS 1 /* [batch, tokens, width] NXS_F32, NXS_F16 or NXS_BF16 */
+#define NXS_TOKENS_BITS 2       /* [batch, tokens, width] NXS_U8: 0 is -bit_scale, anything else +bit_scale */
+#define NXS_MAX_SCALES 32
+/* The Philox domain of the flips of bit labels. */
+#define NXS_DOMAIN_BIT_FLIP 0x62666c70u
+
+/*
+ * Scales of a multi-scale residual quantizer (VAR, HART, Infinity): adds their tokens to the running map f_hat and makes
+ * the next scale's input.
+ *   h_s   = resize(map of the tokens of scale s -> height x width, by `up`)
+ *   f_hat = f_hat + h'_s    h'_s = phi(h_s) with a phi: a 3x3 convolution with zero padding; else h_s
+ *   next  = resize(f_hat -> next_height x next_width, by `down`), token-major, rounded to next_dtype, `repeat` times
+ *   label = (resize(target - f_hat, by area) > 0) ? 1 : 0
+ * Maps are [batch, channels, height, width] f32. A token of a grid [grid_height, grid_width] lies at pixel (y, x) of the
+ * scale's map, or with patch 2 at pixels (2 y + dy, 2 x + dx), whose channel c is its element 4 c + 2 dy + dx
+ * (pixel shuffle); scale sizes are in pixels. width = channels * patch * patch.
+ * Sums are in f32. A code outside [0, entries) is clamped and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_multi_scale_params {
+  const void *tokens_or_null;   /* of the scales taken, one after the other, in each batch entry; null: scales is 0 */
+  const float *codebook_or_null; /* [entries, channels]; NXS_TOKENS_CODES */
+  const float *phi_or_null;     /* [phis, ceil(channels / 4), 9 channels + 1, 4]: of outputs 4 g to 4 g + 3, the weights of
+                                   input i and tap (ky, kx) in row 9 i + 3 ky + kx, and last their biases; outputs
+                                   beyond `channels` are 0. 16-byte aligned */
+  const float *f_hat_or_null;   /* the map before; null: zeroes. May be f_hat_out_or_null itself, unless rows */
+  float *f_hat_out_or_null;     /* the map after, or with prefixes [scales, batch, channels, height, width]: after each
+                                   scale; null: not kept */
+  const float *target_or_null;  /* labels, or next of target - f_hat instead of f_hat: with next_of_residual */
+  void *next_or_null;           /* [repeat, batch, tokens of next, width] next_dtype */
+  uint8_t *labels_or_null;      /* [batch, tokens of next, width] */
+  uint8_t *flipped_or_null;     /* the same, each bit flipped with probability flip_rate */
+  const int64_t *seeds_or_null; /* [batch]: of the flips; a bit is flipped by Philox of (seed, position of its token times
+                                   ceil(width / 4) plus element / 4, NXS_DOMAIN_BIT_FLIP, 0), word element % 4 */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t tokens_stride_batch;  /* elements */
+  int64_t next_stride_batch, labels_stride_batch; /* elements; next of the second repeat follows after batch entries */
+  int64_t batch, entries;
+  int64_t first_label;          /* position of the first token of next, for the flips */
+  int32_t channels;             /* 1 to 256 */
+  int32_t height, width;        /* of maps, 1 to 1024 */
+  int32_t patch;                /* 1 or 2 */
+  int32_t scales;               /* taken by this call */
+  int32_t prefixes;
+  int32_t independent;          /* 1: scales do not add up: f_hat is that of the last one, next is the last scale's map
+                                   itself, resized by `up`; needs rows if there is a next */
+  uint16_t scale_height[NXS_MAX_SCALES], scale_width[NXS_MAX_SCALES]; /* pixels; at most height, width */
+  int8_t scale_phi[NXS_MAX_SCALES]; /* which phi; -1: none */
+  int32_t up;                   /* NXS_RESIZE_BICUBIC or NXS_RESIZE_BILINEAR */
+  int32_t down;                 /* NXS_RESIZE_AREA or NXS_RESIZE_BILINEAR */
+  int32_t next_height, next_width; /* pixels; 0: no next and no labels */
+  int32_t next_of_residual;
+  int32_t repeat;               /* 1 or 2 */
+  int32_t tokens_kind;          /* NXS_TOKENS_* */
+  nxs_dtype tokens_dtype, next_dtype;
+  float bit_scale, flip_rate;
+  int32_t rows;                 /* 1: a block a row of the map or of the next, none of which waits for another: one scale
+                                   without phi, next by bilinear or independent, no labels or target, f_hat_or_null not
+                                   f_hat_out_or_null. 0: a block some channels of an image; takes everything else */
+  int32_t group;                /* rows 0: channels of a block, a multiple of 4 */
+  int32_t band;                 /* rows 0: rows of the map that are worked on at a time; even */
+  int32_t plane_shared;         /* rows 0: 1: what the next is made from is kept in shared memory */
+  int32_t programmatic;         /* 1, on sm_90: may be started before the kernel before it on the stream has ended, for which it
+                                   then waits: programmatic dependent launch */
+} nxs_multi_scale_params;
+
+nxs_status nxs_multi_scale(const nxs_multi_scale_params *params, void *stream);
+
+/*
+ * Nearest codebook rows (the search of VAR's encoder):
+ *   codes[b, l] = the least i with the least score; score(i) = sum over k ascending of (z[b, l, k] - codebook[i, k])^2,
+ *   each step one f32 subtraction and one fused multiply-add. A row without a score below infinity gets code 0.
+ * With normalize, z is first divided by max(sqrt(sum over k ascending of z^2, fused), eps).
+ */
+typedef struct nxs_nearest_code_params {
+  const float *z;               /* [batch, rows, channels] */
+  const float *codebook;        /* [entries, channels] */
+  void *codes;                  /* [batch, rows] codes_dtype */
+  int64_t codes_stride_batch;   /* elements */
+  int64_t batch, rows, entries; /* batch * rows < 2^31; entries fit in codes_dtype */
+  int32_t channels;             /* 1 to 256 */
+  int32_t normalize;
+  float eps;
+  nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
+  int32_t log2_tile;            /* rows of a block: 8, 16 or 32 */
+  int32_t splits;               /* blocks that share the codebook: 1, or on sm_90 a cluster of 2, 4 or 8 */
+  int32_t programmatic;         /* as of nxs_multi_scale */
+} nxs_nearest_code_params;
+
+nxs_status nxs_nearest_code(const nxs_nearest_code_params *params, void *stream);
+
+/* Which channel is the most significant bit of an integer of `dim` bits. */
+#define NXS_BITS_MSB_FIRST 0 /* channel 0, as Infinity and LFQ have it */
+#define NXS_BITS_LSB_FIRST 1 /* the last one */
+
+/*
+ * Bits between their forms (LFQ, BSQ): values by their signs, labels, integers.
+ *   bit[r, k] = input > 0 (values; 0 for NaN), input != 0 (labels), bit k of the integer in `order`
+ *   flipped where philox_uniform(Philox(seeds[r / rows_per_seed], (first_row + r % rows_per_seed) * ceil(dim / 4) + k / 4,
+ *   NXS_DOMAIN_BIT_FLIP, 0) word k % 4) < flip_rate, if there are seeds
+ *   labels = bit;  values = bit ? scale : -scale, NaN where the input was a NaN;  codes = the integer
+ */
+typedef struct nxs_bits_params {
+  const void *input;            /* [rows, dim] NXS_F32, NXS_F16, NXS_BF16 values or NXS_U8 labels; [rows] NXS_U16, NXS_U32
+                                   or NXS_I64 integers */
+  uint8_t *labels_or_null;      /* [rows, dim] */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *codes_or_null;          /* [rows] codes_dtype */
+  const int64_t *seeds_or_null; /* [ceil(rows / rows_per_seed)], bits of u64 */
+  int64_t rows, rows_per_seed, first_row;
+  int32_t dim;                  /* 1 to 4096; at most the bits of an integer where there are integers */
+  int32_t order;                /* NXS_BITS_* */
+  float scale, flip_rate;
+  nxs_dtype input_dtype;
+  nxs_dtype values_dtype;       /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype codes_dtype;        /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_bits_params;
+
+nxs_status nxs_bits(const nxs_bits_params *params, void *stream);
+
+/* How finite scalar quantization bounds a value. */
+#define NXS_FSQ_TANH 0      /* tanh(z + shift) half - offset, rounded to even (arXiv 2309.15505) */
+#define NXS_FSQ_SYMMETRIC 1 /* floor((L - 1) (tanh(z) + 1) / 2 + 0.5) */
+#define NXS_FSQ_CLAMP 2     /* the same with clamp(z, -1, 1) for tanh(z) */
+#define NXS_FSQ_MOST_DIM 16
+
+/*
+ * Finite scalar quantization, of one or more quantizers one after the other (residual FSQ):
+ *   r = z, or tanh(z / soft[k]) soft[k] where soft[k] > 0
+ *   for each quantizer q:  v = value(level(r / scales[q, k]));  r -= v scales[q, k];  values += v scales[q, k]
+ *   index[q] = sum over k of level * (product of levels before k)
+ * With halves H = levels / 2 (an integer division): NXS_FSQ_TANH has level - H = round(tanh(z + shift) half - offset),
+ * half = (levels - 1) 1.001 / 2, offset 0.5 for even levels and 0 for odd ones, shift = atanh(offset / half), and value =
+ * (level - H) / H; the symmetric ones have value = (2 level - (levels - 1)) / (levels - 1). Levels are clamped to
+ * [0, levels). A NaN has level 0 and stays a NaN in values.
+ * Without z, values are made from indices; an index outside [0, product of levels) is clamped, and NXS_FLAG_CODE_CLAMPED
+ * is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_fsq_params {
+  const void *z_or_null;        /* [rows, dim] z_dtype */
+  void *values_or_null;         /* [rows, dim] values_dtype */
+  void *indices_or_null;        /* [rows, quantizers] indices_dtype: written, or without z read */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t rows;
+  int32_t dim;                  /* 1 to NXS_FSQ_MOST_DIM */
+  int32_t quantizers;           /* 1 to 16 */
+  int32_t levels[NXS_FSQ_MOST_DIM];    /* 2 to 65536; the product at most what an index can hold, and 2^31 */
+  float scales[16 * NXS_FSQ_MOST_DIM]; /* of quantizer q and channel k at 16 q + k */
+  float soft[NXS_FSQ_MOST_DIM];
+  int32_t bound;                /* NXS_FSQ_* */
+  nxs_dtype z_dtype, values_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype indices_dtype;      /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_fsq_params;
+
+nxs_status nxs_fsq(const nxs_fsq_params *params, void *stream);
+
+/*
+ * Labels by a table (coarse labels of codes):  out[i] = table[codes[i]]
+ * A code outside [0, entries) is clamped and NXS_FLAG_CODE_CLAMPED is OR-ed into *flags_or_null.
+ */
+typedef struct nxs_remap_params {
+  const void *codes;            /* [count] codes_dtype */
+  const void *table;            /* [entries] out_dtype */
+  void *out;                    /* [count] out_dtype */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t count, entries;       /* entries: 1 to 2^31 - 1 */
+  nxs_dtype codes_dtype, out_dtype; /* NXS_U16, NXS_U32 or NXS_I64 */
+} nxs_remap_params;
+
+nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 
 /* ---- verification ------------------------------------------------------------------------------------------- */
 

@@ -157,7 +157,7 @@ pub fn case(limits: Limits) -> impl Strategy<Value = Case> {
         any::<bool>(),
     );
     let cut = (
-        prop::option::weighted(0.8, 1..=3u32),
+        prop::option::weighted(0.8, 1..=4u32),
         prop_oneof![1 => Just(None), 3 => Just(Some(1)), 2 => (2..=5u32).prop_map(Some)],
         prop::option::of(any::<bool>()),
         prop::sample::select(vec![1, 2, 3, 5, 132]),

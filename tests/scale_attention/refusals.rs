@@ -98,7 +98,8 @@ fn bad_plans_are_refused() {
 
     size(builder().tiles_an_item(0), "tiles_an_item");
     size(builder().tiles_an_item(4), "tiles_an_item");
-    size(builder().head_dim(72).tiles_an_item(3), "tiles_an_item");
+    size(builder().head_dim(72).tiles_an_item(5), "tiles_an_item");
+    unsupported(builder().head_dim(72).tiles_an_item(3), "tiles_an_item");
     size(builder().variant(Variant::Portable).tiles_an_item(2), "tiles_an_item");
     size(builder().splits(0), "splits");
     size(builder().splits(33), "splits");

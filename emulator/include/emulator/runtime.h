@@ -80,7 +80,7 @@ void fence_mbarrier();
 void block_barrier(u32 id, u32 threads, bool wait, bool whole_block, Where where);
 void cluster_arrive(Where where);
 void cluster_wait(Where where);
-void change_registers(u32 registers, bool raise, Where where);
+void change_registers(u32 registers, u32 blocks, bool raise, Where where);
 
 // ---- warps: every lane of `mask` calls with its own slot; the last one to come runs `finish` over all.
 enum class Collective : u8 { kSync, kShuffle, kVote, kMatch, kReduce, kElect, kLoadMatrix, kStoreMatrix, kMma };
@@ -91,7 +91,7 @@ inline u32 lane() { return place().thread % 32; }
 // ---- mbarriers; `address` may lie in a peer for arrivals
 void mbarrier_init(u32 address, u32 count, Where where);
 void mbarrier_invalidate(u32 address, Where where);
-void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where);
+void mbarrier_arrive(u32 address, u32 expected_bytes, bool arrives, bool cluster, Where where, bool publishes = true);
 bool mbarrier_wait(u32 address, u32 parity, bool block, bool cluster, Where where);
 
 // ---- asynchronous copies

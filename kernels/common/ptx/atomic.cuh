@@ -80,5 +80,11 @@ NXS_ATOMIC_SHARED(atomic_add_shared, "add.u32")
 NXS_ATOMIC_SHARED(atomic_max_shared, "max.u32")
 NXS_ATOMIC_SHARED(atomic_or_shared, "or.b32")
 #undef NXS_ATOMIC_SHARED
+// atom.relaxed.cta.shared.min.u64
+NXS_DEVICE u64 atomic_min_shared(u32 address, u64 value) {
+  u64 old;
+  asm volatile("atom.relaxed.cta.shared::cta.min.u64 %0, [%1], %2;" : "=l"(old) : "r"(address), "l"(value) : "memory");
+  return old;
+}
 
 }  // namespace nxs

@@ -51,4 +51,12 @@ template <typename... Params> nxs_status allow_dynamic_smem(void (*kernel)(Param
   return static_cast<nxs_status>(error);
 }
 
+// Lets `kernel` be launched in clusters of more than 8 blocks on the current device. Idempotent.
+template <typename... Params> nxs_status allow_large_clusters(void (*kernel)(Params...)) {
+  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return static_cast<nxs_status>(error);
+}
+
 }  // namespace nxs

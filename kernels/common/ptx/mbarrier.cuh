@@ -28,6 +28,11 @@ NXS_DEVICE void mbarrier_arrive_expect(u32 mbarrier, u32 bytes) {
 NXS_DEVICE void mbarrier_expect(u32 mbarrier, u32 bytes) {
   NXS_SM90("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(bytes) : "memory");
 }
+// mbarrier.arrive at an address of the cluster's window, of the block's scope: what this thread has read may be overwritten
+// by copies. Publishes nothing to the other block, so that it needs no fence of all memory, as the next one does.
+NXS_DEVICE void mbarrier_arrive_read(u32 mbarrier) {
+  NXS_SM90("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+}
 // mbarrier.arrive.release.cluster at an address of the cluster's window
 NXS_DEVICE void mbarrier_arrive_cluster(u32 mbarrier) {
   NXS_SM90("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mbarrier) : "memory");

@@ -34,6 +34,10 @@ NXS_DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_byte
   return static_cast<u64>((address & 0x3ffff) >> 4) | static_cast<u64>(leading_bytes >> 4) << 16 |
          static_cast<u64>(stride_bytes >> 4) << 32 | static_cast<u64>(swizzle) << 62;
 }
+// The operand that begins `bytes` further on, in arithmetic of 32 bits.
+NXS_DEVICE u64 advanced(u64 descriptor, u32 bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<u32>(descriptor) + (bytes >> 4));
+}
 
 enum class Major : int { kK = 0, kMN = 1 };
 
@@ -184,13 +188,13 @@ NXS_WGMMA(wgmma_bf16, kBf16)
 NXS_WGMMA(wgmma_f16, kF16)
 #undef NXS_WGMMA
 
-// setmaxnreg.inc, .dec: the registers of each thread, 24 to 256 by 8, of a kernel with __launch_bounds__(threads, 1).
-// All warps of a warpgroup call it; inc waits until others have given back enough. Sums stay within the launch's
+// setmaxnreg.inc, .dec: the registers of each thread, 24 to 256 by 8, of a kernel with __launch_bounds__(threads,
+// kBlocks). All warps of a warpgroup call it; inc waits until others have given back enough. Sums stay within the launch's
 // registers.
-template <int kRegisters> NXS_DEVICE void raise_registers() {
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void raise_registers() {
   NXS_SM90A("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters) : "memory");
 }
-template <int kRegisters> NXS_DEVICE void lower_registers() {
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void lower_registers() {
   NXS_SM90A("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters) : "memory");
 }
 

@@ -156,7 +156,8 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         /// head's multiplier: then no maximum is looked for at first. For bf16, at most 40. A logit beyond it is no error;
         /// rows whose logits are all 80 below it lose precision.
         logit_bound(logit_bound: f32);
-        /// Forces how many tiles of 64 rows share their keys: 1 to 3, 1 for [`Variant::Portable`].
+        /// Forces how many tiles of 64 rows share their keys: 1, 2 or 3; beyond a head_dim of 64 1, 2, or 4 in a pair of thread
+        /// blocks; 1 for [`Variant::Portable`].
         tiles_an_item(groups: u32);
         /// Forces into how many parts the keys are split: 1 to 32.
         splits(splits: u32);
@@ -284,22 +285,21 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             0,
             MOST,
         )?;
-        let widest = if variant == Variant::Portable {
-            1
-        } else if self.dim <= 64 {
-            3
-        } else {
-            2
+        let possible: &[u32] = match (variant, self.dim) {
+            (Variant::Portable, _) => &[1],
+            (_, ..=64) => &[1, 2, 3],
+            _ => &[1, 2, 4],
         };
-        let candidates = match self.groups {
-            Some(groups) => {
-                size("tiles_an_item", u64::from(groups), 1, widest)?;
-                groups..=groups
+        if let Some(groups) = self.groups {
+            size("tiles_an_item", u64::from(groups), 1, u64::from(possible[possible.len() - 1]))?;
+            if !possible.contains(&groups) {
+                return refuse("tiles_an_item", "1, 2 or 3; beyond a head_dim of 64, 1, 2 or 4");
             }
-            None => 1..=widest as u32,
-        };
-        let mut schedule = candidates
-            .map(|groups| schedule::schedule(visibility, Cut { groups, splits: 1, pack }))
+        }
+        let mut schedule = possible
+            .iter()
+            .filter(|&&groups| self.groups.is_none_or(|forced| groups == forced))
+            .map(|&groups| schedule::schedule(visibility, Cut { groups, splits: 1, pack }))
             .min_by_key(|schedule| estimated_cycles(schedule, heads_taken, self.dim, sms))
             .expect("there is a candidate");
         let mut cut = schedule.cut();
@@ -308,7 +308,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
                 size("splits", u64::from(splits), 1, u64::from(MOST_SPLITS))?;
                 splits
             }
-            None => choose_splits(&schedule, heads_taken, sms),
+            None => choose_splits(&schedule, heads_taken, sms / cut.pair()),
         };
         if cut.splits > 1 {
             schedule = schedule::schedule(visibility, cut);
@@ -347,7 +347,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             scale,
             logit_bound: self.logit_bound.unwrap_or(0.0),
             variant,
-            blocks: works.min(u64::from(sms)) as u32,
+            blocks: cut.pair() * works.min(u64::from((sms / cut.pair()).max(1))) as u32,
             section,
             workspace_bytes,
             useful_flops: (4 * self.dim * self.batch * self.heads).saturating_mul(visibility.visible_pairs()),
@@ -369,13 +369,24 @@ impl<T: Float> ScaleAttentionBuilder<T> {
 
 /// Cycles that the Hopper kernel takes for all works of a schedule: a model fitted to an H200.
 fn estimated_cycles(schedule: &Schedule, heads: u64, dim: u64, sms: u32) -> u64 {
-    // Of a block, for a work and for each chunk of it, with 1, 2 and 3 tiles.
-    const NARROW: [(u64, u64); 3] = [(2000, 1600), (2840, 2140), (2430, 2950)];
-    const WIDE: [(u64, u64); 2] = [(2500, 2190), (3300, 2910)];
     const MOST_SIMULATED: u64 = 1 << 14;
-    let (work, chunk) =
-        if dim <= 64 { NARROW[schedule.groups() as usize - 1] } else { WIDE[schedule.groups() as usize - 1] };
-    let costs: Vec<u64> = schedule.lengths().map(|length| work + chunk * u64::from(length)).collect();
+    /// More, for a chunk with a mask.
+    const MASK: u64 = 600;
+    // Of a block or a pair, for a work and for each chunk of it.
+    let (work, chunk) = match (dim, schedule.groups()) {
+        (..=64, 1) => (1830, 1570),
+        (..=64, 2) => (2560, 1960),
+        (..=64, _) => (3490, 2430),
+        (_, 1) => (2330, 2110),
+        (_, 2) => (4450, 2470),
+        // For 160 keys. A pair reads L2 half as much, which leaves power for a higher clock.
+        _ => (6900, 2880),
+    };
+    let sms = (sms / schedule.cut().pair()).max(1);
+    let costs: Vec<u64> = schedule
+        .lengths()
+        .map(|(chunks, masked)| work + chunk * u64::from(chunks) + MASK * u64::from(masked))
+        .collect();
     let blocks = u64::from(sms);
     if costs.len() as u64 * heads > MOST_SIMULATED {
         return costs.iter().sum::<u64>() * heads / blocks + costs[0] / 2;

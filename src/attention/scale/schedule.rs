@@ -11,10 +11,10 @@ use crate::ffi;
 
 const ITEM_WORDS: usize = ffi::NXS_SCHEDULE_ITEM_WORDS as usize;
 const RUN_WORDS: usize = ffi::NXS_SCHEDULE_RUN_WORDS as usize;
-const MASK_WORDS: usize = ffi::NXS_SCHEDULE_MASK_WORDS as usize;
 const TILE_ROWS: u32 = ffi::NXS_SCHEDULE_TILE_ROWS;
-const CHUNK: u32 = ffi::NXS_SCHEDULE_CHUNK_KEYS;
-const MOST_GROUPS: usize = 3;
+/// Threads that share a mask.
+const MASK_THREADS: u32 = 128;
+const MOST_GROUPS: usize = 4;
 
 /// What a tile sees of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +36,8 @@ struct Run {
 }
 
 impl Run {
-    fn chunks(&self) -> u32 {
-        self.keys.div_ceil(CHUNK)
+    fn chunks(&self, chunk: u32) -> u32 {
+        self.keys.div_ceil(chunk)
     }
 }
 
@@ -55,12 +55,29 @@ type Zone = (Range<u32>, Option<(u32, u32)>);
 /// How the rows are cut up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Cut {
-    /// Tiles of an item.
+    /// Tiles of an item, 4 of them shared by a pair of thread blocks.
     pub(super) groups: u32,
     /// Parts that the keys of an item are split into.
     pub(super) splits: u32,
     /// Heads of one kv head that share the rows of a tile.
     pub(super) pack: u32,
+}
+
+impl Cut {
+    /// Thread blocks that share an item.
+    pub(super) fn pair(&self) -> u32 {
+        if self.groups < 4 { 1 } else { 2 }
+    }
+
+    /// Keys of a chunk.
+    fn chunk(&self) -> u32 {
+        if self.groups < 4 { ffi::NXS_SCHEDULE_CHUNK_KEYS } else { ffi::NXS_SCHEDULE_WIDE_CHUNK_KEYS }
+    }
+
+    fn mask_words(&self) -> usize {
+        let words = if self.groups < 4 { ffi::NXS_SCHEDULE_MASK_WORDS } else { ffi::NXS_SCHEDULE_WIDE_MASK_WORDS };
+        words as usize
+    }
 }
 
 /// The words for the kernels, and what planning needs to know of them. Cheap to clone.
@@ -91,7 +108,7 @@ impl Schedule {
         self.cut.splits
     }
 
-    /// Tiles of 64 rows in an item.
+    /// Tiles of 64 rows in an item; 4 are shared by a pair of thread blocks.
     pub fn groups(&self) -> u32 {
         self.cut.groups
     }
@@ -105,15 +122,20 @@ impl Schedule {
         self.cut
     }
 
-    /// Chunks of each item, longest first.
-    pub(super) fn lengths(&self) -> impl Iterator<Item = u32> + '_ {
-        self.words.chunks_exact(ITEM_WORDS).take(self.items as usize).map(|item| {
+    /// Chunks of each item, longest first, and how many of them a mask is needed for.
+    pub(super) fn lengths(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let masked =
+            |run: &[u32]| run[4..].iter().any(|&word| word != ffi::NXS_MASK_NONE && word != ffi::NXS_MASK_HIDDEN);
+        self.words.chunks_exact(ITEM_WORDS).take(self.items as usize).map(move |item| {
             let runs = self.words[item[0] as usize..].chunks_exact(RUN_WORDS).take(item[1] as usize);
-            runs.map(|run| run[1].div_ceil(CHUNK)).sum()
+            runs.fold((0, 0), |(all, some), run| {
+                let chunks = run[1].div_ceil(self.cut.chunk());
+                (all + chunks, if masked(run) { some + chunks } else { some })
+            })
         })
     }
 
-    /// Chunks of 128 keys that the items of one head read.
+    /// Chunks of 128 keys that the items of one head read; of 160 where [`Schedule::groups`] is 4.
     pub fn chunks(&self) -> u64 {
         self.chunks
     }
@@ -218,15 +240,18 @@ fn meets(set: &[Range<u32>], keys: &Range<u32>) -> bool {
 struct Lowering<'a> {
     visibility: &'a Visibility,
     pack: u32,
+    /// Keys of a chunk.
+    chunk: u32,
+    mask_words: usize,
     /// Of segments whose rows all see the same.
     segment_sets: Vec<Option<KeySet>>,
-    masks: Vec<[u32; MASK_WORDS]>,
-    mask_numbers: HashMap<[u32; MASK_WORDS], u32>,
+    masks: Vec<Rc<[u32]>>,
+    mask_numbers: HashMap<Rc<[u32]>, u32>,
     zones: Vec<Zone>,
 }
 
 impl<'a> Lowering<'a> {
-    fn new(visibility: &'a Visibility, pack: u32) -> Self {
+    fn new(visibility: &'a Visibility, cut: Cut) -> Self {
         let mut zones: Vec<Zone> = Vec::new();
         for (k, segment) in visibility.keys().iter().enumerate() {
             let range = visibility.key_range(k);
@@ -241,7 +266,9 @@ impl<'a> Lowering<'a> {
         }
         Lowering {
             visibility,
-            pack,
+            pack: cut.pack,
+            chunk: cut.chunk(),
+            mask_words: cut.mask_words(),
             segment_sets: vec![None; visibility.queries().len()],
             masks: Vec::new(),
             mask_numbers: HashMap::new(),
@@ -269,29 +296,33 @@ impl<'a> Lowering<'a> {
     }
 
     fn mask(&mut self, rows: &[KeySet], first: u32) -> u32 {
-        let mut words = [0u32; MASK_WORDS];
+        let mut words = vec![0u32; self.mask_words];
+        let of_thread = self.mask_words as u32 / MASK_THREADS;
         for (row, set) in rows.iter().enumerate() {
             let row = row as u32;
             // A thread has its row, the one eight below, and of every eight keys two.
             let (warp, within) = (row / 16, row % 16);
             for range in set.iter() {
-                let keys = range.start.max(first).saturating_sub(first)..range.end.saturating_sub(first).min(CHUNK);
+                let keys =
+                    range.start.max(first).saturating_sub(first)..range.end.saturating_sub(first).min(self.chunk);
                 for key in keys {
                     let thread = warp * 32 + within % 8 * 4 + key % 8 / 2;
                     let element = key / 8 * 4 + within / 8 * 2 + key % 2;
-                    words[(2 * thread + element / 32) as usize] |= 1 << (element % 32);
+                    words[(of_thread * thread + element / 32) as usize] |= 1 << (element % 32);
                 }
             }
         }
         self.number_of(words)
     }
 
-    fn number_of(&mut self, words: [u32; MASK_WORDS]) -> u32 {
-        let next = self.masks.len() as u32;
-        let number = *self.mask_numbers.entry(words).or_insert(next);
-        if number == next {
-            self.masks.push(words);
+    fn number_of(&mut self, words: Vec<u32>) -> u32 {
+        let words = Rc::from(words);
+        if let Some(&number) = self.mask_numbers.get(&words) {
+            return number;
         }
+        let number = self.masks.len() as u32;
+        self.masks.push(Rc::clone(&words));
+        self.mask_numbers.insert(words, number);
         number
     }
 
@@ -329,8 +360,8 @@ impl<'a> Lowering<'a> {
                 while at < end {
                     let edge = edges.get(edges.partition_point(|&edge| edge <= at)).map_or(end, |&edge| edge.min(end));
                     // Up to the next edge all is alike; a chunk with an edge inside stands alone.
-                    let plain = if edge == end { end - at } else { (edge - at) / CHUNK * CHUNK };
-                    let keys = if plain > 0 { plain } else { CHUNK.min(end - at) };
+                    let plain = if edge == end { end - at } else { (edge - at) / self.chunk * self.chunk };
+                    let keys = if plain > 0 { plain } else { self.chunk.min(end - at) };
                     let span = at..at + keys;
                     let mut sights = [Sight::Nothing; MOST_GROUPS];
                     for (g, sets) in distinct.iter().enumerate() {
@@ -343,7 +374,9 @@ impl<'a> Lowering<'a> {
                         };
                     }
                     match runs[interval..].last_mut() {
-                        Some(last) if last.sights == sights && last.keys % CHUNK == 0 && plain > 0 => last.keys += keys,
+                        Some(last) if last.sights == sights && last.keys % self.chunk == 0 && plain > 0 => {
+                            last.keys += keys
+                        }
                         _ => runs.push(Run { first: at, keys, length, sights }),
                     }
                     at += keys;
@@ -356,7 +389,7 @@ impl<'a> Lowering<'a> {
 
 /// Makes the schedule.
 pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
-    let mut lowering = Lowering::new(visibility, cut.pack);
+    let mut lowering = Lowering::new(visibility, cut);
     let tiles = tiles(visibility, cut.pack);
     struct Item {
         tiles: Vec<Tile>,
@@ -369,10 +402,10 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
         let mut runs = lowering.runs(tiles);
         // The last chunk first: it is the one with a tail, and nothing of it overlaps with another's.
         runs.reverse();
-        let chunks: u32 = runs.iter().map(Run::chunks).sum();
+        let chunks: u32 = runs.iter().map(|run| run.chunks(cut.chunk())).sum();
         for split in 0..cut.splits {
             let part = |n: u32| (u64::from(chunks) * u64::from(n) / u64::from(cut.splits)) as u32;
-            let runs = slice(&runs, part(split)..part(split + 1));
+            let runs = slice(&runs, part(split)..part(split + 1), cut.chunk());
             items.push(Item { tiles: tiles.to_vec(), split, runs });
         }
     }
@@ -385,13 +418,13 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
             if let (Some(first), Some(last)) = (first, last) {
                 for run in &mut item.runs[first..last] {
                     if run.sights[g] == Sight::Nothing {
-                        run.sights[g] = Sight::Some(lowering.number_of([0; MASK_WORDS]));
+                        run.sights[g] = Sight::Some(lowering.number_of(vec![0; cut.mask_words()]));
                     }
                 }
             }
         }
     }
-    let length = |item: &Item| item.runs.iter().map(Run::chunks).sum::<u32>();
+    let length = |item: &Item| item.runs.iter().map(|run| run.chunks(cut.chunk())).sum::<u32>();
     items.sort_by_key(|item| core::cmp::Reverse(length(item)));
 
     let runs_at = (items.len() * ITEM_WORDS).next_multiple_of(4);
@@ -413,13 +446,13 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
                 *out = match sight {
                     Sight::All => ffi::NXS_MASK_NONE,
                     Sight::Nothing => ffi::NXS_MASK_HIDDEN,
-                    Sight::Some(number) => (masks_at + number as usize * MASK_WORDS) as u32,
+                    Sight::Some(number) => (masks_at + number as usize * cut.mask_words()) as u32,
                 };
             }
             run_at += RUN_WORDS;
         }
     }
-    words.extend(lowering.masks.iter().flatten());
+    words.extend(lowering.masks.iter().flat_map(|mask| mask.iter()));
 
     // FNV-1a: enough to notice the schedule of another plan.
     let digest = words.iter().fold(0x811c_9dc5u32, |hash, &word| (hash ^ word).wrapping_mul(0x0100_0193)) | 1;
@@ -438,17 +471,17 @@ pub(super) fn schedule(visibility: &Visibility, cut: Cut) -> Schedule {
 }
 
 /// The chunks `wanted` of runs that are taken as listed, the chunks of each from its last to its first.
-fn slice(runs: &[Run], wanted: Range<u32>) -> Vec<Run> {
+fn slice(runs: &[Run], wanted: Range<u32>, chunk: u32) -> Vec<Run> {
     let mut slice = Vec::new();
     let mut before = 0;
     for run in runs {
-        let chunks = run.chunks();
+        let chunks = run.chunks(chunk);
         let from = wanted.start.clamp(before, before + chunks) - before;
         let to = wanted.end.clamp(before, before + chunks) - before;
         if from < to {
             // Chunk number n of the order is chunk number chunks - 1 - n of the keys.
-            let first = (chunks - to) * CHUNK;
-            let end = run.keys.min((chunks - from) * CHUNK);
+            let first = (chunks - to) * chunk;
+            let end = run.keys.min((chunks - from) * chunk);
             slice.push(Run { first: run.first + first, keys: end - first, ..*run });
         }
         before += chunks;

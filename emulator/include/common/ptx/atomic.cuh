@@ -12,12 +12,12 @@ NXS_DEVICE T atomic_global(T* p, bool acquire, bool release, emulator::Where whe
   *p = next(old);
   return old;
 }
-template <typename F> NXS_DEVICE u32 atomic_shared(u32 address, emulator::Where where, F next) {
-  u8* p = emulator::shared_access(address, 4, emulator::Access::kAtomic, where);
-  u32 old;
-  memcpy(&old, p, 4);
-  const u32 value = next(old);
-  memcpy(p, &value, 4);
+template <typename T = u32, typename F> NXS_DEVICE T atomic_shared(u32 address, emulator::Where where, F next) {
+  u8* p = emulator::shared_access(address, sizeof(T), emulator::Access::kAtomic, where);
+  T old;
+  memcpy(&old, p, sizeof(T));
+  const T value = next(old);
+  memcpy(p, &value, sizeof(T));
   return old;
 }
 }  // namespace detail
@@ -56,6 +56,9 @@ NXS_DEVICE u32 atomic_max_shared(u32 address, u32 value, NXS_WHERE) {
 }
 NXS_DEVICE u32 atomic_or_shared(u32 address, u32 value, NXS_WHERE) {
   return detail::atomic_shared(address, where, [&](u32 old) { return old | value; });
+}
+NXS_DEVICE u64 atomic_min_shared(u32 address, u64 value, NXS_WHERE) {
+  return detail::atomic_shared<u64>(address, where, [&](u64 old) { return old < value ? old : value; });
 }
 
 }  // namespace nxs

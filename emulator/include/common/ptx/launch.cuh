@@ -36,4 +36,6 @@ template <typename... Params> nxs_status allow_dynamic_smem(void (*kernel)(Param
   return emulator::allow_dynamic_smem(reinterpret_cast<const void*>(kernel), bytes);
 }
 
+template <typename... Params> nxs_status allow_large_clusters(void (*)(Params...)) { return NXS_OK; }
+
 }  // namespace nxs

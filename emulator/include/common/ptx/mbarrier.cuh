@@ -14,6 +14,9 @@ NXS_DEVICE void mbarrier_arrive_expect(u32 mbarrier, u32 bytes, NXS_WHERE) {
 NXS_DEVICE void mbarrier_expect(u32 mbarrier, u32 bytes, NXS_WHERE) {
   emulator::mbarrier_arrive(mbarrier, bytes, false, false, where);
 }
+NXS_DEVICE void mbarrier_arrive_read(u32 mbarrier, NXS_WHERE) {
+  emulator::mbarrier_arrive(mbarrier, 0, true, true, where, false);
+}
 NXS_DEVICE void mbarrier_arrive_cluster(u32 mbarrier, NXS_WHERE) {
   emulator::mbarrier_arrive(mbarrier, 0, true, true, where);
 }

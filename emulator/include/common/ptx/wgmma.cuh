@@ -13,6 +13,9 @@ NXS_DEVICE u64 matrix_descriptor(u32 address, u32 leading_bytes, u32 stride_byte
   return static_cast<u64>((address & 0x3ffff) >> 4) | static_cast<u64>(leading_bytes >> 4) << 16 |
          static_cast<u64>(stride_bytes >> 4) << 32 | static_cast<u64>(swizzle) << 62;
 }
+NXS_DEVICE u64 advanced(u64 descriptor, u32 bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<u32>(descriptor) + (bytes >> 4));
+}
 
 enum class Major : int { kK = 0, kMN = 1 };
 
@@ -33,11 +36,11 @@ NXS_WGMMA(wgmma_bf16, kBf16)
 NXS_WGMMA(wgmma_f16, kF16)
 #undef NXS_WGMMA
 
-template <int kRegisters> NXS_DEVICE void raise_registers(NXS_WHERE) {
-  emulator::change_registers(kRegisters, true, where);
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void raise_registers(NXS_WHERE) {
+  emulator::change_registers(kRegisters, kBlocks, true, where);
 }
-template <int kRegisters> NXS_DEVICE void lower_registers(NXS_WHERE) {
-  emulator::change_registers(kRegisters, false, where);
+template <int kRegisters, int kBlocks = 1> NXS_DEVICE void lower_registers(NXS_WHERE) {
+  emulator::change_registers(kRegisters, kBlocks, false, where);
 }
 
 }  // namespace nxs

@@ -1,0 +1,7 @@
+#include "quantization/multi_scale.cuh"
+
+namespace nxs::quantization {
+template <> nxs_status multi_scale_launch<u8>(const ScaleParams& q, void* stream) {
+  return multi_scale_launch_up<u8>(q, stream);
+}
+}  // namespace nxs::quantization

@@ -1,0 +1,8 @@
+#include "quantization/rvq_encode.h"
+#include "quantization/rvq_encode_sm80.cuh"
+
+namespace nxs::quantization {
+template <> nxs_status rvq_encode_sm80<16>(const nxs_rvq_encode_params& p, void* stream) {
+  return rvq_encode_sm80_launch<16>(p, stream);
+}
+}  // namespace nxs::quantization
