@@ -36,6 +36,7 @@ from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
+from peers_verification import Verify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
@@ -313,6 +314,7 @@ OPS = {
     "attention_merge": AttentionMerge,
     "attention_prepare": AttentionPrepare,
     "multi_scale": MultiScale,
+    "verify": Verify,
 }
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import compare_multi_scale
 from compare_attention import scale_attention
 from compare_rvq_encode import rvq_encode
+from compare_verification import draft_sample, row_stats, verify
 from nextscale_ref import attention, philox, rvq
 
 DTYPES = {
@@ -332,6 +333,9 @@ OPS = {
     "scale_attention": scale_attention,
     "attention_merge": attention_merge,
     "attention_prepare": attention_prepare,
+    "verify": verify,
+    "draft_sample": draft_sample,
+    "row_stats": row_stats,
     "philox_fill": philox_fill,
 } | compare_multi_scale.OPS
 

@@ -95,6 +95,33 @@ fn dtypes_have_the_numbers_of_the_header() {
     assert_eq!(build_and_run("dtypes", &source), expected);
 }
 
+#[cfg(feature = "verification")]
+#[test]
+fn rules_and_status_bits_have_the_numbers_of_the_header() {
+    use nextscale::verification::{Rule, status};
+    let numbers = [
+        ("NXS_RULE_GREEDY", Rule::Greedy as u32),
+        ("NXS_RULE_MATCH", Rule::Match as u32),
+        ("NXS_RULE_REJECT", Rule::Reject as u32),
+        ("NXS_RULE_BLOCK", Rule::Block as u32),
+        ("NXS_STATUS_TARGET_NAN", status::TARGET_NAN),
+        ("NXS_STATUS_DRAFT_BAD", status::DRAFT_BAD),
+        ("NXS_STATUS_TARGET_EMPTY", status::TARGET_EMPTY),
+        ("NXS_STATUS_TARGET_BEYOND", status::TARGET_BEYOND),
+        ("NXS_STATUS_DRAFT_IMPOSSIBLE", status::DRAFT_IMPOSSIBLE),
+        ("NXS_STATUS_ROW_OUT_OF_RANGE", status::ROW_OUT_OF_RANGE),
+        ("NXS_STATUS_DRAFTS_IGNORED", status::DRAFTS_IGNORED),
+    ];
+    let mut source = String::from("#include \"nextscale.h\"\n#include <stdio.h>\nint main(void) {\n");
+    let mut expected = String::new();
+    for (name, number) in numbers {
+        writeln!(source, "  printf(\"{name} %u\\n\", (unsigned){name});").unwrap();
+        writeln!(expected, "{name} {number}").unwrap();
+    }
+    source.push_str("  return 0;\n}\n");
+    assert_eq!(build_and_run("rules", &source), expected);
+}
+
 /// `nextscale::emulator::Counters` is written by hand.
 #[cfg(feature = "emulate")]
 #[test]

@@ -1,6 +1,6 @@
 //! A run allocates nothing on the heap: engines call it per layer and per step.
 
-#![cfg(any(feature = "attention", feature = "quantization"))]
+#![cfg(any(feature = "attention", feature = "quantization", feature = "verification"))]
 
 mod support;
 
@@ -207,6 +207,80 @@ fn multi_scale_and_scalar_quantizers_allocate_nothing() {
             let args =
                 FsqArgs { z: Some(f.input()), values: Some(map.output()), indices: None, given: None, flags: None };
             fsq.run(&device.stream(), args).unwrap();
+        });
+    }
+}
+
+#[cfg(feature = "verification")]
+#[test]
+fn verification_allocates_nothing() {
+    use nextscale::verification::{
+        Accepted, DraftSample, DraftSampleArgs, Drafts, Emitted, RowStats, RowStatsArgs, Verifier, VerifierArgs,
+        VerifierOptions, VerifierOut,
+    };
+    for device in TestDevice::all() {
+        let info = &DeviceInfo::A100;
+        let verifier = Verifier::<f32, f32>::builder(2, 1, 3000).drafts(Drafts::Logits).rules_per_request();
+        let verifier = verifier.trials(2).build(info).unwrap();
+        let sampler = DraftSample::<f32>::builder(2, 3000).build(info).unwrap();
+        let stats = RowStats::<f32>::builder(4, 3000).build(info).unwrap();
+        let logits = Buffer::of(&device, &[0.5f32; 4 * 3000], 0);
+        let (cu_rows, drafts) = (Buffer::of(&device, &[0, 2, 4], 0), Buffer::of(&device, &[1, -1, 2, -1], 0));
+        let (rules, top_k) = (Buffer::of(&device, &[2, 3], 0), Buffer::of(&device, &[9, 0], 0));
+        let seeds = Buffer::of(&device, &[1i64, 2], 0);
+        let [mut tokens, mut drawn] = [4, 2].map(|len| Buffer::<i32>::poisoned(&device, len, 0));
+        let mut emitted = Buffer::<Emitted>::poisoned(&device, 2, 0);
+        let mut accepted = Buffer::<Accepted>::poisoned(&device, 2, 0);
+        let mut status = Buffer::<u32>::poisoned(&device, 2, 0);
+        let [mut log_probs, mut of_draft, mut partials] =
+            [4, 8, 24].map(|len| Buffer::<f32>::poisoned(&device, len, 0));
+        let mut workspace = Buffer::<u8>::poisoned(&device, verifier.workspace_bytes() as usize, 0);
+        let mut counters = Buffer::of(&device, &vec![0u32; verifier.counter_words()], 0);
+        assert_allocates_nothing(&device, || {
+            let args = VerifierArgs {
+                target: logits.input(),
+                cu_rows: cu_rows.input(),
+                drafts: drafts.input(),
+                options: VerifierOptions {
+                    draft: Some(logits.input()),
+                    rules: Some(rules.input()),
+                    top_k: Some(top_k.input()),
+                    seeds: Some(seeds.input()),
+                    ..VerifierOptions::default()
+                },
+                out: VerifierOut {
+                    tokens: tokens.output(),
+                    emitted: emitted.output(),
+                    accepted: accepted.output(),
+                    status: status.output(),
+                    last_row: None,
+                    log_probs: Some(log_probs.output()),
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            verifier.run(&device.stream(), args).unwrap();
+            let args = DraftSampleArgs {
+                logits: logits.input(),
+                temperature: None,
+                top_k: Some(top_k.input()),
+                top_p: None,
+                min_p: None,
+                draft_to_target: None,
+                seeds: Some(seeds.input()),
+                positions: None,
+                uniforms: None,
+                tokens: drawn.output(),
+                stats: Some(of_draft.output()),
+                log_probs: None,
+                status: status.output(),
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            sampler.run(&device.stream(), args).unwrap();
+            let args =
+                RowStatsArgs { logits: logits.input(), temperature: None, allow: None, partials: partials.output() };
+            stats.run(&device.stream(), args).unwrap();
         });
     }
 }

@@ -152,6 +152,19 @@ __global__ void __launch_bounds__(128) special_kernel(const float* in, float* ou
   store_global(out + 6 * count + i, divide(x, 3.0f));
 }
 
+// Maxima of floats and of pairs, and a product that is not fused.
+__global__ void __launch_bounds__(128) maximum_kernel(const float* in, u32* out, u32 count) {
+  const u32 i = thread_index();
+  if (i >= count) return;
+  const float a = load_global_nc(in + i), b = load_global_nc(in + (i * 7 + 3) % count);
+  const float c = load_global_nc(in + (i * 5 + 1) % count), d = load_global_nc(in + (i * 11 + 2) % count);
+  store_global(out + i, float_bits(maximum(a, b)));
+  store_global(out + count + i, float_bits(maximum_nan(a, b)));
+  store_global(out + 2 * count + i, maximum_nan_f16x2(f32x2_to_f16x2_bits(a, c), f32x2_to_f16x2_bits(b, d)));
+  store_global(out + 3 * count + i, maximum_nan_bf16x2(f32x2_to_bf16x2_bits(a, c), f32x2_to_bf16x2_bits(b, d)));
+  store_global(out + 4 * count + i, float_bits(multiply(a, b) + c));
+}
+
 // The least of each block's words.
 __global__ void __launch_bounds__(128) minimum_kernel(const u64* in, u64* out) {
   const u32 least = dynamic_shared(), t = thread_index();
@@ -351,6 +364,56 @@ static void test_special() {
   check(rounded, "roots and quotients are rounded to nearest");
 }
 
+static void test_maxima() {
+  // Every third a multiple of 1/8, which all three types hold; infinities and NaNs among them.
+  const uint32_t n = 96;
+  std::vector<float> in(n);
+  for (uint32_t i = 0; i < n; ++i) in[i] = (static_cast<float>(i * 37 % n) - 48.0f) / 8;
+  in[5] = INFINITY, in[17] = -INFINITY, in[40] = NAN, in[77] = NAN;
+  Buffer<float> din(in);
+  Buffer<uint32_t> out(5 * n);
+  check(finish_launch(nxs::launch(nxs::maximum_kernel, shape_of(1, 128), nullptr, din.get(), out.get(), n)) == NXS_OK,
+        "maxima run");
+  const auto got = out.read();
+  const auto f32_at = [&](uint32_t i) {
+    float x;
+    memcpy(&x, &got[i], 4);
+    return x;
+  };
+  bool numbers = true, nans = true, pairs = true, products = true;
+  for (uint32_t i = 0; i < n; ++i) {
+    const float a = in[i], b = in[(i * 7 + 3) % n], c = in[(i * 5 + 1) % n], d = in[(i * 11 + 2) % n];
+    const float number = std::fmax(a, b);
+    numbers &= std::isnan(number) ? std::isnan(f32_at(i)) : f32_at(i) == number;
+    const bool nan = std::isnan(a) || std::isnan(b);
+    nans &= nan ? std::isnan(f32_at(n + i)) : f32_at(n + i) == number;
+    const float want[2] = {nan ? NAN : number, std::isnan(c) || std::isnan(d) ? NAN : std::fmax(c, d)};
+    for (int half = 0; half < 2; ++half) {
+      // bf16 is the upper half of the float; f16 is looked at by sign, exponent and mantissa.
+      const uint32_t f16 = got[2 * n + i] >> (16 * half) & 0xffff, bf16 = got[3 * n + i] >> (16 * half) & 0xffff;
+      uint32_t bits;
+      memcpy(&bits, &want[half], 4);
+      if (std::isnan(want[half])) {
+        pairs &= f16 == 0x7fff && bf16 == 0x7fff;
+      } else if (std::isinf(want[half])) {
+        pairs &= f16 == (bits >> 31 << 15 | 0x7c00) && bf16 == bits >> 16;
+      } else if (want[half] == 0) {
+        pairs &= (f16 & 0x7fff) == 0 && (bf16 & 0x7fff) == 0;
+      } else {
+        pairs &= f16 == (bits >> 31 << 15 | ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023)) && bf16 == bits >> 16;
+      }
+    }
+    const float product = a * b;
+    const volatile float rounded = product;
+    const float sum = rounded + c;
+    products &= std::isnan(sum) ? std::isnan(f32_at(4 * n + i)) : f32_at(4 * n + i) == sum;
+  }
+  check(numbers, "max leaves NaN out");
+  check(nans, "max.NaN keeps it");
+  check(pairs, "maxima of pairs");
+  check(products, "a product is rounded before it is added to");
+}
+
 static void test_minimum() {
   const uint32_t blocks = 5;
   std::vector<uint64_t> in(blocks * 128), least(blocks, ~uint64_t{0});
@@ -373,6 +436,7 @@ int main() {
   test_bulk();
   test_conversions();
   test_special();
+  test_maxima();
   test_minimum();
   return finish();
 }

@@ -145,6 +145,8 @@ __global__ void __launch_bounds__(128, 1)
   programmatic_trigger();
   c[1] += exp2_approx(c[2]) + log2_approx(c[2]) + rsqrt_approx(c[2]) + reciprocal_approx(c[2]) + tanh_approx(c[2]);
   c[2] += nxs::fma(c[0], c[1], c[2]) + bits_float(float_bits(c[1]));
+  c[0] += multiply(c[0], c[1]) + maximum(c[1], c[2]) + maximum_nan(c[0], c[2]);
+  sum += maximum_nan_f16x2(sum, 5) + maximum_nan_bf16x2(sum, 7);
   sum += population_count(sum) + leading_zeros(sum);
   sum += load_acquire_global(words) + static_cast<u32>(load_relaxed_global(wide)) + atomic_add_global(words, 1u);
   sum += static_cast<u32>(atomic_max_global(wide, u64{3})) + atomic_add_acq_rel_global(words, 1);

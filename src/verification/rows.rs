@@ -447,7 +447,8 @@ impl Truncation {
         let Shape::Spread { scale, reference, sum, cut } = &mut summary.shape else { return };
         let top_k = self.top_k > 0 && u64::from(self.top_k) < columns;
         let top_p = self.top_p < 1.0;
-        if !top_k && !top_p && !(self.min_p > 0.0) {
+        let min_p = self.min_p > 0.0;
+        if !(top_k || top_p || min_p) {
             return;
         }
         let most = key(summary.top);
@@ -458,14 +459,14 @@ impl Truncation {
                     >= u64::from(self.top_k)
             });
         }
-        if self.min_p > 0.0 {
+        if min_p {
             let bound = self.min_p * scale.power(summary.top, *reference);
             // The greatest key that is still too small, and one step up. Below 0, logits of this many bits have ones after
             // them.
             let step = 1 << (32 - bits);
             let below = greatest_key(bits, most, |key| {
                 let logit = logit_of_key(if key >> 31 == 1 { key } else { key | (step - 1) });
-                !(scale.weight(logit, *reference, f32::NEG_INFINITY) >= bound)
+                scale.weight(logit, *reference, f32::NEG_INFINITY) < bound
             });
             least = least.max(below.saturating_add(step).min(most & !(step - 1)));
         }

@@ -40,7 +40,7 @@ pub fn levels(vocab: usize) -> Vec<Vec<Vec<Vec<usize>>>> {
 /// The first at which the running sum exceeds `uniform` of the whole, and how close that was to being another one.
 fn pick(weights: &[f64], uniform: f64, margin: &mut f64) -> Option<usize> {
     let all: f64 = weights.iter().sum();
-    if !(all > 0.0) {
+    if all == 0.0 {
         return None;
     }
     let (mut sum, mut found) = (0.0, None);
@@ -133,7 +133,8 @@ impl Sampling {
             cut = cut.max(least);
         }
         p.iter_mut().zip(logits).for_each(|(p, logit)| {
-            if !(*logit >= cut) {
+            // A NaN has none.
+            if *logit < cut {
                 *p = 0.0;
             }
         });
@@ -326,6 +327,7 @@ pub struct Outcome {
 
 impl Outcome {
     /// All that is the same on every device.
+    #[allow(clippy::type_complexity)] // only ever compared
     pub fn exact(&self) -> (&[i32], &[Emitted], &[Accepted], &[i32], &[u32]) {
         (&self.tokens, &self.emitted, &self.accepted, &self.last_row, &self.status)
     }
@@ -636,17 +638,17 @@ impl Chain {
             step.draft = vec![0.0; requests * how.drafts * v];
             let mut stats = vec![0f32; requests * how.drafts * 4];
             for i in 0..=how.drafts {
-                for b in 0..requests {
-                    step.target[(b * (how.drafts + 1) + i) * v..][..v]
-                        .copy_from_slice(&logits(&self.target, context[b]));
+                for (b, &last) in context.iter().enumerate() {
+                    let row = &mut step.target[(b * (how.drafts + 1) + i) * v..][..v];
+                    row.copy_from_slice(&logits(&self.target, last));
                 }
                 if i == how.drafts {
                     break;
                 }
                 let drafting: Vec<f32> = context.iter().flat_map(|&last| logits(&self.draft, last)).collect();
                 let drawn = draft(device, &drafting, v, i, how.temperature, &seeds, &positions);
-                for b in 0..requests {
-                    context[b] = match how.kind {
+                for (b, last) in context.iter_mut().enumerate() {
+                    *last = match how.kind {
                         // The most probable one.
                         Drafts::Deterministic => {
                             let of = &drafting[b * v..][..v];
@@ -654,7 +656,7 @@ impl Chain {
                         }
                         _ => drawn.0[b],
                     };
-                    step.drafts[b * (how.drafts + 1) + i] = context[b];
+                    step.drafts[b * (how.drafts + 1) + i] = *last;
                     let row = b * how.drafts + i;
                     step.draft[row * v..][..v].copy_from_slice(&drafting[b * v..][..v]);
                     stats[row * 4..][..4].copy_from_slice(&drawn.1[b * 4..][..4]);

@@ -12,7 +12,7 @@ pub(super) fn run<P: Float>(plan: &Plan, stream: &Stream<'_>, args: &RowStatsArg
     use crate::verification::address;
 
     let partials = args.partials.span().address;
-    if plan.rows > 0 && partials % 8 != 0 {
+    if plan.rows > 0 && !partials.is_multiple_of(8) {
         return Err(crate::Error::Alignment { arg: "partials", need: 8 });
     }
     let params = ffi::nxs_row_stats_params {

@@ -419,7 +419,8 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
                 *said |= status::DRAFT_IMPOSSIBLE;
             }
             let uniform = self.accept_uniform(request, i);
-            if !(uniform * q_weight * p.distribution.sum() < p_weight * q.distribution.sum()) {
+            let accepted = uniform * q_weight * p.distribution.sum() < p_weight * q.distribution.sum();
+            if !accepted {
                 return stop(self.thin(request, i, (&p, &q), scratch));
             }
         }
