@@ -140,6 +140,9 @@ class Verify:
         want = ok.cumprod(-1).sum(-1).float()
         return want, torch.zeros_like(want)
 
+    def result(self, out):
+        return out
+
     def peers(self):
         """Yields (name, when it is worth its time, a function that makes the call)."""
         if self.rule == "block":
