@@ -80,7 +80,7 @@ fn build_emulator(manifest: &Path) -> Result<(), String> {
 }
 
 fn build_kernels(kernels: &Path) -> Result<(), String> {
-    for variable in toolkit::VARIABLES.iter().chain(&archs::VARIABLES) {
+    for variable in toolkit::VARIABLES.iter().chain(&archs::VARIABLES).chain(&[compile::CACHE]) {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     println!("cargo::rerun-if-changed={}", kernels.display());

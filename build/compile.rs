@@ -1,7 +1,10 @@
 //! Compiles what changed and archives all of it.
 
+use std::collections::BTreeMap;
+use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsString;
 use std::fs;
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -61,6 +64,42 @@ pub(crate) fn dependencies(rules: &str) -> Vec<PathBuf> {
     joined.replace("\\ ", "\0").split_whitespace().map(|path| PathBuf::from(path.replace('\0', " "))).collect()
 }
 
+/// Names the folder that finished objects are kept in, for builds of other profiles and features.
+pub(crate) const CACHE: &str = "NXS_KERNEL_CACHE";
+
+/// What a compilation reads of ours: the source and, through its includes, the headers under `roots`. Headers of the
+/// toolkit and of the host compiler are known by their versions.
+fn contents(source: &Path, roots: &[PathBuf]) -> BTreeMap<PathBuf, String> {
+    let (mut read, mut open) = (BTreeMap::new(), vec![source.to_path_buf()]);
+    while let Some(path) = open.pop() {
+        let Ok(text) = fs::read_to_string(&path) else { continue };
+        for line in text.lines() {
+            let name = line.trim_start().strip_prefix("#include \"").and_then(|rest| rest.split('"').next());
+            let Some(name) = name else { continue };
+            let beside = path.parent().map(Path::to_path_buf);
+            let found = beside.iter().chain(roots).map(|folder| folder.join(name)).find(|path| path.is_file());
+            open.extend(found.filter(|found| !read.contains_key(found)));
+        }
+        read.insert(path, text);
+    }
+    read
+}
+
+/// Where the cache has or would have this unit: by the command without nvcc's place, and all that it reads of ours.
+fn cached(cache: &Path, toolkit: &Toolkit, compiler: &[OsString], unit: &Unit, kernels: &Path) -> PathBuf {
+    let mut hash = DefaultHasher::new();
+    (toolkit.version, &compiler[1..]).hash(&mut hash);
+    for (path, text) in contents(&unit.source, &[kernels.to_path_buf(), kernels.join("include")]) {
+        (path, text).hash(&mut hash);
+    }
+    cache.join(format!("{:016x}", hash.finish()))
+}
+
+/// Copies a finished unit to or from the cache; whether that worked.
+fn copy(from: [&Path; 2], to: [&Path; 2]) -> bool {
+    from.iter().zip(to).all(|(from, to)| fs::copy(from, to).is_ok())
+}
+
 /// Compiles every source that is not fresh, as many at a time as cargo allows, and archives the objects as
 /// `libnextscale_kernels.a`. Returns the collected ptxas report.
 pub(crate) fn compile(
@@ -75,13 +114,15 @@ pub(crate) fn compile(
     let stamp = format!("# {:?} {compiler:?}", toolkit.version);
     let stale: Vec<&Unit> = units.iter().filter(|unit| !unit.is_fresh(&stamp)).collect();
 
+    let cache = std::env::var_os(CACHE).filter(|name| !name.is_empty()).map(PathBuf::from);
     let jobs = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize);
     let (next, errors) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         for _ in 0..jobs.min(stale.len()) {
             scope.spawn(|| {
                 while let Some(unit) = stale.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(e) = compile_unit(&compiler, unit, &stamp) {
+                    let entry = cache.as_ref().map(|cache| cached(cache, toolkit, &compiler, unit, kernels));
+                    if let Err(e) = compile_unit(&compiler, unit, &stamp, entry.as_deref()) {
                         errors.lock().expect("no thread panics").push(e);
                     }
                 }
@@ -137,11 +178,22 @@ fn compiler(toolkit: &Toolkit, archs: &Archs, kernels: &Path) -> Result<Vec<OsSt
     Ok(command)
 }
 
-fn compile_unit(compiler: &[OsString], unit: &Unit, stamp: &str) -> Result<(), String> {
-    let mut command = Command::new(&compiler[0]);
-    command.args(&compiler[1..]);
+fn compile_unit(compiler: &[OsString], unit: &Unit, stamp: &str, entry: Option<&Path>) -> Result<(), String> {
     // An interrupted build must not look finished.
     let _ = fs::remove_file(&unit.report);
+    let report = |said: &str| {
+        let written = fs::write(&unit.report, format!("{stamp}\n{said}"));
+        written.map_err(|e| format!("{}: {e}", unit.report.display()))
+    };
+    let built = [unit.object.as_path(), unit.depfile.as_path()];
+    if let Some(entry) = entry {
+        let said = fs::read_to_string(entry.join("said"));
+        if let (Ok(said), true) = (said, copy([&entry.join("o"), &entry.join("d")], built)) {
+            return report(&said);
+        }
+    }
+    let mut command = Command::new(&compiler[0]);
+    command.args(&compiler[1..]);
     command.arg("-c").arg(&unit.source).arg("-o").arg(&unit.object).arg("-MD").arg("-MF").arg(&unit.depfile);
     let output = command.output().map_err(|e| format!("cannot run {:?}: {e}", command.get_program()))?;
     let said = String::from_utf8_lossy(&output.stderr);
@@ -149,5 +201,14 @@ fn compile_unit(compiler: &[OsString], unit: &Unit, stamp: &str) -> Result<(), S
         let printed = String::from_utf8_lossy(&output.stdout);
         return Err(format!("nvcc failed on {}:\n{printed}{said}", unit.source.display()));
     }
-    fs::write(&unit.report, format!("{stamp}\n{said}")).map_err(|e| format!("{}: {e}", unit.report.display()))
+    if let Some(entry) = entry {
+        // Renamed when whole, as another build may look. A cache that cannot be written is no error.
+        let draft = entry.with_extension(std::process::id().to_string());
+        let _ = fs::create_dir_all(&draft);
+        if copy(built, [&draft.join("o"), &draft.join("d")]) && fs::write(draft.join("said"), said.as_bytes()).is_ok() {
+            let _ = fs::rename(&draft, entry);
+        }
+        let _ = fs::remove_dir_all(&draft);
+    }
+    report(&said)
 }

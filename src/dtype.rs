@@ -58,6 +58,16 @@ impl fmt::Display for DType {
 }
 
 /// A type that a tensor can hold. Sealed: the kernels know just these.
+///
+/// ```compile_fail,E0277
+/// #[derive(Clone, Copy, Debug, PartialEq, bytemuck::Zeroable, bytemuck::Pod)]
+/// #[repr(transparent)]
+/// struct Mine(u8);
+///
+/// impl nextscale::dtype::Element for Mine {
+///     const DTYPE: nextscale::DType = nextscale::DType::U8;
+/// }
+/// ```
 pub trait Element: sealed::Sealed + Pod + PartialEq + fmt::Debug + Send + Sync {
     /// The dtype as a value.
     const DTYPE: DType;
