@@ -10,6 +10,7 @@ mod compile;
 mod toolkit;
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::exit;
 
@@ -19,7 +20,7 @@ use toolkit::Toolkit;
 /// Folders of `kernels/` that are always compiled.
 const CORE: [&str; 2] = ["common", "random"];
 /// Folders of `kernels/` that are compiled when the feature of the same name is on.
-const FAMILIES: [&str; 3] = ["attention", "quantization", "verification"];
+const FAMILIES: [&str; 4] = ["attention", "quantization", "verification", "compression"];
 
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(nxs_kernels)");
@@ -34,7 +35,7 @@ fn main() {
         // Documentation needs the API, which does not depend on the kernels.
         Ok(())
     } else {
-        build_kernels(&manifest.join("kernels"))
+        build_kernels(&manifest)
     };
     if let Err(message) = built {
         // The message is for a person; a panic would bury it under a backtrace.
@@ -43,10 +44,14 @@ fn main() {
     }
 }
 
-/// The folders of `kernels/` that this build compiles.
-fn folders() -> impl Iterator<Item = &'static str> {
+/// The files of `kernels/` that this build compiles.
+fn sources(kernels: &Path) -> Result<Vec<PathBuf>, String> {
     let chosen = |family: &&str| env::var_os(format!("CARGO_FEATURE_{}", family.to_uppercase())).is_some();
-    CORE.into_iter().chain(FAMILIES.into_iter().filter(chosen))
+    let mut sources = Vec::new();
+    for folder in CORE.into_iter().chain(FAMILIES.into_iter().filter(chosen)) {
+        sources.extend(compile::sources_in(&kernels.join(folder), "cu")?);
+    }
+    Ok(sources)
 }
 
 /// The kernels as C++ for the CPU: the emulator's folder of instructions stands before the real one.
@@ -60,26 +65,35 @@ fn build_emulator(manifest: &Path) -> Result<(), String> {
     }
     println!("cargo::rerun-if-changed={}", kernels.display());
     println!("cargo::rerun-if-changed={}", emulator.display());
-    let mut build = cc::Build::new();
-    build.cpp(true).std("c++20").opt_level(2).debug(false).warnings(false);
+    println!("cargo::rerun-if-env-changed={}", compile::CACHE);
+    let host = cc::Build::new().cpp(true).cargo_metadata(false).try_get_compiler();
+    let host = host.map_err(|e| format!("the emulator needs a C++ compiler: {e}"))?;
+    let mut command: Vec<OsString> = vec![host.path().into()];
     // No contraction: the kernels' additions and multiplications are those of the GPU, bit for bit. A register that a
     // kernel reads before it writes it has a pattern.
-    for flag in
-        ["-ffp-contract=off", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas", "-Wno-psabi", "-x", "c++"]
-    {
-        build.flag(flag);
+    command.extend(
+        "-std=c++20 -O2 -fPIC -ffp-contract=off -ftrivial-auto-var-init=pattern -w -Wno-unknown-pragmas -x c++"
+            .split(' ')
+            .map(OsString::from),
+    );
+    let roots = vec![emulator.join("include"), kernels.clone(), kernels.join("include")];
+    for folder in &roots {
+        command.extend(["-I".into(), folder.into()]);
     }
-    build.include(emulator.join("include")).include(&kernels).include(kernels.join("include"));
-    for folder in folders() {
-        build.files(compile::sources_in(&kernels.join(folder), "cu")?);
-    }
-    build.files(compile::sources_in(&emulator.join("src"), "cpp")?);
-    build.try_compile("nextscale_emulated").map_err(|e| e.to_string())?;
+    let compiler = compile::Compiler { command, version: String::new(), roots };
+    let mut sources = sources(&kernels)?;
+    sources.extend(compile::sources_in(&emulator.join("src"), "cpp")?);
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    compile::compile(&compiler, manifest, &sources, &out, "nextscale_emulated")?;
+    println!("cargo::rustc-link-search=native={}", out.display());
+    println!("cargo::rustc-link-lib=static=nextscale_emulated");
+    println!("cargo::rustc-link-lib=stdc++");
     println!("cargo::rustc-cfg=nxs_kernels");
     Ok(())
 }
 
-fn build_kernels(kernels: &Path) -> Result<(), String> {
+fn build_kernels(manifest: &Path) -> Result<(), String> {
+    let kernels = manifest.join("kernels");
     for variable in toolkit::VARIABLES.iter().chain(&archs::VARIABLES).chain(&[compile::CACHE]) {
         println!("cargo::rerun-if-env-changed={variable}");
     }
@@ -92,12 +106,9 @@ fn build_kernels(kernels: &Path) -> Result<(), String> {
     }
     let archs = Archs::choose(&lookup, &toolkit)?;
 
-    let mut sources = Vec::new();
-    for folder in folders() {
-        sources.extend(compile::sources_in(&kernels.join(folder), "cu")?);
-    }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let report = compile::compile(&toolkit, &archs, kernels, &sources, &out)?;
+    let compiler = compile::nvcc(&toolkit, &archs, &kernels)?;
+    let report = compile::compile(&compiler, manifest, &sources(&kernels)?, &out, "nextscale_kernels")?;
 
     println!("cargo::rustc-cfg=nxs_kernels");
     println!("cargo::rustc-link-search=native={}", out.display());

@@ -8,7 +8,7 @@ use criterion::Criterion;
 use nextscale::DeviceInfo;
 use nextscale::cudarc_0_19::cudarc::driver::CudaStream;
 use nextscale::dtype::{Code, Float};
-use nextscale::quantization::{RvqDecode, RvqDecodeArgs, Traffic};
+use nextscale::quantization::{RvqDecode, RvqDecodeArgs, RvqDecodeTraffic};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde::Deserialize;
@@ -65,7 +65,7 @@ impl ForDTypes for Bench<'_> {
             plan.run(self.stream, RvqDecodeArgs { codes, codebooks, out, flags: None }).unwrap();
         };
         let empty = RvqDecode::builder(levels, entries, dim).rows(0).build(&DeviceInfo::H200).unwrap();
-        let Traffic { codes, gathered, written } = plan.traffic();
+        let RvqDecodeTraffic { codes, gathered, written } = plan.traffic();
         let name = ("rvq_decode", self.shape.name.as_str(), codes + gathered + written);
         support::time(self.criterion, self.stream, name, || run(&plan), || run(&empty));
     }

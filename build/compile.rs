@@ -28,18 +28,19 @@ pub(crate) fn sources_in(folder: &Path, extension: &str) -> Result<Vec<PathBuf>,
 struct Unit {
     source: PathBuf,
     object: PathBuf,
-    /// Make rules of everything the object depends on, written by nvcc.
+    /// Make rules of everything the object depends on, written by the compiler.
     depfile: PathBuf,
-    /// What ptxas said; its presence and first line (the command) mark the object as finished.
+    /// What the compiler said, ptxas above all; its presence and first line (the command) mark the object as finished.
     report: PathBuf,
 }
 
 impl Unit {
-    fn new(kernels: &Path, source: &Path, out: &Path) -> Self {
-        let relative = source.strip_prefix(kernels).unwrap_or(source).with_extension("");
+    fn new(manifest: &Path, source: &Path, out: &Path) -> Self {
+        let relative = source.strip_prefix(manifest).unwrap_or(source).with_extension("");
+        let relative = relative.strip_prefix("kernels").unwrap_or(&relative);
         let name = relative.to_string_lossy().replace(['/', '\\'], "-");
         let file = |extension: &str| out.join(format!("{name}.{extension}"));
-        Unit { source: source.to_path_buf(), object: file("o"), depfile: file("d"), report: file("ptxas") }
+        Unit { source: source.to_path_buf(), object: file("o"), depfile: file("d"), report: file("said") }
     }
 
     /// The object was made by this very command, and nothing it read has changed since.
@@ -64,7 +65,7 @@ pub(crate) fn dependencies(rules: &str) -> Vec<PathBuf> {
     joined.replace("\\ ", "\0").split_whitespace().map(|path| PathBuf::from(path.replace('\0', " "))).collect()
 }
 
-/// Names the folder that finished objects are kept in, for builds of other profiles and features.
+/// Names the folder that finished objects are kept in, for builds of other profiles, features and checkouts.
 pub(crate) const CACHE: &str = "NXS_KERNEL_CACHE";
 
 /// What a compilation reads of ours: the source and, through its includes, the headers under `roots`. Headers of the
@@ -85,33 +86,47 @@ fn contents(source: &Path, roots: &[PathBuf]) -> BTreeMap<PathBuf, String> {
     read
 }
 
-/// Where the cache has or would have this unit: by the command without nvcc's place, and all that it reads of ours.
-fn cached(cache: &Path, toolkit: &Toolkit, compiler: &[OsString], unit: &Unit, kernels: &Path) -> PathBuf {
+/// Where the cache has or would have what comes of these contents: by the compiler, its flags, and all that it reads of
+/// ours, wherever the checkout lies.
+fn cached(cache: &Path, compiler: &Compiler, manifest: &Path, contents: &BTreeMap<PathBuf, String>) -> PathBuf {
+    let within = |path: &Path| path.strip_prefix(manifest).unwrap_or(path).to_path_buf();
     let mut hash = DefaultHasher::new();
-    (toolkit.version, &compiler[1..]).hash(&mut hash);
-    for (path, text) in contents(&unit.source, &[kernels.to_path_buf(), kernels.join("include")]) {
-        (path, text).hash(&mut hash);
+    compiler.version.hash(&mut hash);
+    for word in &compiler.command[1..] {
+        within(Path::new(word)).hash(&mut hash);
+    }
+    for (path, text) in contents {
+        (within(path), text).hash(&mut hash);
     }
     cache.join(format!("{:016x}", hash.finish()))
 }
 
-/// Copies a finished unit to or from the cache; whether that worked.
-fn copy(from: [&Path; 2], to: [&Path; 2]) -> bool {
-    from.iter().zip(to).all(|(from, to)| fs::copy(from, to).is_ok())
+/// A make rule of what was read, as the compiler would write it.
+fn rules(contents: &BTreeMap<PathBuf, String>) -> String {
+    let paths = contents.keys().map(|path| path.to_string_lossy().replace(' ', "\\ "));
+    format!("object : {}\n", paths.collect::<Vec<_>>().join(" \\\n "))
+}
+
+/// What compiles the sources: nvcc, or a C++ compiler for the emulator.
+pub(crate) struct Compiler {
+    /// The command line but for the source and its outputs.
+    pub(crate) command: Vec<OsString>,
+    pub(crate) version: String,
+    /// Where our own headers are looked for, in this order.
+    pub(crate) roots: Vec<PathBuf>,
 }
 
 /// Compiles every source that is not fresh, as many at a time as cargo allows, and archives the objects as
-/// `libnextscale_kernels.a`. Returns the collected ptxas report.
+/// `lib<library>.a`. Returns what the compiler said of them, collected.
 pub(crate) fn compile(
-    toolkit: &Toolkit,
-    archs: &Archs,
-    kernels: &Path,
+    compiler: &Compiler,
+    manifest: &Path,
     sources: &[PathBuf],
     out: &Path,
+    library: &str,
 ) -> Result<PathBuf, String> {
-    let compiler = compiler(toolkit, archs, kernels)?;
-    let units: Vec<Unit> = sources.iter().map(|source| Unit::new(kernels, source, out)).collect();
-    let stamp = format!("# {:?} {compiler:?}", toolkit.version);
+    let units: Vec<Unit> = sources.iter().map(|source| Unit::new(manifest, source, out)).collect();
+    let stamp = format!("# {} {:?}", compiler.version, compiler.command);
     let stale: Vec<&Unit> = units.iter().filter(|unit| !unit.is_fresh(&stamp)).collect();
 
     let cache = std::env::var_os(CACHE).filter(|name| !name.is_empty()).map(PathBuf::from);
@@ -121,8 +136,11 @@ pub(crate) fn compile(
         for _ in 0..jobs.min(stale.len()) {
             scope.spawn(|| {
                 while let Some(unit) = stale.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let entry = cache.as_ref().map(|cache| cached(cache, toolkit, &compiler, unit, kernels));
-                    if let Err(e) = compile_unit(&compiler, unit, &stamp, entry.as_deref()) {
+                    let built = match &cache {
+                        Some(cache) => compile_cached(compiler, manifest, unit, &stamp, cache),
+                        None => compile_unit(&compiler.command, unit, &stamp),
+                    };
+                    if let Err(e) = built {
                         errors.lock().expect("no thread panics").push(e);
                     }
                 }
@@ -136,19 +154,19 @@ pub(crate) fn compile(
 
     let mut archive = cc::Build::new();
     archive.cargo_metadata(false).cargo_warnings(false).objects(units.iter().map(|unit| &unit.object));
-    archive.try_compile("nextscale_kernels").map_err(|e| format!("archiving failed: {e}"))?;
+    archive.try_compile(library).map_err(|e| format!("archiving failed: {e}"))?;
 
     let mut report = String::new();
     for unit in &units {
         report += &fs::read_to_string(&unit.report).map_err(|e| format!("{}: {e}", unit.report.display()))?;
     }
-    let path = out.join("ptxas-report.txt");
+    let path = out.join("report.txt");
     fs::write(&path, report).map_err(|e| format!("{}: {e}", path.display()))?;
     Ok(path)
 }
 
-/// The command line but for the source and its outputs.
-fn compiler(toolkit: &Toolkit, archs: &Archs, kernels: &Path) -> Result<Vec<OsString>, String> {
+/// nvcc, for these architectures.
+pub(crate) fn nvcc(toolkit: &Toolkit, archs: &Archs, kernels: &Path) -> Result<Compiler, String> {
     // The host compiler of the target, as every other native dependency finds it.
     let host = cc::Build::new().cpp(true).cargo_metadata(false).try_get_compiler();
     let host = host.map_err(|e| format!("nvcc needs a C++ compiler: {e}"))?;
@@ -171,44 +189,62 @@ fn compiler(toolkit: &Toolkit, archs: &Archs, kernels: &Path) -> Result<Vec<OsSt
     for arch in archs.flags() {
         flag(&arch);
     }
-    for folder in [kernels.to_path_buf(), kernels.join("include")] {
+    let roots = vec![kernels.to_path_buf(), kernels.join("include")];
+    for folder in &roots {
         command.extend(["-I".into(), folder.into()]);
     }
     command.extend(["-ccbin".into(), host.path().into()]);
-    Ok(command)
+    Ok(Compiler { command, version: format!("{:?}", toolkit.version), roots })
 }
 
-fn compile_unit(compiler: &[OsString], unit: &Unit, stamp: &str, entry: Option<&Path>) -> Result<(), String> {
+/// Takes a unit from the cache, or compiles it and leaves it there. A cache that cannot be used is no error.
+fn compile_cached(
+    compiler: &Compiler,
+    manifest: &Path,
+    unit: &Unit,
+    stamp: &str,
+    cache: &Path,
+) -> Result<(), String> {
+    let contents = contents(&unit.source, &compiler.roots);
+    let entry = cached(cache, compiler, manifest, &contents);
     // An interrupted build must not look finished.
     let _ = fs::remove_file(&unit.report);
-    let report = |said: &str| {
-        let written = fs::write(&unit.report, format!("{stamp}\n{said}"));
-        written.map_err(|e| format!("{}: {e}", unit.report.display()))
-    };
-    let built = [unit.object.as_path(), unit.depfile.as_path()];
-    if let Some(entry) = entry {
-        let said = fs::read_to_string(entry.join("said"));
-        if let (Ok(said), true) = (said, copy([&entry.join("o"), &entry.join("d")], built)) {
-            return report(&said);
-        }
+    if let Ok(said) = fs::read_to_string(entry.join("said"))
+        && fs::copy(entry.join("o"), &unit.object).is_ok()
+        && fs::write(&unit.depfile, rules(&contents)).is_ok()
+    {
+        return report(unit, stamp, &said);
     }
+    compile_unit(&compiler.command, unit, stamp)?;
+    // Renamed when whole, as another build may look.
+    let draft = entry.with_extension(std::process::id().to_string());
+    let said = fs::read_to_string(&unit.report).unwrap_or_default();
+    let said = said.split_once('\n').map_or("", |(_, said)| said);
+    if fs::create_dir_all(&draft).is_ok()
+        && fs::copy(&unit.object, draft.join("o")).is_ok()
+        && fs::write(draft.join("said"), said).is_ok()
+    {
+        let _ = fs::rename(&draft, entry);
+    }
+    let _ = fs::remove_dir_all(&draft);
+    Ok(())
+}
+
+fn report(unit: &Unit, stamp: &str, said: &str) -> Result<(), String> {
+    fs::write(&unit.report, format!("{stamp}\n{said}")).map_err(|e| format!("{}: {e}", unit.report.display()))
+}
+
+fn compile_unit(compiler: &[OsString], unit: &Unit, stamp: &str) -> Result<(), String> {
     let mut command = Command::new(&compiler[0]);
     command.args(&compiler[1..]);
+    // An interrupted build must not look finished.
+    let _ = fs::remove_file(&unit.report);
     command.arg("-c").arg(&unit.source).arg("-o").arg(&unit.object).arg("-MD").arg("-MF").arg(&unit.depfile);
     let output = command.output().map_err(|e| format!("cannot run {:?}: {e}", command.get_program()))?;
     let said = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
         let printed = String::from_utf8_lossy(&output.stdout);
-        return Err(format!("nvcc failed on {}:\n{printed}{said}", unit.source.display()));
+        return Err(format!("compilation failed of {}:\n{printed}{said}", unit.source.display()));
     }
-    if let Some(entry) = entry {
-        // Renamed when whole, as another build may look. A cache that cannot be written is no error.
-        let draft = entry.with_extension(std::process::id().to_string());
-        let _ = fs::create_dir_all(&draft);
-        if copy(built, [&draft.join("o"), &draft.join("d")]) && fs::write(draft.join("said"), said.as_bytes()).is_ok() {
-            let _ = fs::rename(&draft, entry);
-        }
-        let _ = fs::remove_dir_all(&draft);
-    }
-    report(&said)
+    report(unit, stamp, &said)
 }

@@ -128,6 +128,18 @@ impl<'s> Operands<'s> {
     }
 }
 
+/// Where an optional operand lies, for the C ABI.
+#[cfg(nxs_kernels)]
+pub(crate) fn address<T: Element, C>(view: &Option<In<'_, T>>) -> *const C {
+    view.as_ref().map_or(core::ptr::null(), |view| view.span().address as *const C)
+}
+
+/// Where an optional output lies, for the C ABI.
+#[cfg(nxs_kernels)]
+pub(crate) fn address_mut<T: Element, C>(view: &Option<Out<'_, T>>) -> *mut C {
+    view.as_ref().map_or(core::ptr::null_mut(), |view| view.span().address as *mut C)
+}
+
 /// Calls a launcher on a CUDA stream and turns its status into a `Result`.
 ///
 /// `launcher` gets the raw stream; it is called with the stream's device current, or not at all.

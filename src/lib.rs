@@ -1,10 +1,15 @@
 #![doc = include_str!("../README.md")]
 #![warn(missing_debug_implementations, unreachable_pub)]
 // Without a family, parts of the shared vocabulary have no user.
-#![cfg_attr(not(all(feature = "attention", feature = "quantization", feature = "verification")), allow(dead_code))]
+#![cfg_attr(
+    not(all(feature = "attention", feature = "quantization", feature = "verification", feature = "compression")),
+    allow(dead_code)
+)]
 
 #[cfg(feature = "attention")]
 pub mod attention;
+#[cfg(feature = "compression")]
+pub mod compression;
 pub mod device;
 pub mod dtype;
 #[cfg(feature = "emulate")]
@@ -22,7 +27,7 @@ pub mod view;
 mod engine;
 mod ffi;
 mod launch;
-#[cfg(any(feature = "attention", feature = "quantization", feature = "verification"))]
+#[cfg(any(feature = "attention", feature = "quantization", feature = "verification", feature = "compression"))]
 mod plan;
 
 pub use device::{Device, DeviceInfo, driver_present};

@@ -1,5 +1,15 @@
 //! What all plans share.
 
+/// The bytes that any kernel must move, however it cuts the work up: each element that is read once, and each that is
+/// written once. Saturates. What an op leaves out is said at its `traffic`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Traffic {
+    /// From all inputs.
+    pub read: u64,
+    /// To all outputs.
+    pub written: u64,
+}
+
 /// Gives a typed plan `$Plan<T, ...> { inner, types }` the traits of its untyped `inner`: derives would ask them of the
 /// element types, which have no `Eq` and `Hash`.
 macro_rules! typed_plan {

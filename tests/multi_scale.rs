@@ -6,8 +6,8 @@ mod support;
 
 use nextscale::dtype::Float;
 use nextscale::quantization::{
-    BIT_FLIP_DOMAIN, DecodeArgs, EncodeArgs, EncodeBitsArgs, FHat, FlipArgs, MultiScale, MultiScaleBuilder,
-    MultiScaleTraffic, Next, PhiTable, StepArgs, Token, TokenKind, Up, pack_phi, schedules,
+    BIT_FLIP_DOMAIN, DecodeArgs, EncodeArgs, EncodeBitsArgs, FHat, FlipArgs, MultiScale, MultiScaleBuilder, Next,
+    PhiTable, StepArgs, Token, TokenKind, Traffic, Up, pack_phi, schedules,
 };
 use nextscale::{DeviceInfo, Error, In, Out, Result, Stream, bf16, f16, philox};
 use proptest::prelude::*;
@@ -942,7 +942,7 @@ fn plans_are_plain_data() {
         [4, 4, 16, 32]
     );
     let map = 64 * 32 * 256 * 4;
-    let traffic = MultiScaleTraffic { read: 64 * 100 * 2 + map, written: map + 64 * 169 * 32 * 2 };
+    let traffic = Traffic { read: 64 * 100 * 2 + map, written: map + 64 * 169 * 32 * 2 };
     assert_eq!(plan(64).traffic(7), Ok(traffic));
     assert!(plan(64).traffic(10).is_err());
 }
@@ -1339,7 +1339,7 @@ mod traffic {
     use super::*;
     use nextscale::emulator::{self, Counters};
 
-    fn count<T: Make>(case: &Case, s: usize) -> (MultiScaleTraffic, Counters) {
+    fn count<T: Make>(case: &Case, s: usize) -> (Traffic, Counters) {
         let problem = case.problem::<T>();
         let plan = case.plan::<T, bf16>();
         let device = TestDevice::Emulated;

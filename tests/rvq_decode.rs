@@ -5,7 +5,9 @@
 mod support;
 
 use nextscale::dtype::{Code, Float};
-use nextscale::quantization::{Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Traffic, Variant};
+use nextscale::quantization::{
+    Access, RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, RvqDecodeTraffic, Schedule, Variant,
+};
 use nextscale::{Device, DeviceInfo, Error, In, Layout, Out, Result, Stream, bf16, f16};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -666,10 +668,10 @@ fn plans_are_plain_data() {
 fn traffic_is_that_of_the_formula() {
     let plan = |b: RvqDecodeBuilder<u16, f32, bf16>| b.build(&DeviceInfo::H200).unwrap().traffic();
     let of = |rows| plan(RvqDecode::builder(8, 1024, 128).batch(2).rows(rows));
-    assert_eq!(of(24_000), Traffic { codes: 768_000, gathered: 196_608_000, written: 12_288_000 });
-    assert_eq!(of(0), Traffic { codes: 0, gathered: 0, written: 0 });
-    assert_eq!(plan(RvqDecode::builder(0, 0, 128)), Traffic { codes: 0, gathered: 0, written: 256 });
-    assert_eq!(plan(RvqDecode::builder(8, 4, 0)), Traffic { codes: 0, gathered: 0, written: 0 });
+    assert_eq!(of(24_000), RvqDecodeTraffic { codes: 768_000, gathered: 196_608_000, written: 12_288_000 });
+    assert_eq!(of(0), RvqDecodeTraffic { codes: 0, gathered: 0, written: 0 });
+    assert_eq!(plan(RvqDecode::builder(0, 0, 128)), RvqDecodeTraffic { codes: 0, gathered: 0, written: 256 });
+    assert_eq!(plan(RvqDecode::builder(8, 4, 0)), RvqDecodeTraffic { codes: 0, gathered: 0, written: 0 });
     let huge = plan(RvqDecode::builder(1 << 16, 4, 1 << 20).rows((1 << 31) - 1).shared_codebook());
     assert_eq!(huge.gathered, u64::MAX);
 }

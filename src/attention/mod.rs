@@ -7,6 +7,7 @@ mod scale;
 mod visibility;
 
 pub use crate::layout::Access;
+pub use crate::plan::Traffic;
 pub use merge::{Merge, MergeArgs, MergeBuilder, MergeSchedule};
 pub use patterns::{ClipContext, PackedVideo, Past};
 pub use prepare::{
@@ -14,13 +15,3 @@ pub use prepare::{
 };
 pub use scale::{ScaleAttention, ScaleAttentionArgs, ScaleAttentionBuilder, Schedule, Variant};
 pub use visibility::{Rule, Segment, Visibility};
-
-/// The bytes that any kernel must move, however it cuts the work up: each element that is read once, and each that is
-/// written once. Saturates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Traffic {
-    /// From all inputs.
-    pub read: u64,
-    /// To all outputs.
-    pub written: u64,
-}

@@ -7,12 +7,13 @@ mod rvq_encode;
 mod scalar;
 
 pub use crate::layout::Access;
+pub use crate::plan::Traffic;
 pub use codebook::{Codebook, CodebookArgs, CodebookBuilder, Filter, Metric};
 pub use multi_scale::{
     BIT_FLIP_DOMAIN, Cut, DecodeArgs, EncodeArgs, EncodeBitsArgs, FHat, FlipArgs, MultiScale, MultiScaleBuilder, Next,
-    PhiTable, StepArgs, Token, TokenKind, Traffic as MultiScaleTraffic, Up, pack_phi, schedules,
+    PhiTable, StepArgs, Token, TokenKind, Up, pack_phi, schedules,
 };
-pub use rvq_decode::{RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, Schedule, Traffic, Variant};
+pub use rvq_decode::{RvqDecode, RvqDecodeArgs, RvqDecodeBuilder, RvqDecodeTraffic, Schedule, Variant};
 pub use rvq_encode::{
     EncodeKernel, EncodeSchedule, EncodeVariant, EncodeWork, Projections, RvqEncode, RvqEncodeArgs, RvqEncodeBuilder,
 };

@@ -16,6 +16,7 @@ mod row_stats;
 mod rows;
 mod verifier;
 
+pub use crate::plan::Traffic;
 pub use draft_sample::{DraftSample, DraftSampleArgs, DraftSampleBuilder, DraftSampleSchedule};
 pub use row_stats::{RowStats, RowStatsArgs, RowStatsBuilder, RowStatsSchedule};
 pub use verifier::{
@@ -25,15 +26,6 @@ pub use verifier::{
 use bytemuck::{Pod, Zeroable};
 
 use crate::dtype::{DType, Element, sealed};
-
-/// The bytes that any kernel must move, however it cuts the work up. Saturates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Traffic {
-    /// From all inputs.
-    pub read: u64,
-    /// To all outputs.
-    pub written: u64,
-}
 
 macro_rules! counts {
     ($($(#[doc = $doc:literal])+ $name:ident;)+) => {$(
@@ -53,17 +45,6 @@ counts! {
     Emitted;
     /// How many drafts of a request a step accepts.
     Accepted;
-}
-
-/// Where an optional operand lies, for the C ABI.
-#[cfg(nxs_kernels)]
-fn address<T: Element, C>(view: &Option<crate::view::In<'_, T>>) -> *const C {
-    view.as_ref().map_or(core::ptr::null(), |view| view.span().address as *const C)
-}
-
-#[cfg(nxs_kernels)]
-fn address_mut<T: Element, C>(view: &Option<crate::view::Out<'_, T>>) -> *mut C {
-    view.as_ref().map_or(core::ptr::null_mut(), |view| view.span().address as *mut C)
 }
 
 /// Bits of a request's status word. 0: nothing to say.

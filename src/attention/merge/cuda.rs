@@ -31,7 +31,7 @@ pub(super) fn run<P: Float, O: Float>(plan: &Plan, stream: &Stream<'_>, args: &M
         parts: parts.address as *const _,
         lse: lse.address as *const _,
         out: out.address as *mut _,
-        out_lse_or_null: args.out_lse.as_ref().map_or(core::ptr::null_mut(), |view| view.span().address as *mut _),
+        out_lse_or_null: crate::launch::address_mut(&args.out_lse),
         parts_stride_part,
         parts_stride_batch,
         parts_stride_row,

@@ -110,7 +110,7 @@ pub(super) fn run<I: Float, O: Float, C: Float>(
             sin_or_null: sin as *const _,
             positions_or_null,
             append_at_or_null,
-            flags_or_null: args.flags.as_ref().map_or(core::ptr::null_mut(), |flags| flags.span().address as *mut _),
+            flags_or_null: crate::launch::address_mut(&args.flags),
             table_stride_row: rope.map_or(0, |rope| rope.table.strides()[0]),
             positions_stride_batch,
             positions_stride_row,

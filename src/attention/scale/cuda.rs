@@ -43,10 +43,10 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
         k: if plan.k_len > 0 { args.k.span().address as *const _ } else { null() },
         v: if plan.v_len > 0 { args.v.span().address as *const _ } else { null() },
         out: args.out.span().address as *mut _,
-        lse_or_null: args.lse.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
+        lse_or_null: crate::launch::address_mut(&args.lse),
         schedule: args.schedule.span().address as *const _,
         schedule_head_or_null: plan.schedule.words().as_ptr(),
-        lengths_or_null: args.lengths.as_ref().map_or(null(), |view| view.span().address as *const _),
+        lengths_or_null: crate::launch::address(&args.lengths),
         row_index_or_null: args
             .row_index
             .as_ref()

@@ -18,7 +18,7 @@ pub(super) fn prepare<E: Float>(codebook: &Codebook, stream: &Stream<'_>, args: 
             (Some(usage), Some(_)) => usage.span().address as *const _,
             _ => core::ptr::null(),
         },
-        flags_or_null: args.flags.as_ref().map_or(core::ptr::null_mut(), |flags| flags.span().address as *mut _),
+        flags_or_null: crate::launch::address_mut(&args.flags),
         rows_stride_level,
         rows_stride_entry,
         usage_stride_level: codebook.geometry.entries as i64,

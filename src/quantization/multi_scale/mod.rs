@@ -7,7 +7,7 @@ mod phi;
 mod plan;
 
 pub use phi::{PhiTable, pack_phi};
-pub use plan::{Cut, MultiScaleBuilder, Next, Traffic, Up};
+pub use plan::{Cut, MultiScaleBuilder, Next, Up};
 
 use core::marker::PhantomData;
 
@@ -15,7 +15,7 @@ use crate::device::Device;
 use crate::dtype::{Code, Element, Float, bf16, f16};
 use crate::error::{Error, Result};
 use crate::launch::Operands;
-use crate::plan::typed_plan;
+use crate::plan::{Traffic, typed_plan};
 use crate::stream::{AsStream, Stream};
 use crate::view::{In, Out};
 use plan::Plan;
@@ -307,7 +307,8 @@ impl<T: Token, O: Float> MultiScale<T, O> {
         self.inner.tokens as usize
     }
 
-    /// The bytes that a step must move.
+    /// The bytes that a step must move: tokens and maps, and the next scale's input. The codebook and the phis, which L2
+    /// holds, are not among them.
     ///
     /// # Errors
     /// [`Error::Size`] for a scale that is not there.

@@ -7,6 +7,7 @@ use super::{MultiScale, PhiTable, Token, TokenKind};
 use crate::device::{Arch, DeviceInfo};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
+use crate::plan::Traffic;
 
 /// Scales that the kernels take.
 pub(super) const MOST_SCALES: usize = crate::ffi::NXS_MAX_SCALES as usize;
@@ -418,13 +419,4 @@ pub(super) struct SearchCut {
     pub(super) tile: u64,
     /// Blocks of a cluster, each with a part of the codebook.
     pub(super) splits: u64,
-}
-
-/// The bytes that a step must move, the codebook and the phis, which L2 holds, not among them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Traffic {
-    /// Tokens, and the map before.
-    pub read: u64,
-    /// The map after, and the next scale's input.
-    pub written: u64,
 }

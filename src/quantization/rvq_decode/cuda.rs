@@ -37,7 +37,7 @@ pub(super) fn run<C: Code, E: Float, O: Float>(
         codes: codes.address as *const _,
         codebooks: codebooks.address as *const _,
         out: out.address as *mut _,
-        flags_or_null: args.flags.as_ref().map_or(core::ptr::null_mut(), |flags| flags.span().address as *mut _),
+        flags_or_null: crate::launch::address_mut(&args.flags),
         codes_stride_batch,
         codes_stride_level,
         codes_stride_row,

@@ -4,7 +4,7 @@ mod cuda;
 mod host;
 mod plan;
 
-pub use plan::{RvqDecodeBuilder, Schedule, Traffic, Variant};
+pub use plan::{RvqDecodeBuilder, RvqDecodeTraffic, Schedule, Variant};
 
 use core::marker::PhantomData;
 
@@ -91,7 +91,7 @@ impl<C: Code, E: Float, O: Float> RvqDecode<C, E, O> {
     }
 
     /// The bytes that any kernel must move.
-    pub fn traffic(&self) -> Traffic {
+    pub fn traffic(&self) -> RvqDecodeTraffic {
         self.inner.traffic(size_of::<C>(), size_of::<O>())
     }
 

@@ -250,13 +250,13 @@ impl Plan {
     }
 
     /// For codes and outputs of so many bytes.
-    pub(super) fn traffic(&self, code: usize, out: usize) -> Traffic {
+    pub(super) fn traffic(&self, code: usize, out: usize) -> RvqDecodeTraffic {
         let [batch, levels, rows] = self.codes.shape();
         let bytes = |counts: &[u64]| counts.iter().fold(1u64, |product, &n| product.saturating_mul(n));
         if self.out_len == 0 {
-            return Traffic { codes: 0, gathered: 0, written: 0 };
+            return RvqDecodeTraffic { codes: 0, gathered: 0, written: 0 };
         }
-        Traffic {
+        RvqDecodeTraffic {
             codes: bytes(&[batch, rows, levels, code as u64]),
             gathered: bytes(&[batch, rows, levels, self.dim(), u64::from(self.element)]),
             written: bytes(&[batch, rows, self.dim(), out as u64]),
@@ -345,7 +345,7 @@ impl Plan {
 /// What a kernel moves is more by whole sectors of 32 bytes, by codes that several warps read, and by rows that fill
 /// the last tile up; it is less where rows of one warp have a code in common. Saturates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Traffic {
+pub struct RvqDecodeTraffic {
     /// Read from `codes`.
     pub codes: u64,
     /// Read from `codebooks` if no code is null.

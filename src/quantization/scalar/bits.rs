@@ -249,9 +249,9 @@ impl<I: Token, O: Float, C: Code> Bits<I, O, C> {
         let seeds = args.seeds.as_ref().filter(|_| plan.flips.is_some());
         let params = ffi::nxs_bits_params {
             input: args.input.span().address as *const _,
-            labels_or_null: args.labels.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
-            values_or_null: args.values.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
-            codes_or_null: args.codes.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
+            labels_or_null: crate::launch::address_mut(&args.labels),
+            values_or_null: crate::launch::address_mut(&args.values),
+            codes_or_null: crate::launch::address_mut(&args.codes),
             seeds_or_null: seeds.map_or(core::ptr::null(), |view| view.span().address as *const _),
             rows: plan.rows as i64,
             rows_per_seed: per_seed as i64,

@@ -346,10 +346,10 @@ impl Plan {
         let given = args.given.as_ref().filter(|_| args.z.is_none()).map(|view| view.span().address);
         let written = args.indices.as_ref().map(|view| view.span().address);
         let mut params = ffi::nxs_fsq_params {
-            z_or_null: args.z.as_ref().map_or(null(), |view| view.span().address as *const _),
-            values_or_null: args.values.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
+            z_or_null: crate::launch::address(&args.z),
+            values_or_null: crate::launch::address_mut(&args.values),
             indices_or_null: given.or(written).map_or(null_mut(), |address| address as *mut _),
-            flags_or_null: args.flags.as_ref().map_or(null_mut(), |view| view.span().address as *mut _),
+            flags_or_null: crate::launch::address_mut(&args.flags),
             rows: self.rows as i64,
             dim: self.dim as i32,
             quantizers: self.quantizers as i32,

@@ -105,7 +105,7 @@ impl<C: Code, O: Code> Remap<C, O> {
     #[cfg(nxs_kernels)]
     fn on_cuda(&self, stream: &Stream<'_>, args: &RemapArgs<'_, C, O>) -> Result<()> {
         use crate::ffi;
-        let flags = args.flags.as_ref().map_or(core::ptr::null_mut(), |flags| flags.span().address as *mut _);
+        let flags = crate::launch::address_mut(&args.flags);
         let params = ffi::nxs_remap_params {
             codes: args.codes.span().address as *const _,
             table: args.table.span().address as *const _,

@@ -9,7 +9,7 @@ use crate::stream::Stream;
 #[cfg(nxs_kernels)]
 pub(super) fn run<Q: Float>(plan: &Plan, stream: &Stream<'_>, args: &DraftSampleArgs<'_, Q>) -> Result<()> {
     use crate::ffi;
-    use crate::verification::{address, address_mut};
+    use crate::launch::{address, address_mut};
 
     let schedule = plan.schedule();
     let params = ffi::nxs_draft_sample_params {

@@ -9,7 +9,7 @@ use crate::stream::Stream;
 #[cfg(nxs_kernels)]
 pub(super) fn run<P: Float>(plan: &Plan, stream: &Stream<'_>, args: &RowStatsArgs<'_, P>) -> Result<()> {
     use crate::ffi;
-    use crate::verification::address;
+    use crate::launch::address;
 
     let partials = args.partials.span().address;
     if plan.rows > 0 && !partials.is_multiple_of(8) {

@@ -9,7 +9,7 @@ use crate::stream::Stream;
 #[cfg(nxs_kernels)]
 pub(super) fn run<P: Float, Q: Float>(plan: &Plan, stream: &Stream<'_>, args: &VerifierArgs<'_, P, Q>) -> Result<()> {
     use crate::ffi;
-    use crate::verification::{address, address_mut};
+    use crate::launch::{address, address_mut};
 
     let schedule = plan.schedule();
     let options = &args.options;

@@ -1,0 +1,11 @@
+//! Compression of KV caches: what of a cache to keep, and in how many bits, within a budget of bytes.
+//!
+//! # Shapes
+//! A **set** is what is compressed at once and for itself: one layer of one sequence (or of one branch of guidance). All sets of
+//! an event go into one launch. Keys and values are `[sets, tokens, heads, head_dim]` by strides, the last dimension
+//! contiguous, where `heads` are the heads of K and V; queries are `[sets, queries, groups * heads, head_dim]`, the query heads
+//! of a KV head next to each other. Scores are `[sets, heads, tokens]` f32, kept indices `[sets, heads, kept]` i32 and
+//! ascending. A token has a **row**, where it lies in a buffer, and a **position**, where it stands in its sequence: after a
+//! compression they differ, and both are kept.
+
+pub use crate::plan::Traffic;
