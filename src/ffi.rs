@@ -75,6 +75,14 @@ pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
 pub const NXS_RULE_BLOCK: u32 = 3;
 pub const NXS_VERIFY_ROW_BYTES: u32 = 64;
+pub const NXS_PACK_FP8: u32 = 0;
+pub const NXS_PACK_INT8: u32 = 1;
+pub const NXS_PACK_UNIFORM: u32 = 2;
+pub const NXS_PACK_CHANNEL: u32 = 3;
+pub const NXS_PACK_LLOYD_MAX: u32 = 4;
+pub const NXS_PACK_NOT_FINITE: u32 = 1;
+pub const NXS_PACK_ROW_CLAMPED: u32 = 2;
+pub const NXS_PACK_COUNT_CLAMPED: u32 = 4;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -1464,6 +1472,179 @@ impl Default for nxs_verify_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_pack_params {
+    pub unpacked: *mut ::core::ffi::c_void,
+    pub codes: *mut u8,
+    pub numbers_or_null: *mut ::core::ffi::c_void,
+    pub scales_or_null: *const f32,
+    pub kept_or_null: *const i32,
+    pub counts_or_null: *const i32,
+    pub flags_or_null: *mut u32,
+    pub unpacked_stride_set: i64,
+    pub unpacked_stride_row: i64,
+    pub unpacked_stride_head: i64,
+    pub codes_stride_set: i64,
+    pub codes_stride_row: i64,
+    pub codes_stride_head: i64,
+    pub numbers_stride_set: i64,
+    pub numbers_stride_row: i64,
+    pub numbers_stride_head: i64,
+    pub scales_stride_set: i64,
+    pub scales_stride_head: i64,
+    pub kept_stride_set: i64,
+    pub kept_stride_head: i64,
+    pub counts_stride_set: i64,
+    pub counts_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub rows: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub format: i32,
+    pub bits: i32,
+    pub group: i32,
+    pub renormalize: i32,
+    pub rotate: i32,
+    pub unpack: i32,
+    pub vector: i32,
+    pub signs: [u32; 8usize],
+    pub centroids: [f32; 8usize],
+    pub thresholds: [f32; 7usize],
+    pub dtype: nxs_dtype,
+    pub numbers_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_pack_params"][::core::mem::size_of::<nxs_pack_params>() - 336usize];
+    ["Alignment of nxs_pack_params"][::core::mem::align_of::<nxs_pack_params>() - 8usize];
+    ["Offset of field: nxs_pack_params::unpacked"][::core::mem::offset_of!(nxs_pack_params, unpacked) - 0usize];
+    ["Offset of field: nxs_pack_params::codes"][::core::mem::offset_of!(nxs_pack_params, codes) - 8usize];
+    ["Offset of field: nxs_pack_params::numbers_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_or_null) - 16usize];
+    ["Offset of field: nxs_pack_params::scales_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_or_null) - 24usize];
+    ["Offset of field: nxs_pack_params::kept_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_or_null) - 32usize];
+    ["Offset of field: nxs_pack_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_or_null) - 40usize];
+    ["Offset of field: nxs_pack_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, flags_or_null) - 48usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_set) - 56usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_row) - 64usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_head) - 72usize];
+    ["Offset of field: nxs_pack_params::codes_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_set) - 80usize];
+    ["Offset of field: nxs_pack_params::codes_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_row) - 88usize];
+    ["Offset of field: nxs_pack_params::codes_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_head) - 96usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_set) - 104usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_row) - 112usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_head) - 120usize];
+    ["Offset of field: nxs_pack_params::scales_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_stride_set) - 128usize];
+    ["Offset of field: nxs_pack_params::scales_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_stride_head) - 136usize];
+    ["Offset of field: nxs_pack_params::kept_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_stride_set) - 144usize];
+    ["Offset of field: nxs_pack_params::kept_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_stride_head) - 152usize];
+    ["Offset of field: nxs_pack_params::counts_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_stride_set) - 160usize];
+    ["Offset of field: nxs_pack_params::counts_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_stride_head) - 168usize];
+    ["Offset of field: nxs_pack_params::sets"][::core::mem::offset_of!(nxs_pack_params, sets) - 176usize];
+    ["Offset of field: nxs_pack_params::tokens"][::core::mem::offset_of!(nxs_pack_params, tokens) - 184usize];
+    ["Offset of field: nxs_pack_params::rows"][::core::mem::offset_of!(nxs_pack_params, rows) - 192usize];
+    ["Offset of field: nxs_pack_params::heads"][::core::mem::offset_of!(nxs_pack_params, heads) - 200usize];
+    ["Offset of field: nxs_pack_params::dim"][::core::mem::offset_of!(nxs_pack_params, dim) - 204usize];
+    ["Offset of field: nxs_pack_params::format"][::core::mem::offset_of!(nxs_pack_params, format) - 208usize];
+    ["Offset of field: nxs_pack_params::bits"][::core::mem::offset_of!(nxs_pack_params, bits) - 212usize];
+    ["Offset of field: nxs_pack_params::group"][::core::mem::offset_of!(nxs_pack_params, group) - 216usize];
+    ["Offset of field: nxs_pack_params::renormalize"][::core::mem::offset_of!(nxs_pack_params, renormalize) - 220usize];
+    ["Offset of field: nxs_pack_params::rotate"][::core::mem::offset_of!(nxs_pack_params, rotate) - 224usize];
+    ["Offset of field: nxs_pack_params::unpack"][::core::mem::offset_of!(nxs_pack_params, unpack) - 228usize];
+    ["Offset of field: nxs_pack_params::vector"][::core::mem::offset_of!(nxs_pack_params, vector) - 232usize];
+    ["Offset of field: nxs_pack_params::signs"][::core::mem::offset_of!(nxs_pack_params, signs) - 236usize];
+    ["Offset of field: nxs_pack_params::centroids"][::core::mem::offset_of!(nxs_pack_params, centroids) - 268usize];
+    ["Offset of field: nxs_pack_params::thresholds"][::core::mem::offset_of!(nxs_pack_params, thresholds) - 300usize];
+    ["Offset of field: nxs_pack_params::dtype"][::core::mem::offset_of!(nxs_pack_params, dtype) - 328usize];
+    ["Offset of field: nxs_pack_params::numbers_dtype"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_dtype) - 332usize];
+};
+impl Default for nxs_pack_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_rotate_params {
+    pub input: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub input_stride_batch: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_batch: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub inverse: i32,
+    pub vector: i32,
+    pub signs: [u32; 8usize],
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_rotate_params"][::core::mem::size_of::<nxs_rotate_params>() - 136usize];
+    ["Alignment of nxs_rotate_params"][::core::mem::align_of::<nxs_rotate_params>() - 8usize];
+    ["Offset of field: nxs_rotate_params::input"][::core::mem::offset_of!(nxs_rotate_params, input) - 0usize];
+    ["Offset of field: nxs_rotate_params::out"][::core::mem::offset_of!(nxs_rotate_params, out) - 8usize];
+    ["Offset of field: nxs_rotate_params::input_stride_batch"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_batch) - 16usize];
+    ["Offset of field: nxs_rotate_params::input_stride_row"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_row) - 24usize];
+    ["Offset of field: nxs_rotate_params::input_stride_head"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_head) - 32usize];
+    ["Offset of field: nxs_rotate_params::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_batch) - 40usize];
+    ["Offset of field: nxs_rotate_params::out_stride_row"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_row) - 48usize];
+    ["Offset of field: nxs_rotate_params::out_stride_head"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_head) - 56usize];
+    ["Offset of field: nxs_rotate_params::batch"][::core::mem::offset_of!(nxs_rotate_params, batch) - 64usize];
+    ["Offset of field: nxs_rotate_params::rows"][::core::mem::offset_of!(nxs_rotate_params, rows) - 72usize];
+    ["Offset of field: nxs_rotate_params::heads"][::core::mem::offset_of!(nxs_rotate_params, heads) - 80usize];
+    ["Offset of field: nxs_rotate_params::dim"][::core::mem::offset_of!(nxs_rotate_params, dim) - 84usize];
+    ["Offset of field: nxs_rotate_params::inverse"][::core::mem::offset_of!(nxs_rotate_params, inverse) - 88usize];
+    ["Offset of field: nxs_rotate_params::vector"][::core::mem::offset_of!(nxs_rotate_params, vector) - 92usize];
+    ["Offset of field: nxs_rotate_params::signs"][::core::mem::offset_of!(nxs_rotate_params, signs) - 96usize];
+    ["Offset of field: nxs_rotate_params::dtype"][::core::mem::offset_of!(nxs_rotate_params, dtype) - 128usize];
+};
+impl Default for nxs_rotate_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -1496,4 +1677,6 @@ unsafe extern "C" {
     pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_pack(params: *const nxs_pack_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_rotate(params: *const nxs_rotate_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

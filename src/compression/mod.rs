@@ -8,4 +8,10 @@
 //! ascending. A token has a **row**, where it lies in a buffer, and a **position**, where it stands in its sequence: after a
 //! compression they differ, and both are kept.
 
+mod pack;
+mod rotate;
+
+pub use crate::packed::{Format, Rotation};
 pub use crate::plan::Traffic;
+pub use pack::{Pack, PackArgs, PackBuilder, UnpackArgs};
+pub use rotate::{Rotate, RotateArgs, RotateBuilder};
