@@ -15,8 +15,8 @@ pub const ROTATION_DOMAIN: u32 = 0x726f_7461;
 ///
 /// The codes of a row lie in a **slot**: element k of `bits` bits at bit `k * bits` of its little-endian bytes, so that the slot
 /// is [`Format::code_bytes`] long. The **numbers** that go with codes lie in an array of their own, f32 or, but for the
-/// first two, f16; or, where a row has one group, in the slot itself: from the next multiple of 16 bytes on, in 16 bytes
-/// whose rest is 0 (`dim + 16` bytes of fp8, as FlashInfer has it).
+/// first two, f16; or, where a row has one group, in the slot itself: from the next multiple of 16 bytes on, with zeroes
+/// before and after up to 16 bytes (`dim + 16` bytes of fp8, as FlashInfer has it).
 ///
 /// | format | a number of | value of code q | error of a value x, before it is rounded to its type |
 /// |---|---|---|---|

@@ -210,6 +210,7 @@ NXS_DEVICE void store_numbers(const PackParams& q, u32 set, const Unit& unit, u8
       if (kCount == 2) words.data[1] = float_bits(number[kCount - 1]);
     }
     store_global(reinterpret_cast<Vec<u32, 4>*>(slot + q.inline_at), words);
+    for (u32 i = static_cast<u32>(q.p.dim * q.p.bits) / 8; i < q.inline_at; ++i) store_global(slot + i, u8{0});
   } else if (q.p.numbers_or_null) {
     const i64 at = numbers_of(q, set, unit) + lane / q.group_lanes * kCount;
 #pragma unroll

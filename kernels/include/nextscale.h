@@ -713,8 +713,8 @@ nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
 
 /*
  * Keys and values in few bits, and back. A slot holds the codes of one row (token) and head, element k of `bits` bits at bit
- * k * bits of its little-endian bytes; numbers that a slot's codes are scaled by lie in an array or, inline, at the next multiple of
- * 16 bytes after the codes, the rest of those 16 bytes being 0. n of them there are for each row, head and group:
+ * k * bits of its little-endian bytes; numbers that a slot's codes are scaled by lie in an array or, inline, at the next
+ * multiple of 16 bytes after the codes, with zeroes before and after up to 16 bytes. n there are for each row, head and group:
  *   NXS_PACK_FP8        n 1  x = code * scale, code e4m3;          scale = max(greatest |x| / 448, 2^-96) to 17 bits
  *   NXS_PACK_INT8       n 1  x = code * scale, code -127 to 127;   scale = max(greatest |x| / 127, 2^-96) to 17 bits
  *   NXS_PACK_UNIFORM    n 2  x = code * scale + min, of `group` elements; scale = (max - min) / (2^bits - 1) to 17 bits, 0
