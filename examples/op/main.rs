@@ -12,6 +12,7 @@ mod attention_merge;
 mod attention_prepare;
 mod draft_sample;
 mod multi_scale;
+mod pack;
 mod philox_fill;
 mod request;
 mod row_stats;
@@ -47,6 +48,9 @@ static OPS: &[&Op] = &[
     &verify::OP,
     &draft_sample::OP,
     &row_stats::OP,
+    &pack::PACK,
+    &pack::UNPACK,
+    &pack::ROTATE,
     &philox_fill::OP,
 ];
 
