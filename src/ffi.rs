@@ -35,6 +35,9 @@ pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
 pub const NXS_SCHEDULE_WIDE_CHUNK_KEYS: u32 = 160;
 pub const NXS_MASK_NONE: u32 = 0;
 pub const NXS_MASK_HIDDEN: u32 = 1;
+pub const NXS_KV_PLAIN: u32 = 0;
+pub const NXS_KV_FP8: u32 = 1;
+pub const NXS_KV_INT4: u32 = 2;
 pub const NXS_NORM_NONE: u32 = 0;
 pub const NXS_NORM_L2: u32 = 1;
 pub const NXS_NORM_RMS: u32 = 2;
@@ -194,10 +197,19 @@ pub struct nxs_scale_attention_params {
     pub blocks: i32,
     pub scale: f32,
     pub logit_bound: f32,
+    pub kv_format: i32,
+    pub k_numbers_or_null: *const f32,
+    pub v_numbers_or_null: *const f32,
+    pub k_numbers_stride_batch: i64,
+    pub k_numbers_stride_row: i64,
+    pub k_numbers_stride_head: i64,
+    pub v_numbers_stride_batch: i64,
+    pub v_numbers_stride_row: i64,
+    pub v_numbers_stride_head: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 336usize];
+    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 408usize];
     ["Alignment of nxs_scale_attention_params"][::core::mem::align_of::<nxs_scale_attention_params>() - 8usize];
     ["Offset of field: nxs_scale_attention_params::q"][::core::mem::offset_of!(nxs_scale_attention_params, q) - 0usize];
     ["Offset of field: nxs_scale_attention_params::k"][::core::mem::offset_of!(nxs_scale_attention_params, k) - 8usize];
@@ -297,6 +309,24 @@ const _: () = {
         [::core::mem::offset_of!(nxs_scale_attention_params, scale) - 328usize];
     ["Offset of field: nxs_scale_attention_params::logit_bound"]
         [::core::mem::offset_of!(nxs_scale_attention_params, logit_bound) - 332usize];
+    ["Offset of field: nxs_scale_attention_params::kv_format"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_format) - 336usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_or_null) - 344usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_or_null) - 352usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_batch) - 360usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_row) - 368usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_head) - 376usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_batch) - 384usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_row) - 392usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_head) - 400usize];
 };
 impl Default for nxs_scale_attention_params {
     fn default() -> Self {

@@ -123,9 +123,7 @@ fn format(settings: &Settings) -> Result<Format, Failure> {
         "int8" => Ok(Format::Int8),
         "uniform" => Ok(Format::Uniform { bits, group }),
         "channel" => Ok(Format::Channel { bits, rows: group.unwrap_or(32) }),
-        "lloyd_max" => {
-            Ok(Format::LloydMax { bits, renormalize: settings.get("renormalize")?.unwrap_or(true) })
-        }
+        "lloyd_max" => Ok(Format::LloydMax { bits, renormalize: settings.get("renormalize")?.unwrap_or(true) }),
         other => Err(Failure::request(format!("format={other}: not fp8, int8, uniform, channel or lloyd_max"))),
     }
 }

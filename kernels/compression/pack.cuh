@@ -219,7 +219,7 @@ NXS_DEVICE void store_numbers(const PackParams& q, u32 set, const Unit& unit, u8
 }
 
 template <typename T, Kind kKind, bool kWide>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PackParams q) {
+__global__ void __launch_bounds__(kPackThreads, 3) pack_kernel(const __grid_constant__ PackParams q) {
   constexpr int kPasses = pack_passes(sizeof(T), kWide);
   const nxs_pack_params& p = q.p;
   const u32 set = block_index_y(), lanes = 1u << q.log2_lanes, lane = thread_index() & (lanes - 1);

@@ -129,6 +129,10 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
 #define NXS_SCHEDULE_WIDE_CHUNK_KEYS 160
 #define NXS_MASK_NONE 0u
 #define NXS_MASK_HIDDEN 1u
+/* What k and v are: of dtype, or packed as nxs_pack packs rows, each unpacked to dtype, rounded once, before it is used. */
+#define NXS_KV_PLAIN 0
+#define NXS_KV_FP8 1  /* NXS_PACK_FP8, n 1 */
+#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2 */
 
 typedef struct nxs_scale_attention_params {
   const void *q;                    /* [batch, q_rows, heads, dim] dtype; 16-byte aligned, as are k, v and out */
@@ -165,6 +169,12 @@ typedef struct nxs_scale_attention_params {
   int32_t blocks;                   /* of the Hopper kernel's persistent grid; even for pairs */
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
+  int32_t kv_format;                /* NXS_KV_*; packed: k and v are [batch, kv_rows, kv_heads, slot] bytes, their strides count
+                                       bytes and are multiples of 16; variant 0, dim 64, 96 or 128 */
+  const float *k_numbers_or_null;   /* packed: [batch, kv_rows, kv_heads, n], 16-byte aligned; null: in the slots, see nxs_pack */
+  const float *v_numbers_or_null;
+  int64_t k_numbers_stride_batch, k_numbers_stride_row, k_numbers_stride_head; /* multiples of n */
+  int64_t v_numbers_stride_batch, v_numbers_stride_row, v_numbers_stride_head;
 } nxs_scale_attention_params;
 
 nxs_status nxs_scale_attention(const nxs_scale_attention_params *params, void *stream);
