@@ -435,7 +435,7 @@ NXS_DEVICE Group group_of(const PackParams& q, u32& flags) {
 }
 
 template <typename T, bool kWide>
-__global__ void __launch_bounds__(kPackThreads) pack_channels_kernel(const __grid_constant__ PackParams q) {
+__global__ void __launch_bounds__(kPackThreads, 3) pack_channels_kernel(const __grid_constant__ PackParams q) {
   const nxs_pack_params& p = q.p;
   const u32 shared = dynamic_shared(), thread = thread_index(), lanes = 1u << q.log2_lanes, lane = thread & (lanes - 1);
   const u32 dim = static_cast<u32>(p.dim), rows_at_once = kPackThreads >> q.log2_lanes, mine = thread >> q.log2_lanes;
@@ -527,7 +527,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_channels_kernel(const __gri
 }
 
 template <typename T, bool kWide>
-__global__ void __launch_bounds__(kPackThreads) unpack_channels_kernel(const __grid_constant__ PackParams q) {
+__global__ void __launch_bounds__(kPackThreads, 3) unpack_channels_kernel(const __grid_constant__ PackParams q) {
   const nxs_pack_params& p = q.p;
   const u32 thread = thread_index(), lanes = 1u << q.log2_lanes, lane = thread & (lanes - 1);
   const u32 rows_at_once = kPackThreads >> q.log2_lanes, mine = thread >> q.log2_lanes, bits = static_cast<u32>(p.bits);
