@@ -338,8 +338,7 @@ NXS_DEVICE void gather(const ScaleParams& q, const Grid& grid, u32 lo, u32 hi, u
 
 // Four channels of source row `row`, resized along x.
 template <int kTaps>
-NXS_DEVICE Four resized_row(const ScaleParams& q, u32 row, u32 pixel_bytes, const u32 (&column)[kTaps],
-                            const float (&weight)[kTaps]) {
+NXS_DEVICE Four resized_row(u32 row, u32 pixel_bytes, const u32 (&column)[kTaps], const float (&weight)[kTaps]) {
   Four sum = scaled(weight[0], load_shared<Four>(row + column[0] * pixel_bytes));
 #pragma unroll
   for (int t = 1; t < kTaps; ++t) add_scaled(sum, weight[t], load_shared<Four>(row + column[t] * pixel_bytes));
@@ -369,7 +368,7 @@ NXS_DEVICE void resize(const ScaleParams& q, const Grid& grid, u32 shared, u32 l
     for (int t = 0; t < kTaps; ++t) column[t] = clamp_to(across.first + t, grid.width - 1);
     const auto source = [&](i32 row) {
       const u32 at = base + (clamp_to(row, grid.height - 1) - lo) * row_bytes;
-      return resized_row<kTaps>(q, at, pixel_bytes, column, across.weight);
+      return resized_row<kTaps>(at, pixel_bytes, column, across.weight);
     };
     Four reach[kTaps];
     i32 first = load_shared<i32>(shared + from * 4);

@@ -44,9 +44,26 @@ struct RowState {
   u32 passes;           // whether the prefix that ends before this row passes its test
   u32 end;              // row 0: where the rows of use end
   float cut;            // the least logit that truncation kept
-  u32 unused[4];
+  float p_top, q_top;   // greatest logits
+  u32 p_peak, q_peak;   // the only token with weight, or kNothing
 };
 static_assert(sizeof(RowState) == NXS_VERIFY_ROW_BYTES);
+
+NXS_DEVICE RowState load_state(const RowState* from) {
+  Vec<u32, 4> words[sizeof(RowState) / 16];
+#pragma unroll
+  for (u32 k = 0; k < sizeof(RowState) / 16; ++k)
+    words[k] = load_global(reinterpret_cast<const Vec<u32, 4>*>(from) + k);
+  RowState state;
+  memcpy(&state, words, sizeof(state));
+  return state;
+}
+NXS_DEVICE void store_state(RowState* to, const RowState& state) {
+  Vec<u32, 4> words[sizeof(RowState) / 16];
+  memcpy(words, &state, sizeof(state));
+#pragma unroll
+  for (u32 k = 0; k < sizeof(RowState) / 16; ++k) store_global(reinterpret_cast<Vec<u32, 4>*>(to) + k, words[k]);
+}
 
 enum Kind : u32 {
   kAccepted,  // the draft is
@@ -201,13 +218,35 @@ NXS_DEVICE Draft<Q> draft_of(const Step<P, Q>& step, const Request& r, u32 i, u3
   return q;
 }
 
+// A draft's logit of a token of the target, -inf where it has none.
+template <typename P, typename Q> NXS_DEVICE float draft_logit(const Step<P, Q>& step, const Row<Q>& row, u32 token) {
+  const i64 column = step.p.target_to_draft_or_null ? load_global_nc(step.p.target_to_draft_or_null + token) : token;
+  if (column < 0 || column >= step.p.draft_vocab) return -INFINITY;
+  return logit_at(row, static_cast<u32>(column));
+}
 // The draft's weight of a token.
+template <typename Q> NXS_DEVICE float draft_weight(const Draft<Q>& q, u32 token, float logit) {
+  if (q.peak != kNothing) return q.peak == token ? 1.0f : 0.0f;
+  return logit == -INFINITY ? 0.0f : weight_of(q.summary, logit);
+}
 template <typename P, typename Q>
 NXS_DEVICE float draft_weight(const Step<P, Q>& step, const Draft<Q>& q, u32 token) {
-  if (q.peak != kNothing) return q.peak == token ? 1.0f : 0.0f;
-  const i64 column = step.p.target_to_draft_or_null ? load_global_nc(step.p.target_to_draft_or_null + token) : token;
-  if (column < 0 || column >= step.p.draft_vocab) return 0;
-  return weight_of(q.summary, logit_at(q.row, static_cast<u32>(column)));
+  return draft_weight(q, token, q.peak != kNothing ? 0.0f : draft_logit(step, q.row, token));
+}
+
+// The draft beside a row whose state is known to be open or to end in a residual.
+template <typename P, typename Q>
+NXS_DEVICE Draft<Q> draft_again(const Step<P, Q>& step, const Request& r, u32 i, const RowState& state) {
+  Draft<Q> q;
+  q.good = true;
+  q.peak = state.q_peak;
+  q.summary = Summary{kSpread, false, false, state.q_top, 0, state.q_sum, -INFINITY, r.draft_scale};
+  if (!step.p.draft_or_null) return q;
+  const i64 row = step.draft_index(r, i);
+  q.row = step.draft_row(row);
+  if (step.p.draft_stats_or_null) q.summary = summary_of_draft(step.p.draft_stats_or_null + row * 4);
+  q.summary.reference = reference_of(q.summary.scale, q.summary.top);
+  return q;
 }
 
 // The target's distribution of a row: with a peak, all on it.
@@ -221,6 +260,17 @@ template <typename P> struct Target {
     return weight_of(summary, logit);
   }
 };
+template <typename P, typename Q>
+NXS_DEVICE Target<P> target_again(const Step<P, Q>& step, const Request& r, u32 i, const RowState& state) {
+  Target<P> target;
+  target.row = step.target_row(r, i);
+  target.peak = state.p_peak;
+  // Where the row was cut down, so are its partials.
+  target.summary = Summary{state.p_peak == kNothing ? kSpread : kPeak, false, false, state.p_top, 0, state.p_sum,
+                           state.cut, r.scale};
+  if (state.p_peak == kNothing) target.summary.reference = reference_of(r.scale, state.p_top);
+  return target;
+}
 
 NXS_DEVICE float residual_of(float factor, float p, float p_sum, float q, float q_sum) {
   if (p == 0) return 0;
@@ -268,34 +318,69 @@ NXS_DEVICE u32 broadcast(u32 shared, bool mine, u32 word) {
   return load_shared<u32>(shared + kSharedBroadcast);
 }
 
-// Partials of the chunks of an item.
+// Partials that the engine has found already.
 template <typename P, typename Q>
-NXS_DEVICE void sweep_item(const Step<P, Q>& step, const Request& r, u32 i, u32 slice, bool swept) {
-  const nxs_verify_params& p = step.p;
-  const u32 an_item = static_cast<u32>(p.chunks_per_item), chunks = step.of_target + (swept ? step.of_draft : 0);
-  Partial* partials = step.partials(step.slot(r.b, i));
-  const Row<P> target = step.target_row(r, i);
-  for (u32 round = thread_index() / 32; round < an_item; round += kWarps) {
-    const u32 chunk = slice * an_item + round;
-    if (chunk >= chunks) break;
-    Partial partial;
-    if (chunk >= step.of_target) {
-      Logits<Q> logits = load_logits(step.draft_row(step.draft_index(r, i)), chunk - step.of_target);
-      partial = chunk_partial(logits, r.draft_scale);
-    } else if (p.target_stats_or_null) {
-      const i64 row = step.target_index(r, i);
-      const Partial* given = reinterpret_cast<const Partial*>(p.target_stats_or_null);
-      partial = Partial{-INFINITY, 0};
+NXS_DEVICE_CALL void copy_partials(const nxs_verify_params& p, u32 b, u32 i, u32 begin, u32 end) {
+  const Step<P, Q> step(p);
+  const i64 row = step.target_index(request_of(p, b), i);
+  Partial* partials = step.partials(step.slot(b, i));
+  for (u32 chunk = begin + thread_index(); chunk < end; chunk += kThreads) {
+    Partial partial = {-INFINITY, 0};
+    if (row >= 0) {
       // Not necessarily aligned to a pair.
-      if (row >= 0) {
-        const float* pair = reinterpret_cast<const float*>(given + row * step.of_target + chunk);
-        partial = Partial{load_global_nc(pair), load_global_nc(pair + 1)};
-      }
-    } else {
-      Logits<P> logits = load_logits(target, chunk);
-      partial = chunk_partial(logits, r.measure);
+      const float* pair = p.target_stats_or_null + (row * step.of_target + chunk) * 2;
+      partial = Partial{load_global_nc(pair), load_global_nc(pair + 1)};
     }
-    if (lane_index() == 0) store_global(partials + chunk, partial);
+    store_global(partials + chunk, partial);
+  }
+}
+
+// This warp's share of the chunks from `begin` to `end` of a row: every eighth, the first of which is warp `turn`'s.
+// Partials are numbered as chunks are. The next chunk is on its way while one is added up, if the registers hold both.
+template <typename T>
+NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end, u32 turn) {
+  const u32 warp = (thread_index() / 32 - turn) % kWarps;
+  if constexpr (sizeof(T) == 2) {
+    u32 chunk = begin + warp;
+    if (chunk >= end) return;
+    Logits<T> next = load_logits(row, chunk);
+#pragma unroll 1
+    for (;;) {
+      Logits<T> logits = next;
+      const u32 following = chunk + kWarps;
+      const bool more = following < end;
+      if (more) next = load_logits(row, following);
+      const Partial partial = chunk_partial(logits, scale);
+      if (lane_index() == 0) store_global(partials + chunk, partial);
+      if (!more) break;
+      chunk = following;
+    }
+  } else {
+#pragma unroll 1
+    for (u32 chunk = begin + warp; chunk < end; chunk += kWarps) {
+      Logits<T> logits = load_logits(row, chunk);
+      const Partial partial = chunk_partial(logits, scale);
+      if (lane_index() == 0) store_global(partials + chunk, partial);
+    }
+  }
+}
+
+// Partials of the chunks `begin` to `end` of the pair of rows i: the target's chunks, then the draft's.
+template <typename P, typename Q>
+NXS_DEVICE void sweep_item(const Step<P, Q>& step, const Request& r, u32 i, u32 begin, u32 end) {
+  const nxs_verify_params& p = step.p;
+  Partial* partials = step.partials(step.slot(r.b, i));
+  const u32 of_target = end < step.of_target ? end : step.of_target;
+  if (begin < of_target) {
+    if (p.target_stats_or_null)
+      copy_partials<P, Q>(p, r.b, i, begin, of_target);
+    else
+      sweep_chunks(step.target_row(r, i), r.measure, partials, begin, of_target, 0);
+  }
+  if (end > step.of_target) {
+    const u32 first = begin > step.of_target ? begin - step.of_target : 0, turn = begin < of_target ? of_target - begin : 0;
+    sweep_chunks(step.draft_row(step.draft_index(r, i)), r.draft_scale, partials + step.of_target, first,
+                 end - step.of_target, turn);
   }
 }
 
@@ -308,6 +393,17 @@ NXS_DEVICE u32 decide_row(const Step<P, Q>& step, const Request& r, u32 i, u32 s
   RowState state = {};
   Target<P> target;
   target.row = step.target_row(r, i);
+  // The draft's logits are fetched while the partials are.
+  u32 drafted = kNothing;
+  if (i + 1 < r.rows) {
+    const i32 id = load_global_nc(p.drafts + r.row + i);
+    if (id >= 0 && id < p.vocab) drafted = static_cast<u32>(id);
+  }
+  float p_logit = -INFINITY, q_logit = -INFINITY;
+  if (drafted != kNothing) {
+    p_logit = logit_at(target.row, drafted);
+    if (p.draft_or_null) q_logit = draft_logit(step, step.draft_row(step.draft_index(r, i)), drafted);
+  }
   target.summary = step.target_summary(r, i, r.scale);
   Summary measured = target.summary;
   if (r.scale.greedy() && p.log_probs_or_null) measured = step.target_summary(r, i, r.measure);
@@ -325,11 +421,6 @@ NXS_DEVICE u32 decide_row(const Step<P, Q>& step, const Request& r, u32 i, u32 s
     if (target.summary.beyond || target.summary.top == INFINITY) state.said |= NXS_STATUS_TARGET_BEYOND;
     if (target.summary.shape == kEmpty) state.said |= NXS_STATUS_TARGET_EMPTY;
     target.peak = target.summary.shape == kPeak ? find_peak(target.summary, target.row, step.of_target, load) : kNothing;
-    u32 drafted = kNothing;
-    if (i + 1 < r.rows) {
-      const i32 id = load_global_nc(p.drafts + r.row + i);
-      if (id >= 0 && id < p.vocab) drafted = static_cast<u32>(id);
-    }
     const bool ratio_rule = r.rule == NXS_RULE_BLOCK || (r.rule == NXS_RULE_REJECT && target.peak == kNothing);
     bool draw_token = true;
     if (target.summary.shape == kEmpty) {
@@ -339,13 +430,16 @@ NXS_DEVICE u32 decide_row(const Step<P, Q>& step, const Request& r, u32 i, u32 s
       const Draft<Q> q = draft_of(step, r, i, drafted, state.said);
       if (q.good) {
         draw_token = false;
-        const float p_weight = target.weight(drafted, logit_at(target.row, drafted));
-        const float q_weight = draft_weight(step, q, drafted);
+        const float p_weight = target.weight(drafted, p_logit), q_weight = draft_weight(q, drafted, q_logit);
         if (q_weight == 0) state.said |= NXS_STATUS_DRAFT_IMPOSSIBLE;
         state.p_weight = p_weight;
         state.q_weight = q_weight;
         state.p_sum = target.sum();
         state.q_sum = q.sum();
+        state.p_top = target.summary.top;
+        state.q_top = q.summary.top;
+        state.p_peak = target.peak;
+        state.q_peak = q.peak;
         if (r.rule == NXS_RULE_BLOCK) {
           kind = kOpen;
         } else {
@@ -363,51 +457,26 @@ NXS_DEVICE u32 decide_row(const Step<P, Q>& step, const Request& r, u32 i, u32 s
       state.token = static_cast<i32>(token);
       if (token == drafted && token != kNothing && !ratio_rule) kind = kAccepted;
     }
-    if (p.log_probs_or_null && drafted != kNothing) {
-      const float logit = logit_at(target.row, drafted);
-      state.log_prob = log_probability(measured, logit);
-    }
+    if (p.log_probs_or_null && drafted != kNothing) state.log_prob = log_probability(measured, p_logit);
     state.kind = kind;
     // Its token may be drawn by another block, from the partials as they are now.
     state.cut = target.summary.cut;
-    if (lane_index() == 0) {
-      Vec<u32, 4> words[sizeof(RowState) / 16];
-      memcpy(words, &state, sizeof(state));
-      Vec<u32, 4>* to = reinterpret_cast<Vec<u32, 4>*>(step.state(step.slot(r.b, i)));
-#pragma unroll
-      for (u32 k = 0; k < sizeof(RowState) / 16; ++k) store_global(to + k, words[k]);
-    }
+    if (lane_index() == 0) store_state(step.state(step.slot(r.b, i)), state);
   }
   return broadcast(shared, thread_index() == 0, kind);
 }
 
-// All of the block: the target's and the draft's distribution of a row whose state is known.
-template <typename P, typename Q>
-NXS_DEVICE Target<P> target_again(const Step<P, Q>& step, const Request& r, u32 i, const Scale& scale) {
-  Target<P> target;
-  target.row = step.target_row(r, i);
-  // Where the row was cut down, so are its partials.
-  target.summary = step.target_summary(r, i, scale);
-  target.summary.cut = load_global(&step.state(step.slot(r.b, i))->cut);
-  target.peak = kNothing;
-  if (target.summary.shape == kPeak) {
-    const Partial* partials = step.partials(step.slot(r.b, i));
-    target.peak = find_peak(target.summary, target.row, step.of_target, [&](u32 at) { return load_global(partials + at); });
-  }
-  return target;
-}
-
 // All of the block: a token of max(factor p - q, 0) of row i, or kNothing. With `summed`, the chunks' sums are known.
 template <typename P, typename Q>
-NXS_DEVICE u32 residual_token(const Step<P, Q>& step, const Request& r, u32 i, float factor, bool summed, u32 shared) {
-  const nxs_verify_params& p = step.p;
-  const u32 warp = thread_index() / 32, drafted = static_cast<u32>(load_global_nc(p.drafts + r.row + i));
+NXS_DEVICE_CALL u32 residual_token(const nxs_verify_params& p, const Request& r, u32 i, float factor, bool summed) {
+  const Step<P, Q> step(p);
+  const u32 shared = dynamic_shared(), warp = thread_index() / 32;
   const u64 slot = step.slot(r.b, i);
   const Partial* partials = step.partials(slot);
   const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
-  u32 said = 0;
-  const Target<P> target = target_again(step, r, i, r.scale);
-  const Draft<Q> q = draft_of(step, r, i, drafted, said);
+  const RowState state = load_state(step.state(slot));
+  const Target<P> target = target_again(step, r, i, state);
+  const Draft<Q> q = draft_again(step, r, i, state);
   if (!summed) {
     const u32 trials = p.uniforms_or_null ? 0 : static_cast<u32>(p.trials);
     for (u32 first = 0; first < trials; first += kWarps) {
@@ -459,12 +528,13 @@ NXS_DEVICE u32 residual_token(const Step<P, Q>& step, const Request& r, u32 i, f
   return broadcast(shared, thread_index() == 0, token);
 }
 
-// All of the block: writes what request r gets, which accepts `accepted` drafts and then emits `last`.
+// All of the block: writes what a request gets, which accepts `accepted` drafts and then emits `last`. What the request
+// is told is what rows 0 to `known` said.
 template <typename P, typename Q>
-NXS_DEVICE void write_request(const Step<P, Q>& step, const Request& r, u32 accepted, u32 last, u32 said) {
-  const nxs_verify_params& p = step.p;
-  const u32 most_rows = step.most_rows();
-  const i64 first = static_cast<i64>(step.slot(r.b, 0));
+NXS_DEVICE_CALL void write_request(const nxs_verify_params& p, const Request& r, u32 accepted, u32 last, u32 known) {
+  const Step<P, Q> step(p);
+  const u32 b = r.b, most_rows = step.most_rows();
+  const i64 first = static_cast<i64>(step.slot(b, 0));
   const bool any = r.rows > 0;
   for (u32 i = thread_index(); i < most_rows; i += kThreads) {
     i32 token = -1;
@@ -473,36 +543,38 @@ NXS_DEVICE void write_request(const Step<P, Q>& step, const Request& r, u32 acce
     store_global(p.tokens + first + i, token);
     if (p.log_probs_or_null && !(any && i == accepted)) {
       float log_prob = bits_float(0x7fffffffu);
-      if (any && i < accepted) log_prob = load_global(&step.state(step.slot(r.b, i))->log_prob);
+      if (any && i < accepted) log_prob = load_global(&step.state(step.slot(b, i))->log_prob);
       store_global(p.log_probs_or_null + first + i, log_prob);
     }
   }
-  if (p.log_probs_or_null && any && thread_index() < 32) {
-    const Target<P> target = target_again(step, r, accepted, r.measure);
+  if (thread_index() >= 32) return;
+  if (p.log_probs_or_null && any) {
+    Summary measured = step.target_summary(r, accepted, r.measure);
+    measured.cut = load_global(&step.state(step.slot(b, accepted))->cut);
     const u32 token = last == kNothing ? (p.fallback > 0 ? static_cast<u32>(p.fallback) : 0) : last;
-    const float log_prob = log_probability(target.summary, logit_at(target.row, token));
+    const float log_prob = log_probability(measured, logit_at(step.target_row(r, accepted), token));
     if (lane_index() == 0) store_global(p.log_probs_or_null + first + accepted, log_prob);
   }
-  if (thread_index() == 0) {
-    store_global(p.emitted + r.b, any ? static_cast<i32>(accepted) + 1 : 0);
-    store_global(p.accepted + r.b, static_cast<i32>(accepted));
-    store_global(p.status + r.b, said | (r.ignored ? NXS_STATUS_DRAFTS_IGNORED : 0));
-    if (p.last_row_or_null) store_global(p.last_row_or_null + r.b, any ? static_cast<i32>(r.row) + static_cast<i32>(accepted) : -1);
-  }
-}
-
-// The bits of rows 0 to `last`.
-template <typename P, typename Q> NXS_DEVICE u32 all_said(const Step<P, Q>& step, const Request& r, u32 last) {
   u32 said = 0;
-  for (u32 i = 0; i <= last; ++i) said |= load_global(&step.state(step.slot(r.b, i))->said);
-  return said;
+  if (any)
+    for (u32 i = lane_index(); i <= known; i += 32) said |= load_global(&step.state(step.slot(b, i))->said);
+  warp_sync();
+#pragma unroll
+  for (u32 distance = 16; distance > 0; distance /= 2) said |= shuffle_xor(said, distance);
+  if (lane_index() == 0) {
+    store_global(p.emitted + b, any ? static_cast<i32>(accepted) + 1 : 0);
+    store_global(p.accepted + b, static_cast<i32>(accepted));
+    store_global(p.status + b, said | (r.ignored ? NXS_STATUS_DRAFTS_IGNORED : 0));
+    if (p.last_row_or_null)
+      store_global(p.last_row_or_null + b, any ? static_cast<i32>(r.row) + static_cast<i32>(accepted) : -1);
+  }
 }
 
 // Arrives at the request's counter; true in all of the block that comes last.
 template <typename P, typename Q>
-NXS_DEVICE bool last_of_request(const Step<P, Q>& step, const Request& r, u32 arrivals, u32 shared) {
+NXS_DEVICE bool last_of_request(const Step<P, Q>& step, u32 b, u32 arrivals, u32 shared) {
   u32 old = 0;
-  if (thread_index() == 0) old = atomic_inc_acq_rel_global(step.request_counter(r.b), arrivals - 1);
+  if (thread_index() == 0) old = atomic_inc_acq_rel_global(step.request_counter(b), arrivals - 1);
   return broadcast(shared, thread_index() == 0, old) == arrivals - 1;
 }
 
@@ -521,119 +593,154 @@ template <typename P, typename Q> NXS_DEVICE void write_ratios(const Step<P, Q>&
   store_global(&step.state(step.slot(r.b, 0))->end, i);
 }
 
-// The first kernel: all rows, and all requests but those that are decided by blocks.
+// All of the block that came last at row i: decides about it if it is of use, and if all rows of the request are known
+// then, writes what the request gets. Also for a request without rows.
 template <typename P, typename Q>
-__global__ void __launch_bounds__(kThreads, 4) verify_kernel(const __grid_constant__ nxs_verify_params p) {
+NXS_DEVICE_CALL void settle_row(const nxs_verify_params& p, u32 b, u32 i, bool of_use) {
+  const Step<P, Q> step(p);
+  const Request r = request_of(p, b);
+  if (r.rows == 0) return write_request<P, Q>(p, r, 0, kNothing, 0);
+  const u32 shared = dynamic_shared();
+  u32* stop_word = step.stop_word(b);
+  if (of_use) {
+    const u32 kind = decide_row(step, r, i, shared);
+    const bool ends = kind == kToken || kind == kResidual;
+    if (ends && r.rule != NXS_RULE_BLOCK && thread_index() == 0) atomic_max_global(stop_word, step.most_rows() - i);
+  }
+  if (!last_of_request(step, b, r.rows, shared)) return;
+  if (r.rule == NXS_RULE_BLOCK) {
+    if (thread_index() == 0) write_ratios(step, r);
+    return;
+  }
+  const u32 word = load_relaxed_global(stop_word), at = step.most_rows() - word;
+  block_sync();
+  // Back to 0. Blocks with items of rows that the request has not may be looking at it.
+  if (thread_index() == 0) atomic_add_global(stop_word, 0u - word);
+  const RowState* state = step.state(step.slot(b, at));
+  u32 last = static_cast<u32>(load_global(&state->token));
+  if (load_global(&state->kind) == kResidual) last = residual_token<P, Q>(p, r, at, 1.0f, false);
+  write_request<P, Q>(p, r, at, last, at);
+}
+
+// The items of a kernel's block, as the row of the request, the request, and the slice of the pair of rows.
+struct Item {
+  u32 i, b, slice;
+  u32 rest;  // b * slices + slice
+};
+// The first, or the next one, of this block; `i` is beyond all rows after the last.
+NXS_DEVICE void settle_item(const nxs_verify_params& p, u32 slices, Item& item) {
+  const u32 a_row = static_cast<u32>(p.batch) * slices;
+  while (item.rest >= a_row) {
+    item.rest -= a_row;
+    ++item.i;
+  }
+  item.b = item.rest / slices;
+  item.slice = item.rest - item.b * slices;
+}
+
+// The first kernel: all rows, and all requests but those that are decided by blocks. What a block rarely does is in
+// functions that are called: it needs registers that the sweep would have to put aside.
+template <typename P, typename Q>
+__global__ void __launch_bounds__(kThreads, 3) verify_kernel(const __grid_constant__ nxs_verify_params p) {
   const Step<P, Q> step(p);
   const u32 shared = dynamic_shared();
   const u32 an_item = static_cast<u32>(p.chunks_per_item);
   const u32 slices = (step.of_target + step.of_draft + an_item - 1) / an_item;
-  const u64 items = step.slots() * slices, a_row = static_cast<u64>(p.batch) * slices;
-  for (u64 item = block_index_x(); item < items; item += grid_size_x()) {
-    const u32 i = static_cast<u32>(item / a_row), rest = static_cast<u32>(item - i * a_row);
-    const u32 b = rest / slices, slice = rest - b * slices;
+  Item item = {0, 0, 0, block_index_x()};
+  for (settle_item(p, slices, item); item.i < step.most_rows(); item.rest += grid_size_x(), settle_item(p, slices, item)) {
+    const u32 i = item.i, b = item.b, begin = item.slice * an_item;
+    const u32 stop = load_relaxed_global(step.stop_word(b));
     const Request r = request_of(p, b);
     if (i >= r.rows) {
-      if (r.rows == 0 && i == 0 && slice == 0) write_request(step, r, 0, kNothing, 0);
+      if (r.rows == 0 && i == 0 && item.slice == 0) settle_row<P, Q>(p, b, 0, false);
       continue;
     }
-    const bool swept = step.swept(r, i);
-    const u32 chunks = step.of_target + (swept ? step.of_draft : 0), arrivals = (chunks + an_item - 1) / an_item;
-    if (slice >= arrivals) continue;
+    const u32 chunks = step.of_target + (step.swept(r, i) ? step.of_draft : 0);
+    if (begin >= chunks) continue;
     // What lies behind a row that ends the step is of no use.
-    const u32 stop = load_relaxed_global(step.stop_word(b));
-    if (stop == 0 || i <= step.most_rows() - stop) sweep_item(step, r, i, slice, swept);
+    const u32 end = begin + an_item < chunks ? begin + an_item : chunks;
+    if (stop == 0 || i <= step.most_rows() - stop) sweep_item(step, r, i, begin, end);
     block_sync();
+    const u32 arrivals = (chunks + an_item - 1) / an_item;
     u32 word = 0;
-    if (thread_index() == 0) {
-      word = atomic_inc_acq_rel_global(step.row_counter(step.slot(b, i)), arrivals - 1) == arrivals - 1;
-      if (word) {
-        const u32 stopped = load_relaxed_global(step.stop_word(b));
-        if (stopped != 0 && i > step.most_rows() - stopped) word = 2;
-      }
+    if (thread_index() == 0 &&
+        atomic_inc_acq_rel_global(step.row_counter(step.slot(b, i)), arrivals - 1) == arrivals - 1) {
+      const u32 stopped = load_relaxed_global(step.stop_word(b));
+      word = stopped == 0 || i <= step.most_rows() - stopped ? 1 : 2;
     }
     word = broadcast(shared, thread_index() == 0, word);
     if (word == 0) continue;
-    if (word == 1) {
-      const u32 kind = decide_row(step, r, i, shared);
-      const bool ends = kind == kToken || kind == kResidual;
-      if (ends && r.rule != NXS_RULE_BLOCK && thread_index() == 0)
-        atomic_max_global(step.stop_word(b), step.most_rows() - i);
-    }
-    if (!last_of_request(step, r, r.rows, shared)) continue;
-    if (r.rule == NXS_RULE_BLOCK) {
-      if (thread_index() == 0) write_ratios(step, r);
-      block_sync();
-      continue;
-    }
-    const u32 at = step.most_rows() - load_relaxed_global(step.stop_word(b));
-    block_sync();
-    if (thread_index() == 0) store_global(step.stop_word(b), u32{0});
-    const RowState* state = step.state(step.slot(b, at));
-    u32 last = static_cast<u32>(load_global(&state->token));
-    if (load_global(&state->kind) == kResidual) last = residual_token(step, r, at, 1.0f, false, shared);
-    write_request(step, r, at, last, all_said(step, r, at));
+    settle_row<P, Q>(p, b, i, word == 1);
     block_sync();
   }
 }
 
+// All of the block, with the prefixes of request b tested: finds the last that passes and writes what the request gets.
+template <typename P, typename Q>
+NXS_DEVICE_CALL void settle_blocks(const nxs_verify_params& p, u32 b, u32 end) {
+  const Step<P, Q> step(p);
+  const Request r = request_of(p, b);
+  u32 at = 0;
+  for (u32 row = 1; row <= end; ++row)
+    if (load_global(&step.state(step.slot(b, row))->passes)) at = row;
+  u32 last = static_cast<u32>(load_global(&step.state(step.slot(b, at))->token));
+  if (at < end) {
+    const float factor = load_global(&step.state(step.slot(b, at))->ratio);
+    last = residual_token<P, Q>(p, r, at, factor, true);
+  }
+  write_request<P, Q>(p, r, at, last, end);
+}
+
 // The second kernel: the tests of prefixes, for requests that are decided by blocks.
 template <typename P, typename Q>
-__global__ void __launch_bounds__(kThreads, 4) verify_blocks_kernel(const __grid_constant__ nxs_verify_params p) {
+__global__ void __launch_bounds__(kThreads, 3) verify_blocks_kernel(const __grid_constant__ nxs_verify_params p) {
   const Step<P, Q> step(p);
   const u32 shared = dynamic_shared(), warp = thread_index() / 32;
   const u32 an_item = static_cast<u32>(p.chunks_per_item);
   const u32 slices = (step.of_target + an_item - 1) / an_item;
-  const u64 items = step.slots() * slices, a_row = static_cast<u64>(p.batch) * slices;
-  for (u64 item = block_index_x(); item < items; item += grid_size_x()) {
-    const u32 i = static_cast<u32>(item / a_row), rest = static_cast<u32>(item - i * a_row);
-    const u32 b = rest / slices, slice = rest - b * slices;
+  Item item = {0, 0, 0, block_index_x()};
+  for (settle_item(p, slices, item); item.i < step.most_rows(); item.rest += grid_size_x(), settle_item(p, slices, item)) {
+    const u32 i = item.i, b = item.b;
+    const u64 slot = step.slot(b, i);
+    const u32 end = load_global(&step.state(step.slot(b, 0))->end);
     const Request r = request_of(p, b);
     if (r.rule != NXS_RULE_BLOCK || r.rows == 0) continue;
-    const u32 end = load_global(&step.state(step.slot(b, 0))->end);
-    const u64 slot = step.slot(b, i);
     // Row `end` has no draft: its prefix passes with probability P.
-    if (i > end || (i == end && slice > 0)) continue;
-    const float ratio = load_global(&step.state(slot)->ratio);
-    float passing = ratio;
-    if (i < end) {
-      u32 said = 0;
-      const u32 drafted = static_cast<u32>(load_global_nc(p.drafts + r.row + i));
-      const Target<P> target = target_again(step, r, i, r.scale);
-      const Draft<Q> q = draft_of(step, r, i, drafted, said);
+    if (i > end || (i == end && item.slice > 0)) continue;
+    float passing;
+    if (i == end) {
+      passing = load_global(&step.state(slot)->ratio);
+    } else {
+      const RowState state = load_state(step.state(slot));
+      const Target<P> target = target_again(step, r, i, state);
+      const Draft<Q> q = draft_again(step, r, i, state);
       float* residuals = step.residuals(slot);
+#pragma unroll 1
       for (u32 round = warp; round < an_item; round += kWarps) {
-        const u32 chunk = slice * an_item + round;
+        const u32 chunk = item.slice * an_item + round;
         if (chunk >= step.of_target) break;
-        const float sum = residual_sum(step, ratio, target, q, chunk);
+        const float sum = residual_sum(step, state.ratio, target, q, chunk);
         if (lane_index() == 0) store_global(residuals + chunk, sum);
       }
       block_sync();
       u32 old = 0;
       if (thread_index() == 0) old = atomic_inc_acq_rel_global(step.row_counter(slot), slices - 1);
       if (broadcast(shared, thread_index() == 0, old) != slices - 1) continue;
+      passing = state.ratio;
       if (i > 0) {
         float own = 0;
         for (u32 chunk = lane_index(); chunk < step.of_target; chunk += 32) own = own + load_global(residuals + chunk);
         warp_sync();
         const float mass = shuffle(scan(own), 31) / multiply(target.sum(), q.sum());
-        const float all = mass + (1.0f - ratio);
+        const float all = mass + (1.0f - state.ratio);
         passing = all > 0 ? mass / all : 1.0f;
       }
     }
     if (thread_index() == 0)
       store_global(&step.state(slot)->passes,
                    u32{i > 0 && step.draws(r, i - (i > 0), kUseAccept, 0).at[0] < passing});
-    if (!last_of_request(step, r, end + 1, shared)) continue;
-    u32 at = 0;
-    for (u32 row = 1; row <= end; ++row)
-      if (load_global(&step.state(step.slot(b, row))->passes)) at = row;
-    u32 last = static_cast<u32>(load_global(&step.state(step.slot(b, at))->token));
-    if (at < end) {
-      const float factor = load_global(&step.state(step.slot(b, at))->ratio);
-      last = residual_token(step, r, at, factor, true, shared);
-    }
-    write_request(step, r, at, last, all_said(step, r, end));
+    if (!last_of_request(step, b, end + 1, shared)) continue;
+    settle_blocks<P, Q>(p, b, end);
     block_sync();
   }
 }

@@ -14,6 +14,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define NXS_DEVICE inline
+#define NXS_DEVICE_CALL inline
 
 struct dim3 {
   unsigned x, y, z;

@@ -20,7 +20,7 @@ const SUMMARY_BYTES: u64 = 64;
 /// Warps of a block, each with a chunk of its own.
 const WARPS: u64 = 8;
 /// Blocks that share a multiprocessor.
-const BLOCKS_A_MULTIPROCESSOR: u64 = 4;
+const BLOCKS_A_MULTIPROCESSOR: u64 = 3;
 
 /// When a draft is accepted. `p` is the target's probability, `q` the draft's.
 ///
