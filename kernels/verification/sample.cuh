@@ -225,9 +225,39 @@ NXS_DEVICE float log_probability(const Summary& row, float logit) {
   return multiply(fma(logit, row.scale.per_logit, -row.reference) - log2_approx(row.sum), kLn2);
 }
 
-// ---- truncation, by a block of kWarps warps ----
+// ---- by a block of kWarps warps ----
 
 constexpr u32 kWarps = 8, kThreads = kWarps * 32;
+
+// This warp's share of the chunks from `begin` to `end` of a row: every eighth, the first of which is warp `turn`'s.
+// Partials are numbered as chunks are. The next chunk is on its way while one is added up, if the registers hold both.
+template <typename T>
+NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end, u32 turn) {
+  const u32 warp = (thread_index() / 32 - turn) % kWarps;
+  if constexpr (sizeof(T) == 2) {
+    u32 chunk = begin + warp;
+    if (chunk >= end) return;
+    Logits<T> next = load_logits(row, chunk);
+#pragma unroll 1
+    for (;;) {
+      Logits<T> logits = next;
+      const u32 following = chunk + kWarps;
+      const bool more = following < end;
+      if (more) next = load_logits(row, following);
+      const Partial partial = chunk_partial(logits, scale);
+      if (lane_index() == 0) store_global(partials + chunk, partial);
+      if (!more) break;
+      chunk = following;
+    }
+  } else {
+#pragma unroll 1
+    for (u32 chunk = begin + warp; chunk < end; chunk += kWarps) {
+      Logits<T> logits = load_logits(row, chunk);
+      const Partial partial = chunk_partial(logits, scale);
+      if (lane_index() == 0) store_global(partials + chunk, partial);
+    }
+  }
+}
 
 struct Truncation {
   u32 top_k;     // 0: off

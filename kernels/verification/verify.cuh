@@ -335,36 +335,6 @@ NXS_DEVICE_CALL void copy_partials(const nxs_verify_params& p, u32 b, u32 i, u32
   }
 }
 
-// This warp's share of the chunks from `begin` to `end` of a row: every eighth, the first of which is warp `turn`'s.
-// Partials are numbered as chunks are. The next chunk is on its way while one is added up, if the registers hold both.
-template <typename T>
-NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end, u32 turn) {
-  const u32 warp = (thread_index() / 32 - turn) % kWarps;
-  if constexpr (sizeof(T) == 2) {
-    u32 chunk = begin + warp;
-    if (chunk >= end) return;
-    Logits<T> next = load_logits(row, chunk);
-#pragma unroll 1
-    for (;;) {
-      Logits<T> logits = next;
-      const u32 following = chunk + kWarps;
-      const bool more = following < end;
-      if (more) next = load_logits(row, following);
-      const Partial partial = chunk_partial(logits, scale);
-      if (lane_index() == 0) store_global(partials + chunk, partial);
-      if (!more) break;
-      chunk = following;
-    }
-  } else {
-#pragma unroll 1
-    for (u32 chunk = begin + warp; chunk < end; chunk += kWarps) {
-      Logits<T> logits = load_logits(row, chunk);
-      const Partial partial = chunk_partial(logits, scale);
-      if (lane_index() == 0) store_global(partials + chunk, partial);
-    }
-  }
-}
-
 // Partials of the chunks `begin` to `end` of the pair of rows i: the target's chunks, then the draft's.
 template <typename P, typename Q>
 NXS_DEVICE void sweep_item(const Step<P, Q>& step, const Request& r, u32 i, u32 begin, u32 end) {
