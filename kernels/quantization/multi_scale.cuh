@@ -920,14 +920,14 @@ template <typename T, int kTaps> nxs_status multi_scale_launch_taps(ScaleParams 
     shape.grid = dim3(rows, static_cast<unsigned>(p.batch));
     shape.dynamic_smem = rows_bytes(p);
     if (shape.dynamic_smem > 48 << 10)
-      NXS_TRY(allow_dynamic_smem(multi_scale_rows_kernel<T, kTaps>, shape.dynamic_smem));
+      NXS_TRY(allow_dynamic_smem(multi_scale_rows_kernel<T, kTaps>));
     return launch(multi_scale_rows_kernel<T, kTaps>, shape, stream, q);
   }
   q.at = owner_layout(p, kTaps);
   shape.grid = dim3(ceil_div(round_up(p.channels, 4), p.group), static_cast<unsigned>(p.batch));
   shape.dynamic_smem = q.at.bytes;
   if (shape.dynamic_smem > 48 << 10)
-    NXS_TRY(allow_dynamic_smem(multi_scale_owner_kernel<T, kTaps>, shape.dynamic_smem));
+    NXS_TRY(allow_dynamic_smem(multi_scale_owner_kernel<T, kTaps>));
   return launch(multi_scale_owner_kernel<T, kTaps>, shape, stream, q);
 }
 

@@ -197,7 +197,7 @@ template <u32 kTile, bool kVector> nxs_status launch_search(const nxs_nearest_co
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kTile - 1) / kTile * p.splits));
   shape.dynamic_smem = bytes();
   if (shape.dynamic_smem > 48 << 10)
-    NXS_TRY(allow_dynamic_smem(nearest_code_kernel<kTile, kVector>, shape.dynamic_smem));
+    NXS_TRY(allow_dynamic_smem(nearest_code_kernel<kTile, kVector>));
   return launch(nearest_code_kernel<kTile, kVector>, shape, stream, q);
 }
 

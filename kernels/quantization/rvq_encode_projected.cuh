@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kProjectedThreads, 2)
 template <int kChunks> nxs_status rvq_encode_projected_launch(const nxs_rvq_encode_params& p, void* stream) {
   const ProjectedShared at = projected_shared(static_cast<u32>(p.latent));
   const auto kernel = rvq_encode_projected_kernel<kChunks>;
-  NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kProjectedRows - 1) / kProjectedRows));
   shape.block = kProjectedThreads;

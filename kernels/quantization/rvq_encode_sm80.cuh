@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
 template <int kGroup> nxs_status rvq_encode_sm80_launch(const nxs_rvq_encode_params& p, void* stream) {
   const EncodeShared at = encode_shared(p.codebook, static_cast<u32>(p.tile_rows), static_cast<u32>(p.stages), 1);
   const auto kernel = rvq_encode_sm80_kernel<kGroup>;
-  NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + p.tile_rows - 1) / p.tile_rows));
   shape.block = static_cast<unsigned>(p.tile_rows) * 2;

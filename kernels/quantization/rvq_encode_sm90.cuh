@@ -167,7 +167,7 @@ template <int kGroup, int kSteps> nxs_status rvq_encode_sm90_launch_steps(const 
   const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, static_cast<u32>(p.stages),
                                         static_cast<u32>(p.cluster));
   const auto kernel = rvq_encode_sm90_kernel<kGroup, kSteps>;
-  NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kEncodeSm90Rows - 1) / kEncodeSm90Rows * p.cluster));
   shape.block = kEncodeSm90Threads;

@@ -57,7 +57,7 @@ struct Launch {
   const void* arguments;
 };
 nxs_status run(const Launch& launch);
-nxs_status allow_dynamic_smem(const void* kernel, unsigned bytes);
+nxs_status allow_dynamic_smem(const void* kernel);
 
 // ---- memory
 // What one instruction loads or stores.

@@ -22,7 +22,7 @@ const MOST_SPLITS: u32 = 32;
 /// Which kernel attends. They agree within the rounding of their sums; each is bitwise repeatable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Variant {
-    /// The faster one for the device.
+    /// The faster one for the device and the shape.
     #[default]
     Auto,
     /// `mma.sync` and `cp.async`: compute capability 8.0 and newer.
@@ -264,7 +264,8 @@ impl<T: Float> ScaleAttentionBuilder<T> {
 
         let hopper_can = device.arch == (Arch { major: 9, minor: 0 });
         let variant = match self.variant {
-            Variant::Auto if hopper_can => Variant::Hopper,
+            // Of one tile a head, the portable kernel has several blocks a multiprocessor: measured, it ends first.
+            Variant::Auto if hopper_can && (rows > 64 || keys > 64 || self.groups.is_some()) => Variant::Hopper,
             Variant::Auto => Variant::Portable,
             Variant::Hopper if !hopper_can => {
                 return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_90 for Variant::Hopper" });
