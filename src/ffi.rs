@@ -905,6 +905,7 @@ pub struct nxs_multi_scale_params {
     pub group: i32,
     pub band: i32,
     pub plane_shared: i32,
+    pub blocks: i32,
     pub programmatic: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -991,8 +992,10 @@ const _: () = {
     ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
     ["Offset of field: nxs_multi_scale_params::plane_shared"]
         [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+    ["Offset of field: nxs_multi_scale_params::blocks"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, blocks) - 384usize];
     ["Offset of field: nxs_multi_scale_params::programmatic"]
-        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 384usize];
+        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 388usize];
 };
 impl Default for nxs_multi_scale_params {
     fn default() -> Self {

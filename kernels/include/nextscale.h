@@ -476,6 +476,8 @@ typedef struct nxs_multi_scale_params {
   int32_t group;                /* rows 0: channels of a block, a multiple of 4 */
   int32_t band;                 /* rows 0: rows of the map that are worked on at a time; even */
   int32_t plane_shared;         /* rows 0: 1: what the next is made from is kept in shared memory */
+  int32_t blocks;               /* rows 0: blocks that take turns at the bands of the same channels, a cluster: 1 to 8;
+                                   beyond 1 on sm_90, without plane_shared */
   int32_t programmatic;         /* 1, on sm_90: may be started before the kernel before it on the stream has ended, for which it
                                    then waits: programmatic dependent launch */
 } nxs_multi_scale_params;
