@@ -370,8 +370,8 @@ nxs_status nxs_codebook_prepare(const nxs_codebook_prepare_params *params, void 
  * NXS_FLAG_ROW_NOT_FINITE is OR-ed into *flags_or_null. Norms are sqrt of an f32 fma chain, k ascending.
  *
  * With latent > 0 (DAC) input, residual and quantized have `latent` elements a row, and each level searches
- *   e[j] = fma over k ascending of in_weight[l, j, k] r[k], from in_bias[l, j], in four chains: of k % 4 = 0, 1, 2, 3, the first
- *          from in_bias, the others from 0, added as (0 + 1) + (2 + 3)
+ *   e[j] = in_bias[l, j] + sum over k of in_weight[l, j, k] r[k], in 32 chains of fma from 0, k ascending, element k in chain
+ *          k / 4 % 32; chains are added in pairs that are 16 apart, then 8, 4, 2 and 1
  * instead of r, and takes y[k] = fma over j ascending of out_weight[l, k, j] values[l, code, j], from out_bias[l, k], from r.
  */
 typedef struct nxs_rvq_encode_params {
