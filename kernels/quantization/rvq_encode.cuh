@@ -309,7 +309,10 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
     const u32 at = search + row * stride, chunks = padded / 4;
     float sum = 0;
     u32 k = 0;
-    for (; k + 8 <= chunks; k += 8) sum = score_chunks<8>(from + k * kCodeLanes, at + k * 16, sum);
+    // A trip to L2 takes longer than what is done with what it brings: as many on the way as registers hold.
+#pragma unroll 1
+    for (; k + 16 <= chunks; k += 16) sum = score_chunks<16>(from + k * kCodeLanes, at + k * 16, sum);
+    if (k + 8 <= chunks) sum = score_chunks<8>(from + k * kCodeLanes, at + k * 16, sum), k += 8;
     for (; k < chunks; k += 2) sum = score_chunks<2>(from + k * kCodeLanes, at + k * 16, sum);
     return sum;
   }
@@ -408,19 +411,25 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
       const u64 winner = load_shared<u64>(own + WarpShared::kBest + lane * 8);
       out.write(p, level, static_cast<u32>(winner), bits_float(static_cast<u32>(winner >> 32)));
     }
-    const float* values = values_of(p, level);
-#pragma unroll 1
-    for (u32 row = lane / 8; row < kWarpRows; row += 4) {
-      const u32 code = static_cast<u32>(load_shared<u64>(own + WarpShared::kBest + row * 8));
-      const float* value = values + static_cast<u64>(code) * padded;
-      const u32 at = x + row * stride;
-#pragma unroll 4
-      for (u32 k = lane % 8 * 4; k < padded; k += 32) {
-        const auto taken = load_global_nc(reinterpret_cast<const Vec<float, 4>*>(value + k));
-        auto v = load_shared<Vec<float, 4>>(at + k * 4);
+    // A lane has a part of four rows, whose values are on the way at once.
+    const float* value[4];
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) v.data[i] -= taken.data[i];
-        store_shared(at + k * 4, v);
+    for (u32 r = 0; r < 4; ++r) {
+      const u32 code = static_cast<u32>(load_shared<u64>(own + WarpShared::kBest + (lane / 8 + 4 * r) * 8));
+      value[r] = values_of(p, level) + static_cast<u64>(code) * padded;
+    }
+#pragma unroll 2
+    for (u32 k = lane % 8 * 4; k < padded; k += 32) {
+      Vec<float, 4> taken[4];
+#pragma unroll
+      for (u32 r = 0; r < 4; ++r) taken[r] = load_global_nc(reinterpret_cast<const Vec<float, 4>*>(value[r] + k));
+#pragma unroll
+      for (u32 r = 0; r < 4; ++r) {
+        const u32 at = x + (lane / 8 + 4 * r) * stride + k * 4;
+        auto v = load_shared<Vec<float, 4>>(at);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) v.data[i] -= taken[r].data[i];
+        store_shared(at, v);
       }
     }
     warp_sync();
