@@ -302,34 +302,59 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
       atomic_or_shared(own + WarpShared::kState + (lane / 4 + 8 * r) * 4, kScanned);
   }
 
-  // The exact score of a code.
-  NXS_DEVICE float score(const float* rows_of_level, u32 row, u32 code) const {
-    const auto* from = reinterpret_cast<const Vec<float, 4>*>(rows_of_level) +
-                       static_cast<u64>(code / kCodeLanes) * (padded / 4 * kCodeLanes) + code % kCodeLanes;
-    const u32 at = search + row * stride, chunks = padded / 4;
-    float sum = 0;
-    u32 k = 0;
-    // A trip to L2 takes longer than what is done with what it brings: as many on the way as registers hold.
-#pragma unroll 1
-    for (; k + 16 <= chunks; k += 16) sum = score_chunks<16>(from + k * kCodeLanes, at + k * 16, sum);
-    if (k + 8 <= chunks) sum = score_chunks<8>(from + k * kCodeLanes, at + k * 16, sum), k += 8;
-    for (; k < chunks; k += 2) sum = score_chunks<2>(from + k * kCodeLanes, at + k * 16, sum);
-    return sum;
-  }
-  template <u32 kChunks> NXS_DEVICE static float score_chunks(const Vec<float, 4>* from, u32 at, float sum) {
-    Vec<float, 4> c[kChunks];
+  // A code to be scored against a row, or none.
+  struct Item {
+    u32 row, code;
+  };
+  // The exact scores of kItems items, each a chain of its own; a trip to L2 takes longer than what is done with what it
+  // brings, so as much is on the way as registers hold.
+  template <u32 kMany> NXS_DEVICE void take_scores(const float* rows_of_level, const Item (&items)[kMany], u32 entries) const {
+    const u32 chunks = padded / 4;
+    const Vec<float, 4>* from[kMany];
+    u32 at[kMany];
+    float sum[kMany];
 #pragma unroll
-    for (u32 j = 0; j < kChunks; ++j) c[j] = load_global_nc(from + j * kCodeLanes);
-#pragma unroll
-    for (u32 j = 0; j < kChunks; ++j) {
-      const auto v = load_shared<Vec<float, 4>>(at + j * 16);
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) {
-        const float difference = v.data[i] - c[j].data[i];
-        sum = fma(difference, difference, sum);
-      }
+    for (u32 n = 0; n < kMany; ++n) {
+      // Where there is none, that of code 0 is found and not taken.
+      const u32 code = items[n].code < entries ? items[n].code : 0;
+      from[n] = reinterpret_cast<const Vec<float, 4>*>(rows_of_level) +
+                static_cast<u64>(code / kCodeLanes) * (chunks * kCodeLanes) + code % kCodeLanes;
+      at[n] = search + items[n].row * stride;
+      sum[n] = 0;
     }
-    return sum;
+    u32 k = 0;
+    if constexpr (kSplit)  // the Hopper kernel, whose consumers have registers
+#pragma unroll 1
+      for (; k + 16 <= chunks; k += 16) score_chunks<kMany, 16>(from, at, k, sum);
+#pragma unroll 1
+    for (; k + 8 <= chunks; k += 8) score_chunks<kMany, 8>(from, at, k, sum);
+#pragma unroll 1
+    for (; k < chunks; k += 2) score_chunks<kMany, 2>(from, at, k, sum);
+#pragma unroll
+    for (u32 n = 0; n < kMany; ++n)
+      // Scores are not negative: their bits are in their order, and below them lies the code.
+      if (items[n].code < entries && sum[n] < kInfinity)
+        atomic_min_shared(own + WarpShared::kBest + items[n].row * 8,
+                          static_cast<u64>(float_bits(sum[n])) << 32 | items[n].code);
+  }
+  template <u32 kMany, u32 kChunks>
+  NXS_DEVICE static void score_chunks(const Vec<float, 4>* const (&from)[kMany], const u32 (&at)[kMany], u32 k, float (&sum)[kMany]) {
+    Vec<float, 4> c[kMany][kChunks];
+#pragma unroll
+    for (u32 j = 0; j < kChunks; ++j)
+#pragma unroll
+      for (u32 n = 0; n < kMany; ++n) c[n][j] = load_global_nc(from[n] + (k + j) * kCodeLanes);
+#pragma unroll
+    for (u32 j = 0; j < kChunks; ++j)
+#pragma unroll
+      for (u32 n = 0; n < kMany; ++n) {
+        const auto v = load_shared<Vec<float, 4>>(at[n] + (k + j) * 16);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+          const float difference = v.data[i] - c[n][j].data[i];
+          sum[n] = fma(difference, difference, sum[n]);
+        }
+      }
   }
   NXS_DEVICE const float* searched(u32 level) const {
     const nxs_codebook& book = p.codebook;
@@ -358,18 +383,22 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
     warp_sync();
     u32 scored = load_shared<u32>(own + WarpShared::kCount);
     scored = (scored < kItems ? scored : kItems) * kGroup;
-#pragma unroll 1
-    for (u32 i = lane; i < scored; i += kWarpSize) {
+    const auto item_of = [&](u32 i) {
+      if (i >= scored) return Item{0, ~0u};
       const u32 item = load_shared<u32>(items + i / kGroup * 4), member = i % kGroup, group = item >> 4, tile = group / (4 * kGroups);
       const u32 block = group / 4 % kGroups * (kGroup / 2) + member / 2;  // of 8 codes
-      take_score(rows_of_level, item & 15, tile * kCodeTile + block * 8 + group % 4 * 2 + member % 2, entries);
-    }
+      return Item{item & 15, tile * kCodeTile + block * 8 + group % 4 * 2 + member % 2};
+    };
+#pragma unroll 1
+    for (u32 i = 0; i < scored; i += 2 * kWarpSize)
+      take_scores<2>(rows_of_level, {item_of(i + lane), item_of(i + lane + kWarpSize)}, entries);
     warp_sync();
 #pragma unroll 1
     for (u32 row = 0; row < kWarpRows; ++row) {
       if (load_shared<u32>(own + WarpShared::kState + row * 4) != kScanned) continue;
 #pragma unroll 1
-      for (u32 code = scan_from + lane; code < scan_to; code += kWarpSize) take_score(rows_of_level, row, code, entries);
+      for (u32 code = scan_from + lane; code < scan_to; code += 2 * kWarpSize)
+        take_scores<2>(rows_of_level, {{row, code}, {row, code + kWarpSize}}, entries);
     }
     warp_sync();
     if constexpr (kSplit)
@@ -396,13 +425,6 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
       store_shared(mine, winner);
     }
     warp_sync();
-  }
-  NXS_DEVICE void take_score(const float* rows_of_level, u32 row, u32 code, u32 entries) const {
-    if (code >= entries) return;
-    const float found = score(rows_of_level, row, code);
-    // Scores are not negative: their bits are in their order, and below them lies the code.
-    if (found < kInfinity)
-      atomic_min_shared(own + WarpShared::kBest + row * 8, static_cast<u64>(float_bits(found)) << 32 | code);
   }
 
   // Writes the winners and takes them from the rows.
