@@ -70,14 +70,17 @@ __host__ NXS_DEVICE EncodeShared encode_shared(const nxs_codebook& book, u32 row
   return s;
 }
 
-// The pieces of the operand that a block streams: of a level one after the other in memory, the levels too.
+// The pieces of the operand that a block streams: of a level one after the other in memory, the levels too. Blocks begin with
+// different tiles and go round, or all of them would ask the same few slices of L2 for the same piece at once.
 struct PieceStream {
   const u8* operand;                // of the first tile
-  u64 level_bytes;                  // from a level to the next
+  u64 level_bytes, start_bytes;     // from a level to the next; to where the block begins
   u32 steps, piece_bytes, pieces;   // pieces: of a tile
   u32 first, tiles, level_pieces, all;  // the block's tiles
+  u32 start;                            // the one it begins with, of its own
 
-  NXS_DEVICE PieceStream(const nxs_rvq_encode_params& p, u32 rank, u32 ranks) {
+  // `block`: of those that have the same codes.
+  NXS_DEVICE PieceStream(const nxs_rvq_encode_params& p, u32 block, u32 rank, u32 ranks) {
     const nxs_codebook& book = p.codebook;
     const u32 all_tiles = (static_cast<u32>(book.entries) + kCodeTile - 1) / kCodeTile;
     steps = steps_of(static_cast<u32>(book.operand_dim));
@@ -90,19 +93,28 @@ struct PieceStream {
     const u64 tile_bytes = static_cast<u64>(pieces) * piece_bytes;
     level_bytes = book.levels == 1 ? 0 : all_tiles * tile_bytes;
     operand = static_cast<const u8*>(book.prepared) + book.operand_at + first * tile_bytes;
+    start = block % tiles;
+    start_bytes = start * tile_bytes;
+  }
+  // The number of the tile that comes at this place.
+  NXS_DEVICE u32 tile(u32 place) const {
+    const u32 at = start + place;
+    return first + (at < tiles ? at : at - tiles);
   }
 };
 // Walks it.
 struct PieceWalk {
   const u8 *level, *from;
-  u32 left;  // of the level
-  NXS_DEVICE explicit PieceWalk(const PieceStream& s) : level(s.operand), from(s.operand), left(s.level_pieces) {}
+  u32 place = 0;  // in the level
+  NXS_DEVICE explicit PieceWalk(const PieceStream& s) : level(s.operand), from(s.operand + s.start_bytes) {}
   NXS_DEVICE void next(const PieceStream& s) {
     from += s.piece_bytes;
-    if (--left > 0) return;
-    left = s.level_pieces;
+    ++place;
+    if (place == s.level_pieces - s.start * s.pieces) from = level;
+    if (place < s.level_pieces) return;
+    place = 0;
     level += s.level_bytes;
-    from = level;
+    from = level + s.start_bytes;
   }
 };
 
