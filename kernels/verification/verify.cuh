@@ -566,9 +566,9 @@ template <typename P, typename Q> NXS_DEVICE void write_ratios(const Step<P, Q>&
 // All of the block that came last at row i: decides about it if it is of use, and if all rows of the request are known
 // then, writes what the request gets. Also for a request without rows.
 template <typename P, typename Q>
-NXS_DEVICE_CALL void settle_row(const nxs_verify_params& p, u32 b, u32 i, bool of_use) {
+NXS_DEVICE_CALL void settle_row(const nxs_verify_params& p, const Request& r, u32 i, bool of_use) {
   const Step<P, Q> step(p);
-  const Request r = request_of(p, b);
+  const u32 b = r.b;
   if (r.rows == 0) return write_request<P, Q>(p, r, 0, kNothing, 0);
   const u32 shared = dynamic_shared();
   u32* stop_word = step.stop_word(b);
@@ -622,7 +622,8 @@ __global__ void __launch_bounds__(kThreads, 3) verify_kernel(const __grid_consta
     const u32 stop = load_relaxed_global(step.stop_word(b));
     const Request r = request_of(p, b);
     if (i >= r.rows) {
-      if (r.rows == 0 && i == 0 && item.slice == 0) settle_row<P, Q>(p, b, 0, false);
+      const Request copied = r;  // r itself stays in registers
+      if (r.rows == 0 && i == 0 && item.slice == 0) settle_row<P, Q>(p, copied, 0, false);
       continue;
     }
     const u32 chunks = step.of_target + (step.swept(r, i) ? step.of_draft : 0);
@@ -633,14 +634,17 @@ __global__ void __launch_bounds__(kThreads, 3) verify_kernel(const __grid_consta
     block_sync();
     const u32 arrivals = (chunks + an_item - 1) / an_item;
     u32 word = 0;
+    // A block that has all of the row need not ask whether it is the last.
     if (thread_index() == 0 &&
-        atomic_inc_acq_rel_global(step.row_counter(step.slot(b, i)), arrivals - 1) == arrivals - 1) {
+        (arrivals == 1 ||
+         atomic_inc_acq_rel_global(step.row_counter(step.slot(b, i)), arrivals - 1) == arrivals - 1)) {
       const u32 stopped = load_relaxed_global(step.stop_word(b));
       word = stopped == 0 || i <= step.most_rows() - stopped ? 1 : 2;
     }
     word = broadcast(shared, thread_index() == 0, word);
     if (word == 0) continue;
-    settle_row<P, Q>(p, b, i, word == 1);
+    const Request copied = r;
+    settle_row<P, Q>(p, copied, i, word == 1);
     block_sync();
   }
 }

@@ -202,6 +202,10 @@ pub fn decide(
             }
             let Some(d) = drafts[i] else { return (i, token(&p[i], draw.sample, margin)) };
             if rule != Rule::Reject || is_peak(&p[i]) {
+                // Of a peak that truncation has left, a bad draft is refused, and the peak emitted in its place.
+                if rule == Rule::Reject && q[i].is_none() {
+                    *margin = 0.0;
+                }
                 let drawn = token(&p[i], draw.sample, margin);
                 if drawn != Some(d) {
                     return (i, drawn);
