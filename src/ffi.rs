@@ -1378,6 +1378,7 @@ pub struct nxs_verify_params {
     pub fallback: i32,
     pub chunks_per_item: i32,
     pub blocks: i32,
+    pub cluster: i32,
     pub target_dtype: nxs_dtype,
     pub draft_dtype: nxs_dtype,
 }
@@ -1453,10 +1454,11 @@ const _: () = {
     ["Offset of field: nxs_verify_params::chunks_per_item"]
         [::core::mem::offset_of!(nxs_verify_params, chunks_per_item) - 300usize];
     ["Offset of field: nxs_verify_params::blocks"][::core::mem::offset_of!(nxs_verify_params, blocks) - 304usize];
+    ["Offset of field: nxs_verify_params::cluster"][::core::mem::offset_of!(nxs_verify_params, cluster) - 308usize];
     ["Offset of field: nxs_verify_params::target_dtype"]
-        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 308usize];
+        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 312usize];
     ["Offset of field: nxs_verify_params::draft_dtype"]
-        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 312usize];
+        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 316usize];
 };
 impl Default for nxs_verify_params {
     fn default() -> Self {

@@ -704,6 +704,8 @@ typedef struct nxs_verify_params {
   int32_t fallback;                        /* the token where none can be drawn */
   int32_t chunks_per_item;                 /* a multiple of 8 */
   int32_t blocks;                          /* of the persistent grid */
+  int32_t cluster;                         /* 0, or without may_block 1 to 8: each request by a cluster of so many blocks,
+                                              beyond 1 on sm_90; neither counters nor chunks_per_item and blocks are used */
   nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
 } nxs_verify_params;
 
