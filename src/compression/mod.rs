@@ -9,3 +9,7 @@
 //! compression they differ, and both are kept.
 
 pub use crate::plan::Traffic;
+
+mod drift;
+
+pub use drift::{Drift, DriftArgs, DriftBuilder, Force};
