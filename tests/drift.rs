@@ -37,14 +37,8 @@ const STEPS: usize = 6;
 const FLUX: [f64; 5] = [498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861];
 
 fn case() -> impl Strategy<Value = Case> {
-    let elements = prop_oneof![
-        1..64usize,
-        2000..2100usize,
-        16380..16390usize,
-        Just(16384usize),
-        Just(32768),
-        32760..40000usize
-    ];
+    let elements =
+        prop_oneof![1..64usize, 2000..2100usize, 16380..16390usize, Just(16384usize), Just(32768), 32760..40000usize];
     (
         (1..5usize, elements, any::<[bool; 4]>(), [0..9usize, 0..9usize], [0..9usize, 0..9usize]),
         (0.005..0.2f32, any::<bool>(), 0..3usize, 0..4usize, 0..3usize, 3..8usize),
@@ -219,7 +213,8 @@ fn check_oracle<T: Float>(case: &Case) {
                 assert!(got.1.is_nan());
                 accumulated[chunk] = 0.0;
             } else {
-                let pairs = || features.iter().zip(&*before).map(|(f, p)| (f64::from(f.to_f32()), f64::from(p.to_f32())));
+                let pairs =
+                    || features.iter().zip(&*before).map(|(f, p)| (f64::from(f.to_f32()), f64::from(p.to_f32())));
                 let n = case.elements as f64;
                 let change = (pairs().map(|(f, p)| (f - p).abs()).sum::<f64>() / n)
                     / (pairs().map(|(_, p)| p.abs()).sum::<f64>() / n + case.eps);
@@ -399,7 +394,10 @@ fn the_order_of_the_rules() {
         assert_eq!(run(builder().compute_before(2), test), "1:0 1:0 0:1 0:2 1:0 0:1 0:2 ");
         assert_eq!(run(builder().polynomial(&[0.5, 0.0]), test), "1:0 0:0.5 0:1 0:1.5 0:2 0:2.5 1:0 ");
         // A change of NaN, of zeros against zeros.
-        assert_eq!(run(builder().polynomial(&[f64::MIN_POSITIVE]).threshold(0.0), test), "1:0 1:0 1:0 1:0 1:0 1:0 1:0 ");
+        assert_eq!(
+            run(builder().polynomial(&[f64::MIN_POSITIVE]).threshold(0.0), test),
+            "1:0 1:0 1:0 1:0 1:0 1:0 1:0 "
+        );
         assert_eq!(Force::Leave as i32, 2);
     }
 }

@@ -353,9 +353,6 @@ NXS_DEVICE i64 items_of(const nxs_select_params& p) {
   const i64 block = p.block > 1 ? p.block : 1;
   return (p.tokens + block - 1) / block;
 }
-NXS_DEVICE bool aggregates(const nxs_select_params& p) {
-  return p.block > 1 || p.scope == NXS_SELECT_PER_SET || p.scope == NXS_SELECT_SHARED;
-}
 
 template <bool kCached>
 __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_constant__ nxs_select_params p,
@@ -471,6 +468,149 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_
     if (p.status_or_null)
       store_global(p.status_or_null + list, (has_nan ? NXS_SELECT_NAN : 0) | (q.clamped ? NXS_SELECT_CLAMPED : 0));
   }
+}
+
+// Ada-KV: one block a set. Heads get by what they have above the threshold of all heads, and a part evenly.
+template <bool kCached>
+__global__ void __launch_bounds__(kSelectThreads, 2) split_kernel(const __grid_constant__ nxs_select_params p,
+                                                                  i32* budgets) {
+  const u32 set = block_index_x(), heads = static_cast<u32>(p.heads), t = thread_index(), threads = block_size();
+  const SelectShared at = select_shared(heads);
+  const u32 above_at = at.heads, equal_at = above_at + heads * 4, base_at = equal_at + heads * 4;
+  const u32 stride = (static_cast<u32>(p.tokens) + kTile - 1) / kTile * kTile * 4;
+  const auto row_of = [&](u32 head) {
+    const i64 a = set * p.importance_stride_set + head * p.importance_stride_head;
+    const i64 b = set * p.redundancy_stride_set + head * p.redundancy_stride_head;
+    return score_row(p, p.importance_or_null ? p.importance_or_null + a : nullptr,
+                     p.redundancy_or_null ? p.redundancy_or_null + b : nullptr,
+                     quota_of(p, set * heads + head, nullptr));
+  };
+  u32 mine = 0, its = 0;
+  for (u32 head = t; head < heads; head += threads) {
+    const Quota q = quota_of(p, set * heads + head, nullptr);
+    mine += static_cast<u32>(q.kept);
+    its += static_cast<u32>(q.end - q.sink);
+    store_shared(above_at + head * 4, 0u);
+    store_shared(equal_at + head * 4, 0u);
+    store_shared(base_at + head * 4, static_cast<u32>(q.kept));
+  }
+  const u32 kept = block_sum(mine, at.slots + 192), candidates = block_sum(its, at.slots + 256);
+  KeyRange range = {~0u, 0, 0};
+#pragma unroll 1
+  for (u32 head = 0; head < heads; ++head) make_keys<kCached>(row_of(head), at.keys + head * stride, false, range);
+  const auto walk = [&](auto count) {
+#pragma unroll 1
+    for (u32 head = 0; head < heads; ++head) {
+      const ScoreRow row = row_of(head);
+      for_tiles(row.end, [&](u32 item) {
+        count(keys_at<kCached>(row, at.keys + head * stride, item), candidates_of(row, item));
+      });
+    }
+  };
+  const Threshold threshold = find_threshold(at, range, candidates, kept, p.newest != 0, walk);
+#pragma unroll 1
+  for (u32 head = 0; head < heads; ++head) {
+    const ScoreRow row = row_of(head);
+    u32 above = 0, equal = 0;
+    for_tiles(row.end, [&](u32 item) {
+      const u32 mask = candidates_of(row, item);
+      const Keys keys = keys_at<kCached>(row, at.keys + head * stride, item);
+#pragma unroll
+      for (u32 j = 0; j < 4; ++j) {
+        above += (mask >> j & 1) && keys.key[j] > threshold.key;
+        equal += (mask >> j & 1) && keys.key[j] == threshold.key;
+      }
+    });
+    above = warp_reduce_add(above);
+    equal = warp_reduce_add(equal);
+    if (lane_index() == 0) {
+      atomic_add_shared(above_at + head * 4, above);
+      atomic_add_shared(equal_at + head * 4, equal);
+    }
+  }
+  block_sync();
+
+  // Shares in units of 2^-16: all of it is the sum of the heads' kept, so the largest remainders fill up what rounding down left.
+  const u64 even = static_cast<u64>(p.floor_alpha), earned = 65536 - even;
+  u32 floors = 0;
+  for (u32 head = t; head < heads; head += threads) {
+    u32 before = 0;
+    for (u32 other = 0; other < head; ++other) before += load_shared<u32>(equal_at + other * 4);
+    const u32 equal = load_shared<u32>(equal_at + head * 4);
+    const u32 count = load_shared<u32>(above_at + head * 4) + threshold.kept_of_first(before + equal) -
+                      threshold.kept_of_first(before);
+    const u64 share = count * earned + load_shared<u32>(base_at + head * 4) * even;
+    floors += static_cast<u32>(share >> 16);
+    // Others read the equal ones yet: the share goes where only this thread has looked.
+    store_shared(above_at + head * 4, static_cast<u32>(share >> 16));
+    store_shared(base_at + head * 4, static_cast<u32>(share & 0xffff));
+  }
+  const u32 left = kept - block_sum(floors, at.slots + 320);
+  for (u32 head = t; head < heads; head += threads) {
+    const u32 rest = load_shared<u32>(base_at + head * 4);
+    u32 rank = 0;
+    for (u32 other = 0; other < heads; ++other) {
+      const u32 its_rest = load_shared<u32>(base_at + other * 4);
+      rank += its_rest > rest || (its_rest == rest && other < head);
+    }
+    const Quota q = quota_of(p, set * heads + head, nullptr);
+    const i32 share = static_cast<i32>(load_shared<u32>(above_at + head * 4) + (rank < left));
+    store_global(budgets + set * heads + head, q.sink + (q.items - q.end) + share);
+  }
+}
+
+// The raw score of a token over the sets and heads of a list.
+NXS_DEVICE float aggregate_token(const nxs_select_params& p, i64 first_set, i64 sets, i64 first_head, i64 heads, i64 token) {
+  const bool importance = p.importance_or_null, both = importance && p.redundancy_or_null;
+  const float rest = 1.0f - p.lambda, part = divide(1.0f, static_cast<float>(heads));
+  float total = 0;
+#pragma unroll 1
+  for (i64 set = first_set; set < first_set + sets; ++set) {
+    float sum = 0;
+#pragma unroll 8
+    for (i64 head = first_head; head < first_head + heads; ++head) {
+      float a = 0, b = 0;
+      if (importance)
+        a = load_global_nc(p.importance_or_null + set * p.importance_stride_set + head * p.importance_stride_head + token);
+      if (p.redundancy_or_null)
+        b = load_global_nc(p.redundancy_or_null + set * p.redundancy_stride_set + head * p.redundancy_stride_head + token);
+      sum += combine(p.lambda, rest, both, importance, a, b);
+    }
+    total += multiply(sum, part);
+  }
+  return total;
+}
+
+constexpr u32 kAggregateThreads = 256;
+
+__global__ void __launch_bounds__(kAggregateThreads, 4) aggregate_kernel(const __grid_constant__ nxs_select_params p,
+                                                                         float* scores) {
+  const u32 block = p.block > 1 ? static_cast<u32>(p.block) : 1;
+  const u32 of_block = block > 1 ? kAggregateThreads / 32 : kAggregateThreads;
+  const u32 all_items = static_cast<u32>(items_of(p)), blocks = (all_items + of_block - 1) / of_block;
+  const u32 list = block_index_x() / blocks, first = (block_index_x() - list * blocks) * of_block;
+  const i32 given = p.lengths_or_null ? load_global_nc(p.lengths_or_null + list) : p.length;
+  const u32 length = static_cast<u32>(clamp(given, 0, static_cast<i32>(p.tokens)));
+  const bool shared = p.scope == NXS_SELECT_SHARED, per_set = p.scope == NXS_SELECT_PER_SET;
+  const i64 set = shared ? 0 : per_set ? list : list / p.heads, sets = shared ? p.sets : 1;
+  const i64 head = shared || per_set ? 0 : list - set * p.heads, heads = shared || per_set ? p.heads : 1;
+  float* to = scores + list * static_cast<i64>((all_items + 3) / 4 * 4);
+  if (block == 1) {
+    const u32 token = first + thread_index();
+    if (token < length) store_global(to + token, aggregate_token(p, set, sets, head, heads, token));
+    return;
+  }
+  const u32 item = first + thread_index() / 32;
+  const u64 begin = static_cast<u64>(item) * block;
+  if (begin >= length) return;
+  const u32 tokens = length - begin < block ? length - static_cast<u32>(begin) : block;
+  float sum = 0;
+  for (u32 i = lane_index(); i < tokens; i += 32)
+    sum += aggregate_token(p, set, sets, head, heads, static_cast<i64>(begin) + i);
+  warp_sync();
+#pragma unroll
+  for (u32 distance = 16; distance > 0; distance /= 2) sum += shuffle_xor(sum, distance);
+  if (lane_index() == 0) store_global(to + item, divide(sum, static_cast<float>(tokens)));
 }
 
 }  // namespace nxs::compression

@@ -13,3 +13,7 @@ pub use crate::plan::Traffic;
 mod drift;
 
 pub use drift::{Drift, DriftArgs, DriftBuilder, Force};
+
+mod select;
+
+pub use select::{PositionWeight, Scope, Select, SelectArgs, SelectBuilder, Tie, status};

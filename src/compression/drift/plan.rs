@@ -166,9 +166,9 @@ impl<P: Float> DriftBuilder<P> {
         previous.require_disjoint("previous")?;
         let (features_len, previous_len) = (features.required_len("features")?, previous.required_len("previous")?);
         let vec = (16 / size_of::<P>()) as i64;
-        let check = [("features", &features), ("previous", &previous)].into_iter().find(|(_, layout)| {
-            layout.strides()[0] % vec != 0
-        });
+        let check = [("features", &features), ("previous", &previous)]
+            .into_iter()
+            .find(|(_, layout)| layout.strides()[0] % vec != 0);
         let wide = match (self.access, check) {
             (Access::Narrow, _) => false,
             (Access::Auto, misaligned) => misaligned.is_none(),
