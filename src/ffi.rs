@@ -1760,9 +1760,10 @@ pub struct nxs_compact_params {
     pub heads: i64,
     pub tokens: i64,
     pub kept: i64,
+    pub input_rows: i64,
+    pub out_rows: i64,
     pub page_rows: i64,
     pub first_position: i64,
-    pub positions_given: i32,
     pub renumber: i32,
     pub rope: i32,
     pub rotary_dim: i32,
@@ -1775,7 +1776,7 @@ pub struct nxs_compact_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_compact_params"][::core::mem::size_of::<nxs_compact_params>() - 672usize];
+    ["Size of nxs_compact_params"][::core::mem::size_of::<nxs_compact_params>() - 688usize];
     ["Alignment of nxs_compact_params"][::core::mem::align_of::<nxs_compact_params>() - 8usize];
     ["Offset of field: nxs_compact_params::tensor"][::core::mem::offset_of!(nxs_compact_params, tensor) - 0usize];
     ["Offset of field: nxs_compact_params::positions"]
@@ -1814,24 +1815,25 @@ const _: () = {
     ["Offset of field: nxs_compact_params::heads"][::core::mem::offset_of!(nxs_compact_params, heads) - 592usize];
     ["Offset of field: nxs_compact_params::tokens"][::core::mem::offset_of!(nxs_compact_params, tokens) - 600usize];
     ["Offset of field: nxs_compact_params::kept"][::core::mem::offset_of!(nxs_compact_params, kept) - 608usize];
+    ["Offset of field: nxs_compact_params::input_rows"]
+        [::core::mem::offset_of!(nxs_compact_params, input_rows) - 616usize];
+    ["Offset of field: nxs_compact_params::out_rows"][::core::mem::offset_of!(nxs_compact_params, out_rows) - 624usize];
     ["Offset of field: nxs_compact_params::page_rows"]
-        [::core::mem::offset_of!(nxs_compact_params, page_rows) - 616usize];
+        [::core::mem::offset_of!(nxs_compact_params, page_rows) - 632usize];
     ["Offset of field: nxs_compact_params::first_position"]
-        [::core::mem::offset_of!(nxs_compact_params, first_position) - 624usize];
-    ["Offset of field: nxs_compact_params::positions_given"]
-        [::core::mem::offset_of!(nxs_compact_params, positions_given) - 632usize];
-    ["Offset of field: nxs_compact_params::renumber"][::core::mem::offset_of!(nxs_compact_params, renumber) - 636usize];
-    ["Offset of field: nxs_compact_params::rope"][::core::mem::offset_of!(nxs_compact_params, rope) - 640usize];
+        [::core::mem::offset_of!(nxs_compact_params, first_position) - 640usize];
+    ["Offset of field: nxs_compact_params::renumber"][::core::mem::offset_of!(nxs_compact_params, renumber) - 648usize];
+    ["Offset of field: nxs_compact_params::rope"][::core::mem::offset_of!(nxs_compact_params, rope) - 652usize];
     ["Offset of field: nxs_compact_params::rotary_dim"]
-        [::core::mem::offset_of!(nxs_compact_params, rotary_dim) - 644usize];
-    ["Offset of field: nxs_compact_params::in_place"][::core::mem::offset_of!(nxs_compact_params, in_place) - 648usize];
-    ["Offset of field: nxs_compact_params::slices"][::core::mem::offset_of!(nxs_compact_params, slices) - 652usize];
-    ["Offset of field: nxs_compact_params::unit"][::core::mem::offset_of!(nxs_compact_params, unit) - 656usize];
+        [::core::mem::offset_of!(nxs_compact_params, rotary_dim) - 656usize];
+    ["Offset of field: nxs_compact_params::in_place"][::core::mem::offset_of!(nxs_compact_params, in_place) - 660usize];
+    ["Offset of field: nxs_compact_params::slices"][::core::mem::offset_of!(nxs_compact_params, slices) - 664usize];
+    ["Offset of field: nxs_compact_params::unit"][::core::mem::offset_of!(nxs_compact_params, unit) - 668usize];
     ["Offset of field: nxs_compact_params::log2_lanes"]
-        [::core::mem::offset_of!(nxs_compact_params, log2_lanes) - 660usize];
-    ["Offset of field: nxs_compact_params::in_dtype"][::core::mem::offset_of!(nxs_compact_params, in_dtype) - 664usize];
+        [::core::mem::offset_of!(nxs_compact_params, log2_lanes) - 672usize];
+    ["Offset of field: nxs_compact_params::in_dtype"][::core::mem::offset_of!(nxs_compact_params, in_dtype) - 676usize];
     ["Offset of field: nxs_compact_params::out_dtype"]
-        [::core::mem::offset_of!(nxs_compact_params, out_dtype) - 668usize];
+        [::core::mem::offset_of!(nxs_compact_params, out_dtype) - 680usize];
 };
 impl Default for nxs_compact_params {
     fn default() -> Self {

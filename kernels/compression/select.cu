@@ -30,7 +30,7 @@ nxs_status select(const nxs_select_params& p, i64 lists, void* stream) {
   shape.block = static_cast<unsigned>(p.threads);
   if (p.scope == NXS_SELECT_ADA) {
     budgets = static_cast<i32*>(p.workspace_or_null);
-    const i64 fixed = kSelectFixed + 12 * p.heads;
+    const i64 fixed = kSelectFixed + split_bytes(static_cast<u32>(p.heads));
     const unsigned cached = cached_bytes(p.heads, p.tokens, fixed, p.shared_bytes);
     const auto kernel = cached ? split_kernel<true> : split_kernel<false>;
     shape.grid = dim3(static_cast<unsigned>(p.sets));
@@ -70,7 +70,7 @@ extern "C" nxs_status nxs_select(const nxs_select_params* params, void* stream) 
   const bool ada = p.scope == NXS_SELECT_ADA;
   if (ada) {
     NXS_REQUIRE(p.heads <= kSelectHeads && p.tokens < kMost / p.heads, NXS_E_SHAPE);
-    NXS_REQUIRE(p.block <= 1 && !p.relative && 12 * p.heads + kSelectFixed <= p.shared_bytes, NXS_E_UNSUPPORTED);
+    NXS_REQUIRE(p.block <= 1 && !p.relative && split_bytes(static_cast<u32>(p.heads)) + kSelectFixed <= static_cast<u32>(p.shared_bytes), NXS_E_UNSUPPORTED);
   }
   NXS_REQUIRE(p.importance_stride_set >= 0 && p.importance_stride_head >= 0 && p.redundancy_stride_set >= 0 &&
                   p.redundancy_stride_head >= 0,

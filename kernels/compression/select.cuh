@@ -32,7 +32,8 @@ constexpr u32 kBins = 2048, kDigit = 11, kGroupBins = kBins / 32;
 constexpr u32 kSelectSlots = 8;                          // of 16 words, for reductions over warps
 constexpr u32 kSelectHeads = 1024;
 constexpr u32 kSelectFixed = kBins * 4 + 32 * 4 + kSelectSlots * 64;
-constexpr u32 kSplitFixed = kSelectFixed + 3 * kSelectHeads * 4;
+// Three words a head.
+__host__ NXS_DEVICE constexpr u32 split_bytes(u32 heads) { return (heads * 12 + 15) / 16 * 16; }
 
 // Shared memory by byte.
 struct SelectShared {
@@ -44,7 +45,7 @@ NXS_DEVICE SelectShared select_shared(u32 heads) {
   at.groups = at.bins + kBins * 4;
   at.slots = at.groups + 32 * 4;
   at.heads = at.slots + kSelectSlots * 64;
-  at.keys = at.heads + heads * 12;
+  at.keys = at.heads + split_bytes(heads);
   return at;
 }
 

@@ -832,7 +832,7 @@ typedef struct nxs_compact_extra {
 
 typedef struct nxs_compact_params {
   nxs_compact_tensor tensor[2];        /* K, V */
-  nxs_compact_extra positions;         /* i32; input without out: read only */
+  nxs_compact_extra positions;         /* i32; in place out is read too, else without input a row's position is the row */
   nxs_compact_extra extra[NXS_COMPACT_EXTRAS];
   const int32_t *indices;              /* [sets, heads, kept], contiguous along kept */
   const int32_t *counts_or_null;       /* [sets, heads]; null: kept */
@@ -845,17 +845,17 @@ typedef struct nxs_compact_params {
   int64_t counts_stride_set, counts_stride_head;
   int64_t input_pages_stride_set, out_pages_stride_set;
   int64_t table_stride_row, table_rows;
-  int64_t sets, heads, tokens, kept;   /* sets * heads * kept < 2^31, tokens < 2^31 */
+  int64_t sets, heads, tokens, kept;   /* tokens < 2^31, kept <= tokens, heads * kept < 2^31 */
+  int64_t input_rows, out_rows;        /* places of a tensor, for each set; in place they are equal */
   int64_t page_rows;                   /* with page tables */
   int64_t first_position;
-  int32_t positions_given;             /* positions.input_or_null (in place: out_or_null) holds the old positions */
-  int32_t renumber;                    /* new positions from first_position on; rotary_dim > 0: K is rotated */
+  int32_t renumber;                    /* new positions from first_position on; with rotary_dim > 0 K is rotated */
   int32_t rope;                        /* NXS_ROPE_INTERLEAVED or NXS_ROPE_HALF */
   int32_t rotary_dim;
   int32_t in_place;
   int32_t slices;                      /* in place: blocks that share a (set, head, tensor), 1 to 64 */
   int32_t unit;                        /* bytes of a move where dtypes are equal and nothing is rotated: 1, 2, 4, 8, 16; else
-                                          8: eight elements at a time, or 2: two */
+                                          8, 2 or 1 elements (1: nothing is rotated) */
   int32_t log2_lanes;                  /* threads that share a row: 0 to 5 */
   nxs_dtype in_dtype, out_dtype;       /* equal, or each NXS_F32, NXS_F16 or NXS_BF16 */
 } nxs_compact_params;

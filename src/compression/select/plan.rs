@@ -221,7 +221,7 @@ impl SelectBuilder {
         let shared_bytes = self.shared_bytes.unwrap_or(device_shared);
         size("shared_bytes", shared_bytes, LEAST_SHARED, device_shared)?;
         if let Scope::Ada { .. } = self.scope {
-            size("shared_bytes", shared_bytes, FIXED + 12 * heads, device_shared)?;
+            size("shared_bytes", shared_bytes, FIXED + (12 * heads).next_multiple_of(16), device_shared)?;
         }
         let layout = |strides: Option<[i64; 2]>| {
             let shape = [sets, heads, tokens];
