@@ -253,7 +253,7 @@ NXS_DEVICE void store_values(const nxs_compact_params& p, i64 set, i64 head, i64
 }
 
 template <typename Mover>
-__global__ void __launch_bounds__(kCompactThreads, 4) gather_kernel(const __grid_constant__ nxs_compact_params p,
+__global__ void __launch_bounds__(kCompactThreads, 3) gather_kernel(const __grid_constant__ nxs_compact_params p,
                                                                     const __grid_constant__ MoveShape shape) {
   const u32 heads = static_cast<u32>(p.heads), blocks_of_set = shape.row_blocks + shape.value_blocks * heads;
   const u32 set = block_index_x() / blocks_of_set, block = block_index_x() - set * blocks_of_set;

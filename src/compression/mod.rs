@@ -17,3 +17,7 @@ pub use drift::{Drift, DriftArgs, DriftBuilder, Force};
 mod select;
 
 pub use select::{PositionWeight, Scope, Select, SelectArgs, SelectBuilder, Tie, status};
+
+mod compact;
+
+pub use compact::{Compact, CompactArgs, CompactBuilder, CompactSchedule, EXTRAS, RopePairs, Turn, flags};
