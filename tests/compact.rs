@@ -71,7 +71,7 @@ fn case(in_place: bool) -> impl Strategy<Value = Case> {
                     tokens,
                     kept: ((tokens as f64 * kept) as usize).min(tokens),
                     dims,
-                    gaps: if wide { gaps.map(|gap| gap * 8) } else { gaps },
+                    gaps: [0, 1].map(|at| gaps[if in_place { 0 } else { at }] * if wide { 8 } else { 1 }),
                     shifts: if plain { [0; 2] } else { shifts },
                     in_place,
                     shared: [by_set, by_set && by_all],

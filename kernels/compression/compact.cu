@@ -61,8 +61,7 @@ nxs_status check_tensor(const nxs_compact_params& p, const nxs_compact_tensor& t
   const i64 strides_in[] = {t.input_stride_set, t.input_stride_row, t.input_stride_head};
   const i64 strides_out[] = {t.out_stride_set, t.out_stride_row, t.out_stride_head};
   // Bytes that a unit's address is a multiple of.
-  const i64 in_unit = copies ? p.unit : p.unit * in_bytes < 16 ? p.unit * in_bytes : 16;
-  const i64 out_unit = copies ? p.unit : p.unit * out_bytes < 16 ? p.unit * out_bytes : 16;
+  const i64 in_unit = copies ? p.unit : p.unit == 8 ? 16 : in_bytes, out_unit = copies ? p.unit : p.unit == 8 ? 16 : out_bytes;
   for (int i = 0; i < 3; ++i) {
     NXS_REQUIRE(strides_in[i] >= 0 && strides_out[i] >= 0, NXS_E_STRIDE);
     NXS_REQUIRE((p.in_place || strides_in[i] * in_bytes % in_unit == 0) && strides_out[i] * out_bytes % out_unit == 0,
@@ -105,7 +104,8 @@ nxs_status compact(const nxs_compact_params& p, void* stream) {
       shape.units[t] = static_cast<u32>(copies ? p.tensor[t].dim * in_bytes / p.unit : p.tensor[t].dim / p.unit);
   if (rotates) {
     NXS_REQUIRE(p.rope == NXS_ROPE_INTERLEAVED || p.rope == NXS_ROPE_HALF, NXS_E_UNSUPPORTED);
-    NXS_REQUIRE(p.rotary_dim <= p.tensor[0].dim && p.rotary_dim % p.unit == 0 && p.table_rows >= 1, NXS_E_SHAPE);
+    NXS_REQUIRE(p.rotary_dim <= p.tensor[0].dim && p.rotary_dim % p.unit == 0, NXS_E_SHAPE);
+    NXS_REQUIRE(p.table_rows >= 1 && p.table_rows <= INT32_MAX, NXS_E_SHAPE);
     NXS_REQUIRE(p.cos_or_null && p.sin_or_null, NXS_E_NULL);
     const i64 table = p.unit == 8 ? 16 : 4;
     NXS_REQUIRE(is_aligned(p.cos_or_null, table) && is_aligned(p.sin_or_null, table), NXS_E_ALIGNMENT);
@@ -126,8 +126,6 @@ nxs_status compact(const nxs_compact_params& p, void* stream) {
   const bool moves = shape.units[0] + shape.units[1] > 0;
 
   if (!p.in_place) {
-    const i64 of_block = (kCompactThreads >> p.log2_lanes) * kRowsAtOnce;
-    shape.row_blocks = moves ? static_cast<u32>((p.heads * p.kept + of_block - 1) / of_block) : 0;
     if (has_values(p)) shape.value_blocks = static_cast<u32>((p.kept + kCompactThreads - 1) / kCompactThreads);
     if (copies) return copy_gather(p, shape, stream);
   } else if (moves) {

@@ -4,8 +4,8 @@
 //            with pages pages[set, row / page_rows] * page_rows + row % page_rows. nextscale.h has the rest.
 // Who does what
 //            A mover says what a unit of a row is: so many bytes, or 8, 2 or 1 elements that are converted or turned.
-//            gather     2^log2_lanes threads share a row, a unit each; a thread has 4 rows on the way at once, heads innermost, so
-//                       that writes run through memory. Other blocks of the same grid have the 4-byte values, a thread a row.
+//            gather     2^log2_lanes threads share a row, a unit each; a thread has kRows rows on the way at once, heads innermost,
+//                       so that writes run through memory. Other blocks of the same grid have the 4-byte values, a thread a row.
 //            in place   a block has a (set, head, tensor), or a slice of its units, and walks its rows upwards: it loads a tile, waits
 //                       for all of its threads, stores it. Indices ascend, so that a row's source is not before the row: no tile
 //                       overwrites what a later one reads. Units and heads share no byte. The 4-byte values follow in a second
@@ -23,25 +23,25 @@
 namespace nxs::compression {
 
 constexpr u32 kCompactThreads = 256;
-constexpr u32 kRowsAtOnce = 4;
 
 // How a row of K and of V is cut.
 struct MoveShape {
   u32 units[2];
   u32 rotated;            // of K's units
   u32 in_bytes, out_bytes;  // of an element
-  u32 row_blocks;         // of a set: blocks that move rows
+  u32 row_blocks;         // of a set: blocks that move rows; gather_launch knows how many
   u32 value_blocks;       // of a (set, head): blocks that move values
 };
 
+// The row of the table, negative where keys are turned backwards.
 struct Angles {
-  const float *cos, *sin;  // null: not turned
-  bool negative;
+  i32 turn;
 };
 
 // kUnit bytes, unchanged.
 template <u32 kUnit> struct Copy {
   using Regs = Vec<u8, kUnit>;
+  static constexpr u32 kRows = 4;
   static constexpr bool kTurns = false;
   template <bool kInPlace> static NXS_DEVICE Regs load(const u8* row, u32 unit, const nxs_compact_params&, bool) {
     const Regs* from = reinterpret_cast<const Regs*>(row) + unit;
@@ -57,7 +57,7 @@ template <u32 kUnit> struct Copy {
 
 // kElements of type I, turned or not, as type O.
 template <typename I, typename O, u32 kElements> struct Convert {
-  static constexpr u32 kHalf = kElements / 2;
+  static constexpr u32 kHalf = kElements / 2, kRows = 2;
   static constexpr bool kTurns = kElements > 1;
   struct Regs {
     Vec<I, kElements> x;
@@ -86,7 +86,14 @@ template <typename I, typename O, u32 kElements> struct Convert {
         return regs;
       }
     }
-    regs.x = load_some<kInPlace, kElements>(from + unit * kElements);
+    // Two elements need not be aligned as a pair.
+    constexpr u32 kPiece = kElements == 2 ? 1 : kElements;
+#pragma unroll
+    for (u32 i = 0; i < kElements; i += kPiece) {
+      const auto piece = load_some<kInPlace, kPiece>(from + unit * kElements + i);
+#pragma unroll
+      for (u32 j = 0; j < kPiece; ++j) regs.x.data[i + j] = piece.data[j];
+    }
     return regs;
   }
   static NXS_DEVICE void store(u8* row, u32 unit, const Regs& regs, const nxs_compact_params& p, bool turned,
@@ -97,12 +104,13 @@ template <typename I, typename O, u32 kElements> struct Convert {
     for (u32 j = 0; j < kElements; ++j) x[j] = to_f32(regs.x.data[j]);
     if constexpr (kTurns) {
       if (turned) {
-        const auto cos = load_chunk_nc<float, kHalf>(angles.cos + unit * kHalf);
-        const auto sin = load_chunk_nc<float, kHalf>(angles.sin + unit * kHalf);
+        const i64 at = (angles.turn < 0 ? -angles.turn : angles.turn) * p.table_stride_row + unit * kHalf;
+        const auto cos = load_chunk_nc<float, kHalf>(p.cos_or_null + at);
+        const auto sin = load_chunk_nc<float, kHalf>(p.sin_or_null + at);
         const bool half = is_half(p);
 #pragma unroll
         for (u32 j = 0; j < kHalf; ++j) {
-          const float c = cos.data[j], s = angles.negative ? -sin.data[j] : sin.data[j];
+          const float c = cos.data[j], s = angles.turn < 0 ? -sin.data[j] : sin.data[j];
           const float a = half ? x[j] : x[2 * j], b = half ? x[kHalf + j] : x[2 * j + 1];
           const float turned_a = fma(a, c, -multiply(b, s)), turned_b = fma(b, c, multiply(a, s));
           // Both places are written under both styles: registers have no addresses.
@@ -127,7 +135,12 @@ template <typename I, typename O, u32 kElements> struct Convert {
         }
       }
     }
-    store_chunk<true>(to + unit * kElements, x);
+    if constexpr (kElements == 2) {
+      store_global_streaming(to + unit * 2, from_f32<O>(x[0]));
+      store_global_streaming(to + unit * 2 + 1, from_f32<O>(x[1]));
+    } else {
+      store_chunk<true>(to + unit * kElements, x);
+    }
   }
 };
 
@@ -188,12 +201,9 @@ template <bool kInPlace> NXS_DEVICE i64 old_position(const nxs_compact_params& p
 template <bool kInPlace>
 NXS_DEVICE Angles angles_of(const nxs_compact_params& p, i64 set, i64 head, i32 row, i32 source, i64 place) {
   const i64 turn = p.first_position + row - old_position<kInPlace>(p, set, head, source, place);
-  i64 distance = turn < 0 ? -turn : turn;
-  if (distance >= p.table_rows) {
-    set_flag(p, NXS_COMPACT_POSITION_CLAMPED);
-    distance = p.table_rows - 1;
-  }
-  return Angles{p.cos_or_null + distance * p.table_stride_row, p.sin_or_null + distance * p.table_stride_row, turn < 0};
+  const i64 most = p.table_rows - 1, clamped = turn < -most ? -most : turn > most ? most : turn;
+  if (clamped != turn) set_flag(p, NXS_COMPACT_POSITION_CLAMPED);
+  return Angles{static_cast<i32>(clamped)};
 }
 
 // A row on its way.
@@ -269,14 +279,15 @@ __global__ void __launch_bounds__(kCompactThreads, 3) gather_kernel(const __grid
     store_values(p, set, head, to, values);
     return;
   }
+  constexpr u32 kRows = Mover::kRows;
   const u32 lanes = 1u << p.log2_lanes, lane = thread_index() & (lanes - 1), at_once = kCompactThreads >> p.log2_lanes;
-  const u32 first = block * at_once * kRowsAtOnce + (thread_index() >> p.log2_lanes);
+  const u32 first = block * at_once * kRows + (thread_index() >> p.log2_lanes);
   const u32 items = heads * static_cast<u32>(p.kept);
-  Moving moving[kRowsAtOnce];
-  i64 from_place[kRowsAtOnce], to_place[kRowsAtOnce];
-  u32 head[kRowsAtOnce];
+  Moving moving[kRows];
+  i64 from_place[kRows], to_place[kRows];
+  u32 head[kRows];
 #pragma unroll
-  for (u32 u = 0; u < kRowsAtOnce; ++u) {
+  for (u32 u = 0; u < kRows; ++u) {
     const u32 item = first + u * at_once, row = item / heads;
     head[u] = item - row * heads;
     moving[u].go = item < items && static_cast<i32>(row) < count_of(p, set, head[u]);
@@ -296,18 +307,18 @@ __global__ void __launch_bounds__(kCompactThreads, 3) gather_kernel(const __grid
     const nxs_compact_tensor& tensor = p.tensor[t];
     if (!tensor.out_or_null) continue;
 #pragma unroll
-    for (u32 u = 0; u < kRowsAtOnce; ++u)
+    for (u32 u = 0; u < kRows; ++u)
       aim<false>(p, shape, tensor, set, head[u], from_place[u], to_place[u], moving[u]);
     const u32 units = shape.units[t], rotated = t == 0 ? shape.rotated : 0;
 #pragma unroll 1
     for (u32 unit = lane; unit < units; unit += lanes) {
       const bool turned = Mover::kTurns && unit < rotated;
-      typename Mover::Regs regs[kRowsAtOnce];
+      typename Mover::Regs regs[kRows];
 #pragma unroll
-      for (u32 u = 0; u < kRowsAtOnce; ++u)
+      for (u32 u = 0; u < kRows; ++u)
         if (moving[u].go) regs[u] = Mover::template load<false>(moving[u].from, unit, p, turned);
 #pragma unroll
-      for (u32 u = 0; u < kRowsAtOnce; ++u)
+      for (u32 u = 0; u < kRows; ++u)
         if (moving[u].go) Mover::store(moving[u].to, unit, regs[u], p, turned, moving[u].angles);
     }
   }
@@ -321,17 +332,18 @@ __global__ void __launch_bounds__(kCompactThreads, 4) in_place_kernel(const __gr
   const u32 t = of_head & 1, number = of_head >> 1, set = number / heads, head = number - set * heads;
   const nxs_compact_tensor& tensor = p.tensor[t];
   if (!tensor.out_or_null) return;
+  constexpr u32 kRows = Mover::kRows;
   const u32 lane = thread_index() & ((1u << p.log2_lanes) - 1), at_once = kCompactThreads >> p.log2_lanes;
   const u32 units = shape.units[t], of_slice = (units + slices - 1) / slices, unit = slice * of_slice + lane;
   const bool has_unit = lane < of_slice && unit < units;
   const bool turned = Mover::kTurns && t == 0 && unit < shape.rotated;
   const i32 count = count_of(p, set, head);
 #pragma unroll 1
-  for (i32 tile = 0; tile < count; tile += static_cast<i32>(at_once * kRowsAtOnce)) {
-    Moving moving[kRowsAtOnce];
-    typename Mover::Regs regs[kRowsAtOnce];
+  for (i32 tile = 0; tile < count; tile += static_cast<i32>(at_once * kRows)) {
+    Moving moving[kRows];
+    typename Mover::Regs regs[kRows];
 #pragma unroll
-    for (u32 u = 0; u < kRowsAtOnce; ++u) {
+    for (u32 u = 0; u < kRows; ++u) {
       const i32 row = tile + static_cast<i32>(u * at_once + (thread_index() >> p.log2_lanes));
       moving[u].go = has_unit && row < count;
       if (!moving[u].go) continue;
@@ -347,14 +359,17 @@ __global__ void __launch_bounds__(kCompactThreads, 4) in_place_kernel(const __gr
     }
     block_sync();
 #pragma unroll
-    for (u32 u = 0; u < kRowsAtOnce; ++u)
+    for (u32 u = 0; u < kRows; ++u)
       if (moving[u].go) Mover::store(moving[u].to, unit, regs[u], p, turned, moving[u].angles);
   }
 }
 
 // One instantiation file per mover's input picks the rest.
-template <typename Mover> nxs_status gather_launch(const nxs_compact_params& p, const MoveShape& shape, void* stream) {
+template <typename Mover> nxs_status gather_launch(const nxs_compact_params& p, MoveShape shape, void* stream) {
   LaunchShape launch_shape;
+  const i64 of_block = (kCompactThreads >> p.log2_lanes) * Mover::kRows;
+  if (shape.units[0] + shape.units[1] > 0)
+    shape.row_blocks = static_cast<u32>((p.heads * p.kept + of_block - 1) / of_block);
   const i64 blocks = (shape.row_blocks + i64{shape.value_blocks} * p.heads) * p.sets;
   NXS_REQUIRE(blocks <= INT32_MAX, NXS_E_SHAPE);
   if (blocks == 0) return NXS_OK;

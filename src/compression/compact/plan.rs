@@ -397,7 +397,11 @@ impl Plan {
 
     /// Bytes that addresses of inputs and outputs are multiples of for a unit.
     pub(super) fn align(&self, unit: u64) -> [u64; 2] {
-        self.element.map(|element| if self.copies { unit } else { (unit * element).min(16) })
+        self.element.map(|element| match (self.copies, unit) {
+            (true, _) => unit,
+            (false, 8) => 16,
+            _ => element,
+        })
     }
 
     /// Whether sizes and strides allow a unit, or what does not.
@@ -466,7 +470,12 @@ impl Plan {
             }
         }
         let lanes = most.div_ceil(slices).next_power_of_two().min(MOST_LANES);
-        CompactSchedule { unit, lanes: lanes as u32, slices: slices as u32, rows_at_once: (THREADS / lanes * 4) as u32 }
+        CompactSchedule {
+            unit,
+            lanes: lanes as u32,
+            slices: slices as u32,
+            rows_at_once: (THREADS / lanes * if self.copies { 4 } else { 2 }) as u32,
+        }
     }
 
     /// With all rows kept that there is place for.
