@@ -73,7 +73,7 @@ fn case() -> impl Strategy<Value = Case> {
                 tokens,
                 scope,
                 kind: [Kind::Any, Kind::Coarse, Kind::Equal, Kind::Odd, Kind::AllNan][kind],
-                given: if first || second { [first, second] } else { [true, true] },
+                given: [first, second],
                 gaps,
                 shift,
                 length: ((tokens as f64 * length) as usize).min(tokens),
@@ -242,7 +242,8 @@ impl Oracle<'_> {
         match self.case.given {
             [true, true] => lambda * of(0) - (1.0 - lambda) * of(1),
             [true, false] => of(0),
-            _ => -of(1),
+            [false, true] => -of(1),
+            [false, false] => 0.0,
         }
     }
 
@@ -649,23 +650,17 @@ fn bad_plans_and_buffers_are_refused() {
     assert_eq!(run(fits, 0x6010, 0), Err(Error::Overlap { written: "indices", other: "importance" }));
     let other = Error::DeviceMismatch { arg: "importance", stream: Device::Cuda(0), got: Device::Cuda(1) };
     assert_eq!(run(fits, 0x1000, 1), Err(other));
-    let (mut indices, mut counts) = ([0; 60], [0; 6]);
-    let plan = builder().build(&DeviceInfo::H200).unwrap();
-    let nothing = plan.run(
-        &Stream::host(),
-        SelectArgs {
-            importance: None,
-            redundancy: None,
-            weights: None,
-            lengths: None,
-            budgets: None,
-            indices: Out::host(&mut indices),
-            counts: Out::host(&mut counts),
-            status: None,
-            workspace: None,
-        },
-    );
-    assert!(matches!(nothing, Err(Error::Unsupported { arg: "importance", .. })));
+}
+
+/// StreamingLLM: no scores, a sink, and of equals the newest.
+#[test]
+fn without_scores_age_decides() {
+    for device in TestDevice::all() {
+        let case = Case { given: [false; 2], sink: 4, budget: 50, newest: true, ..plain() };
+        let chosen = case.run(&device, &case.data());
+        let want: Vec<i32> = (0..4).chain(254..300).collect();
+        assert!(chosen.indices.iter().all(|indices| *indices == want));
+    }
 }
 
 #[test]

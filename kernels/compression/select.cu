@@ -75,7 +75,7 @@ extern "C" nxs_status nxs_select(const nxs_select_params* params, void* stream) 
   NXS_REQUIRE(p.importance_stride_set >= 0 && p.importance_stride_head >= 0 && p.redundancy_stride_set >= 0 &&
                   p.redundancy_stride_head >= 0,
               NXS_E_STRIDE);
-  NXS_REQUIRE((p.importance_or_null || p.redundancy_or_null) && p.indices && p.counts, NXS_E_NULL);
+  NXS_REQUIRE(p.indices && p.counts, NXS_E_NULL);
   NXS_REQUIRE(is_aligned(p.importance_or_null, 4) && is_aligned(p.redundancy_or_null, 4) &&
                   is_aligned(p.weights_or_null, 4) && is_aligned(p.lengths_or_null, 4) &&
                   is_aligned(p.budgets_or_null, 4) && is_aligned(p.indices, 4) && is_aligned(p.counts, 4) &&

@@ -753,7 +753,7 @@ typedef struct nxs_drift_params {
 nxs_status nxs_drift(const nxs_drift_params *params, void *stream);
 
 /*
- * The tokens to keep: score = lambda * importance - (1 - lambda) * redundancy, or the one that is given (redundancy negated);
+ * The tokens to keep: score = lambda * importance - (1 - lambda) * redundancy, or the one that is given (redundancy negated), or 0;
  * averaged over the heads of a set and added over sets, as the scope says; then averaged over blocks of `block` tokens. To an
  * item (token or block): minus the least finite score of the list with `relative`, times its weight, minus `demotion` if it is
  * one of the first `demoted`. The first `sink` and the last `recent` tokens of a list are kept, then the items of the
@@ -771,7 +771,7 @@ nxs_status nxs_drift(const nxs_drift_params *params, void *stream);
 #define NXS_SELECT_CLAMPED 2u /* a length or a budget was out of range, and was clamped */
 
 typedef struct nxs_select_params {
-  const float *importance_or_null; /* [sets, heads, tokens]; this or redundancy */
+  const float *importance_or_null; /* [sets, heads, tokens] */
   const float *redundancy_or_null; /* [sets, heads, tokens] */
   const float *weights_or_null;    /* [items], items being ceil(tokens / block); null: 1 */
   const int32_t *lengths_or_null;  /* [lists], 0 to tokens; null: length */

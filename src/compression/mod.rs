@@ -21,3 +21,9 @@ pub use select::{PositionWeight, Scope, Select, SelectArgs, SelectBuilder, Tie, 
 mod compact;
 
 pub use compact::{Compact, CompactArgs, CompactBuilder, CompactSchedule, EXTRAS, RopePairs, Turn, flags};
+
+mod cache;
+
+pub use cache::{
+    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Region, Run, Segment,
+};

@@ -135,7 +135,8 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
         self
     }
 
-    /// The rows of the outputs lie in pages, of as many rows as those of the inputs if both have pages.
+    /// The rows of the outputs lie in pages, of as many rows as those of the inputs if both have pages. Sets may share a pool of
+    /// pages, at a stride of 0; no page may then be in two tables.
     pub fn out_pages(mut self, page_rows: usize, pages: usize) -> Self {
         self.out_pages = Some([page_rows as u64, pages as u64]);
         self
@@ -222,6 +223,7 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
         let out_rows = if in_place { input_rows } else { places(self.out_pages, kept) };
         let page_rows = self.input_pages.or(self.out_pages).map_or(0, |[page_rows, _]| page_rows);
 
+        let pooled = if in_place { self.input_pages.is_some() } else { self.out_pages.is_some() };
         let mut tensors = [const { Tensor::NONE }; 2];
         let names = [["k", "k_out"], ["v", "v_out"]];
         for (at, tensor) in tensors.iter_mut().enumerate() {
@@ -233,7 +235,9 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
                     .map_or(Layout::contiguous(shape), |[set, row, head]| Layout::strided(shape, [set, row, head, 1]))
             };
             let (input, out) = (layout(input_rows, self.input[at]), layout(out_rows, self.out[at]));
-            out.require_disjoint(names[at][1])?;
+            // The sets of a pool of pages lie among each other: that tables name no page twice is the caller's word.
+            Layout::strided([if pooled { 1 } else { sets }, out_rows, heads, dim], out.strides())
+                .require_disjoint(names[at][1])?;
             *tensor = Tensor {
                 dim,
                 input_len: if in_place { 0 } else { input.required_len(names[at][0])? },
@@ -246,7 +250,8 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
             strides.map_or(Layout::contiguous([sets, heads, rows]), |s| Layout::strided([sets, heads, rows], s))
         };
         let values_out = values_layout(out_rows, self.values_out);
-        values_out.require_disjoint("positions_out")?;
+        Layout::strided([if pooled { 1 } else { sets }, heads, out_rows], values_out.strides())
+            .require_disjoint("positions_out")?;
         let values = if in_place { values_out } else { values_layout(input_rows, self.values) };
         let indices_shape = [sets, heads, kept];
         let indices = self

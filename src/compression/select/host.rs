@@ -32,7 +32,7 @@ impl Scores<'_> {
             (Some(a), Some(b)) => lambda.mul_add(a, -((1.0 - lambda) * b)),
             (Some(a), None) => a,
             (None, Some(b)) => -b,
-            (None, None) => unreachable!("one is given"),
+            (None, None) => 0.0,
         }
     }
 

@@ -10,16 +10,17 @@ pub use weights::PositionWeight;
 
 use super::Traffic;
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::launch::Operands;
 use crate::stream::AsStream;
 use crate::view::{In, Out};
 
 /// A plan that chooses the tokens of a cache that are kept.
 ///
-/// From importance (FlowCache, R-KV, SnapKV, H2O) and redundancy (FlowCache, R-KV, KeyDiff), or one of them:
+/// From importance (FlowCache, R-KV, SnapKV, H2O) and redundancy (FlowCache, R-KV, KeyDiff), or one of them, or none
+/// (StreamingLLM: a sink, and of equal scores the newest):
 /// ```text
-/// raw   = lambda * importance - (1 - lambda) * redundancy     (or importance, or -redundancy)
+/// raw   = lambda * importance - (1 - lambda) * redundancy     (or importance, or -redundancy, or 0)
 ///         mean over the heads of a set, sum over sets, mean over the tokens of a block: as scope and block say
 /// score = (raw - least raw) * weight - demotion               (each only if asked for)
 /// ```
@@ -28,7 +29,7 @@ use crate::view::{In, Out};
 ///
 /// | operand | shape | |
 /// |---|---|---|
-/// | `importance`, `redundancy` | `[sets, heads, tokens]` f32 | one or both; strides of sets and heads |
+/// | `importance`, `redundancy` | `[sets, heads, tokens]` f32 | both optional; strides of sets and heads |
 /// | `weights` | `[items]` f32, optional | items: tokens, or blocks of them; [`PositionWeight::table`] |
 /// | `lengths` | `[lists]` i32, optional | tokens that a list has; else the plan's `length` |
 /// | `budgets` | `[lists]` i32, optional | else the plan's `budget` |
@@ -175,14 +176,11 @@ impl Select {
     /// returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: neither importance nor redundancy; a buffer too short, misaligned, overlapping an
+    /// Nothing was launched or written: a buffer too short, misaligned, overlapping an
     /// output, on another device or ordered on another stream; on CUDA what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: SelectArgs<'_>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;
-        if args.importance.is_none() && args.redundancy.is_none() {
-            return Err(Error::Unsupported { arg: "importance", what: "importance, redundancy or both" });
-        }
         Operands::of(&stream)
             .input_if("importance", &args.importance, plan.importance_len)?
             .input_if("redundancy", &args.redundancy, plan.redundancy_len)?
