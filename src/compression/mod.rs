@@ -25,5 +25,6 @@ pub use compact::{Compact, CompactArgs, CompactBuilder, CompactSchedule, EXTRAS,
 mod cache;
 
 pub use cache::{
-    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Region, Run, Segment,
+    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Policy, PolicyScores,
+    Region, Run, Segment,
 };

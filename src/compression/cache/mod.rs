@@ -1,10 +1,14 @@
 //! A cache of chunks within a fixed number of bytes: who has which page.
 
 mod layout;
+mod policy;
 mod pool;
 
 pub use layout::{CacheLayout, CacheSpec, Region};
+pub use policy::{Policy, PolicyScores};
 
+use super::{Compact, CompactBuilder};
+use crate::dtype::Element;
 use crate::error::{Error, Result};
 use pool::Pool;
 
@@ -113,7 +117,8 @@ pub struct Compaction {
     pub input_pages: Vec<u32>,
     /// Pages of what is kept; in place the first of `input_pages`.
     pub out_pages: Vec<u32>,
-    /// The chunk that was compressed before begins the list, and its heads' own lengths hold.
+    /// The chunk that was compressed before begins the list. If its heads have different lengths, rows of it beyond a head's
+    /// length hold nothing: their scores are to be NaN, which is dropped first.
     pub was_compressed: bool,
 }
 
@@ -243,7 +248,10 @@ impl ChunkCache {
             None => None,
             Some(at) if Some(at) == last && self.lists[list][at].state == ChunkState::Active => Some(at),
             Some(_) => {
-                return Err(Error::Unsupported { arg: "chunk", what: "the last one, while it is active, or a new one" });
+                return Err(Error::Unsupported {
+                    arg: "chunk",
+                    what: "the last one, while it is active, or a new one",
+                });
             }
         };
         let (have_rows, have_pages) = extends.map_or((0, 0), |at| {
@@ -389,8 +397,11 @@ impl ChunkCache {
     /// region `lengths`, and move with [`Compact`](super::Compact), before anything else is written. Active chunks stay where
     /// they are.
     ///
-    /// The rows of several chunks are rows of one list only where all but the last fill their pages; others cannot be compressed
-    /// together.
+    /// The rows of several chunks are rows of one list only where all but the last fill their pages: `kept` is best a multiple of
+    /// `page_rows`, and so are the chunks.
+    ///
+    /// Out of place, the pages that are read are given back here too: another owner holds those that are shared, and the others
+    /// are not taken by anything before the move if it is enqueued next.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a chunk before the last sealed one does not fill its pages; [`Error::Size`] if pages are shared
@@ -432,6 +443,36 @@ impl ChunkCache {
         let begin = if kept > 0 { vec![compressed] } else { Vec::new() };
         self.lists[list].splice(..sealed, begin);
         Ok(Some(Compaction { tokens, kept, in_place, input_pages, out_pages, was_compressed }))
+    }
+
+    /// The plan that moves what `sets` compressions of one shape say, over the regions `k`, `v`, `positions` and `extras`: the
+    /// operands `k_out` and `v_out` (and `k` and `v`, unless in place) are these regions, `input_pages` and `out_pages` the
+    /// compressions' pages, one set after the other.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if `T` is not the cache's type.
+    pub fn compact<T: Element>(&self, sets: usize, compaction: &Compaction) -> Result<CompactBuilder<T, T>> {
+        if T::DTYPE != self.spec.dtype {
+            return Err(Error::DType { arg: "T", what: "the cache's type" });
+        }
+        let (heads, pages) = (self.spec.heads, self.layout.pages);
+        // All sets lie in one pool.
+        let of = |dim: usize| [0, (heads * dim) as i64, dim as i64];
+        let values = [0, 1, heads as i64];
+        let builder = Compact::builder(sets, heads, compaction.tokens, compaction.kept)
+            .k(self.spec.k_dim)
+            .k_strides(of(self.spec.k_dim))
+            .k_out_strides(of(self.spec.k_dim))
+            .v(self.spec.v_dim)
+            .v_strides(of(self.spec.v_dim))
+            .v_out_strides(of(self.spec.v_dim))
+            .values_strides(values)
+            .values_out_strides(values)
+            .input_pages(self.spec.page_rows, pages);
+        Ok(match compaction.in_place {
+            true => builder.in_place(),
+            false => builder.out_pages(self.spec.page_rows, pages),
+        })
     }
 
     /// The chunks of a layer, in order.
