@@ -392,20 +392,11 @@ fn compress(device: &TestDevice, policy: Policy, scores: [Option<&[f32]>; 2], sh
         workspace: Some(workspace.output()),
     };
     select.run(&device.stream(), args).unwrap();
-    // Out of place in and out are one allocation, but not one page: two buffers stand for it here.
-    let (k_in, v_in) = (Buffer::of(device, &k, 0), Buffer::of(device, &v, 0));
-    let (positions_in, norms_in) = (Buffer::of(device, &positions, 0), Buffer::of(device, &norms, 0));
     let (mut k, mut v) = (Buffer::of(device, &k, 0), Buffer::of(device, &v, 0));
     let (mut positions, mut norms) = (Buffer::of(device, &positions, 0), Buffer::of(device, &norms, 0));
     {
         let mut args = CompactArgs::of(indices.input());
-        if shared {
-            args.k = Some(k_in.input());
-            args.v = Some(v_in.input());
-            args.positions = Some(positions_in.input());
-            args.extras[0] = Some(norms_in.input());
-            args.out_pages = Some(out_pages.input());
-        }
+        args.out_pages = shared.then(|| out_pages.input());
         args.k_out = Some(k.output());
         args.v_out = Some(v.output());
         args.positions_out = Some(positions.output());

@@ -623,7 +623,7 @@ fn bad_plans_and_operands_are_refused() {
     unsupported(build(Compact::builder(1, 1, 2, 1).v(8).renumber(0).turn(turn)), "turn");
     unsupported(build(builder().renumber(0).turn(Turn { rotary_dim: 3, ..turn })), "rotary_dim");
     unsupported(build(builder().v(3).renumber(0).turn(turn)), "dim");
-    unsupported(build(builder().in_place().out_pages(2, 4)), "out_pages");
+    unsupported(build(builder().in_place().input_pages(2, 5).out_pages(2, 4)), "out_pages");
     unsupported(build(builder().input_pages(3, 4).out_pages(2, 4)), "out_pages");
     unsupported(build(builder().k(12).access(Access::Wide)), "dim");
     let stride = |built: Result<(), Error>, name: &str| {

@@ -150,7 +150,7 @@ impl Case {
 
     fn data(&self) -> Data {
         let mut rng = StdRng::seed_from_u64(self.seed);
-        let mut score = |rng: &mut StdRng| -> f32 {
+        let score = |rng: &mut StdRng| -> f32 {
             let coarse = rng.random_range(-64..64) as f32 / 64.0;
             match self.kind {
                 Kind::Any => rng.random_range(-1.0..1.0f32) * 2f32.powi(rng.random_range(-20..2)),
@@ -701,8 +701,8 @@ fn offsets_are_64_bit() {
         let far = (1i64 << 31) + 64;
         let plan = Select::builder(2, 1, 16).importance_strides([far, 0]).budget(3).build(&DeviceInfo::H200).unwrap();
         let mut scores = vec![0f32; far as usize + 16];
-        [1, 4, 9].map(|i| scores[i] = 1.0);
-        [2, 3, 15].map(|i| scores[far as usize + i] = 1.0);
+        [1, 4, 9].into_iter().for_each(|i| scores[i] = 1.0);
+        [2, 3, 15].into_iter().for_each(|i| scores[far as usize + i] = 1.0);
         let scores = Buffer::of(&device, &scores, 0);
         let mut indices = Buffer::<i32>::poisoned(&device, 6, 0);
         let mut counts = Buffer::<i32>::poisoned(&device, 2, 0);

@@ -87,7 +87,7 @@ nxs_status compact(const nxs_compact_params& p, void* stream) {
   NXS_REQUIRE(p.input_rows >= 0 && p.out_rows >= 0 && (!p.in_place || p.input_rows == p.out_rows), NXS_E_SHAPE);
   NXS_REQUIRE(p.page_rows >= 1 || !(p.input_pages_or_null || p.out_pages_or_null), NXS_E_SHAPE);
   NXS_REQUIRE(p.page_rows <= INT32_MAX, NXS_E_SHAPE);
-  NXS_REQUIRE(!p.in_place || p.input_pages_or_null == p.out_pages_or_null, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(!p.in_place || !p.input_pages_or_null == !p.out_pages_or_null, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(copies ? p.unit == 1 || p.unit == 2 || p.unit == 4 || p.unit == 8 || p.unit == 16
                      : p.unit == 8 || p.unit == 2 || (p.unit == 1 && !same && !rotates),
               NXS_E_UNSUPPORTED);

@@ -445,9 +445,9 @@ impl ChunkCache {
         Ok(Some(Compaction { tokens, kept, in_place, input_pages, out_pages, was_compressed }))
     }
 
-    /// The plan that moves what `sets` compressions of one shape say, over the regions `k`, `v`, `positions` and `extras`: the
-    /// operands `k_out` and `v_out` (and `k` and `v`, unless in place) are these regions, `input_pages` and `out_pages` the
-    /// compressions' pages, one set after the other.
+    /// The plan that moves what `sets` compressions of one shape say, in place over the regions `k`, `v`, `positions` and
+    /// `extras`: these are the operands `k_out`, `v_out`, `positions_out` and `extras_out`. `input_pages` are the compressions'
+    /// pages, one set after the other, and so are `out_pages`, which are given unless all are `in_place`.
     ///
     /// # Errors
     /// [`Error::DType`] if `T` is not the cache's type.
@@ -468,9 +468,10 @@ impl ChunkCache {
             .v_out_strides(of(self.spec.v_dim))
             .values_strides(values)
             .values_out_strides(values)
-            .input_pages(self.spec.page_rows, pages);
+            .input_pages(self.spec.page_rows, pages)
+            .in_place();
         Ok(match compaction.in_place {
-            true => builder.in_place(),
+            true => builder,
             false => builder.out_pages(self.spec.page_rows, pages),
         })
     }

@@ -84,6 +84,7 @@ pub(super) fn run<I: Element, O: Element>(
         out_stride_head,
     };
     let page_strides = [plan.input_pages, plan.out_pages].map(|words| (words / plan.sets.max(1)) as i64);
+    let follows = plan.in_place && !plan.paged[1];
     let params = ffi::nxs_compact_params {
         tensor: [tensor(K), tensor(V)],
         positions: extra(address(&args.positions), address_mut(&args.positions_out)),
@@ -91,7 +92,7 @@ pub(super) fn run<I: Element, O: Element>(
         indices: args.indices.span().address as *const _,
         counts_or_null: address(&args.counts),
         input_pages_or_null: address(&args.input_pages),
-        out_pages_or_null: if plan.in_place { address(&args.input_pages) } else { address(&args.out_pages) },
+        out_pages_or_null: if follows { address(&args.input_pages) } else { address(&args.out_pages) },
         cos_or_null: table[0] as *const _,
         sin_or_null: table[1] as *const _,
         flags_or_null: address_mut(&args.flags),
@@ -100,7 +101,7 @@ pub(super) fn run<I: Element, O: Element>(
         counts_stride_set: plan.counts.strides()[0],
         counts_stride_head: plan.counts.strides()[1],
         input_pages_stride_set: page_strides[0],
-        out_pages_stride_set: page_strides[if plan.in_place { 0 } else { 1 }],
+        out_pages_stride_set: page_strides[if follows { 0 } else { 1 }],
         table_stride_row: plan.table.strides()[0],
         table_rows: plan.table.shape()[0] as i64,
         sets: plan.sets as i64,

@@ -87,7 +87,7 @@ impl Places<'_> {
         }
         let source = index as u64;
         let from = self.place("input_pages", self.input_pages, plan.tokens, plan.input_rows, set, source)?;
-        let to = match plan.in_place {
+        let to = match plan.in_place && !plan.paged[1] {
             true => self.place("input_pages", self.input_pages, plan.tokens, plan.out_rows, set, row)?,
             false => self.place("out_pages", self.out_pages, plan.kept, plan.out_rows, set, row)?,
         };

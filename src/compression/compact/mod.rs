@@ -43,7 +43,8 @@ pub const EXTRAS: usize = 4;
 /// once to nearest even. An interleaved cache `[tokens, heads, 2 * dim]` is one tensor: `k(2 * dim)`.
 ///
 /// **In place** ([`CompactBuilder::in_place`]) there are no inputs: rows move down within the outputs, and so do positions and
-/// extras. Indices then ascend strictly. What lies beyond a head's count afterwards is of no interest.
+/// extras. Indices then ascend strictly. What lies beyond a head's count afterwards is of no interest. With `out_pages` rows move
+/// to other pages of the same pool, and theirs stay as they are.
 ///
 /// **Turned keys** (StreamingLLM's positions in the cache, KeyRerotation): with [`CompactBuilder::renumber`] kept row `r` gets
 /// position `first + r`, and with [`CompactBuilder::turn`] keys that hold their rotary embedding are rotated by the difference,

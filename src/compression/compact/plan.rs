@@ -129,14 +129,15 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
     }
 
     /// The rows of the inputs lie in pages: row `r` of a set at place `input_pages[set, r / page_rows] * page_rows + r %
-    /// page_rows`, of `pages` pages that there are. In place the outputs are the inputs, and these are their pages.
+    /// page_rows`, of `pages` pages that there are. In place these are the pages of the outputs too, if there are no others.
     pub fn input_pages(mut self, page_rows: usize, pages: usize) -> Self {
         self.input_pages = Some([page_rows as u64, pages as u64]);
         self
     }
 
     /// The rows of the outputs lie in pages, of as many rows as those of the inputs if both have pages. Sets may share a pool of
-    /// pages, at a stride of 0; no page may then be in two tables.
+    /// pages, at a stride of 0; no page may then be in two tables. In place the pages are other ones of the same pool: what is kept
+    /// of rows that someone else needs yet.
     pub fn out_pages(mut self, page_rows: usize, pages: usize) -> Self {
         self.out_pages = Some([page_rows as u64, pages as u64]);
         self
@@ -172,7 +173,7 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
     /// [`Error::Size`] for `dim` outside 1 to 1024, 2^31 rows or more in `sets * heads`, `heads * kept` or `tokens`, more kept
     /// than tokens, pages of no rows, or an empty table; [`Error::Stride`] for a negative stride, rows of an output that overlap,
     /// or wide access that the strides do not allow; [`Error::Unsupported`] for neither keys nor values, two dtypes of which
-    /// one is no float, two dtypes in place, output pages in place or pages of different sizes, a rotation without new positions or
+    /// one is no float, two dtypes in place, pages of different sizes or in place of another pool, a rotation without new positions or
     /// keys, of more than `dim` elements or an odd number, or wide access that sizes do not allow;
     /// [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Compact<I, O>> {
@@ -210,8 +211,8 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
         };
         pages_of("input_pages", self.input_pages)?;
         pages_of("out_pages", self.out_pages)?;
-        if in_place && self.out_pages.is_some() {
-            return unsupported("out_pages", "in place the pages are input_pages");
+        if in_place && self.out_pages.is_some() && self.out_pages != self.input_pages {
+            return unsupported("out_pages", "in place pages of the pool that input_pages are of");
         }
         if let (Some([a, _]), Some([b, _])) = (self.input_pages, self.out_pages)
             && a != b
