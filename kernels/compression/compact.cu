@@ -14,16 +14,16 @@ __global__ void __launch_bounds__(kCompactThreads, 4) values_in_place_kernel(con
 #pragma unroll 1
   for (i32 tile = 0; tile < count; tile += static_cast<i32>(kCompactThreads)) {
     const i32 row = tile + static_cast<i32>(thread_index());
-    i64 from = -1, to = -1;
+    const u32 heads_of[1] = {head};
+    const i32 rows_of[1] = {row < count ? row : count - 1};
+    bool go[1] = {row < count};
+    i32 source[1];
+    i64 from[1], to[1];
+    find_rows<true>(p, set, heads_of, rows_of, go, source, from, to);
     Values values;
-    if (row < count) {
-      const i32 source = source_of<true>(p, set, head, row);
-      from = input_place(p, set, source);
-      to = out_place(p, set, row);
-      if (from >= 0 && to >= 0) load_values<true>(p, set, head, row, source, from, values);
-    }
+    if (go[0]) load_values<true>(p, set, head, row, source[0], from[0], values);
     block_sync();
-    if (from >= 0 && to >= 0) store_values(p, set, head, to, values);
+    if (go[0]) store_values(p, set, head, to[0], values);
   }
 }
 
@@ -87,6 +87,8 @@ nxs_status compact(const nxs_compact_params& p, void* stream) {
   NXS_REQUIRE(p.input_rows >= 0 && p.out_rows >= 0 && (!p.in_place || p.input_rows == p.out_rows), NXS_E_SHAPE);
   NXS_REQUIRE(p.page_rows >= 1 || !(p.input_pages_or_null || p.out_pages_or_null), NXS_E_SHAPE);
   NXS_REQUIRE(p.page_rows <= INT32_MAX, NXS_E_SHAPE);
+  NXS_REQUIRE((p.input_pages_or_null || p.input_rows >= p.tokens) && (p.out_pages_or_null || p.out_rows >= p.kept),
+              NXS_E_SHAPE);
   NXS_REQUIRE(!p.in_place || !p.input_pages_or_null == !p.out_pages_or_null, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(copies ? p.unit == 1 || p.unit == 2 || p.unit == 4 || p.unit == 8 || p.unit == 16
                      : p.unit == 8 || p.unit == 2 || (p.unit == 1 && !same && !rotates),

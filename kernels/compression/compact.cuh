@@ -158,31 +158,42 @@ NXS_DEVICE i32 count_of(const nxs_compact_params& p, i64 set, i64 head) {
   return count < 0 ? 0 : kept;
 }
 
-// The source of row `row`.
-template <bool kInPlace> NXS_DEVICE i32 source_of(const nxs_compact_params& p, i64 set, i64 head, i32 row) {
-  const i32 index = load_global_nc(p.indices + set * p.indices_stride_set + head * p.indices_stride_head + row);
-  const i32 least = kInPlace ? row : 0, most = static_cast<i32>(p.tokens) - 1;
-  const i32 source = index < least ? least : index > most ? most : index;
-  if (source != index) set_flag(p, NXS_COMPACT_ROW_CLAMPED);
-  return source;
+// Replaces rows by their places, by a page table; rows of pages that are not there go nowhere. All loads are on the way at once.
+template <u32 kRows>
+NXS_DEVICE void turn_pages(const nxs_compact_params& p, const i32* pages, i64 rows, i64 (&place)[kRows], bool (&go)[kRows]) {
+  const u32 page_rows = static_cast<u32>(p.page_rows);
+  i32 page[kRows];
+#pragma unroll
+  for (u32 u = 0; u < kRows; ++u) page[u] = load_global_nc(pages + static_cast<u32>(place[u]) / page_rows);
+#pragma unroll
+  for (u32 u = 0; u < kRows; ++u) {
+    place[u] = page[u] * p.page_rows + static_cast<u32>(place[u]) % page_rows;
+    if (place[u] >= 0 && place[u] < rows) continue;
+    if (go[u]) set_flag(p, NXS_COMPACT_ROW_CLAMPED);
+    go[u] = false;
+  }
 }
 
-// Where a row lies; -1: nowhere.
-NXS_DEVICE i64 place_of(const nxs_compact_params& p, const i32* pages, i64 stride_set, i64 rows, i64 set, i32 row) {
-  i64 place = row;
-  if (pages) {
-    const i32 page_rows = static_cast<i32>(p.page_rows), page = row / page_rows;
-    place = load_global_nc(pages + set * stride_set + page) * p.page_rows + (row - page * page_rows);
+// Where rows come from and go to: rows `row`, below kept, of which those that `go` are asked for. All loads of a kind are on the
+// way at once.
+template <bool kInPlace, u32 kRows>
+NXS_DEVICE void find_rows(const nxs_compact_params& p, i64 set, const u32 (&head)[kRows], const i32 (&row)[kRows],
+                          bool (&go)[kRows], i32 (&source)[kRows], i64 (&from)[kRows], i64 (&to)[kRows]) {
+  const i32* indices = p.indices + set * p.indices_stride_set;
+#pragma unroll
+  for (u32 u = 0; u < kRows; ++u) source[u] = load_global_nc(indices + head[u] * p.indices_stride_head + row[u]);
+  const i32 most = static_cast<i32>(p.tokens) - 1;
+#pragma unroll
+  for (u32 u = 0; u < kRows; ++u) {
+    const i32 least = kInPlace ? row[u] : 0, index = source[u];
+    source[u] = index < least ? least : index > most ? most : index;
+    if (go[u] && source[u] != index) set_flag(p, NXS_COMPACT_ROW_CLAMPED);
+    from[u] = source[u];
+    to[u] = row[u];
   }
-  if (place >= 0 && place < rows) return place;
-  set_flag(p, NXS_COMPACT_ROW_CLAMPED);
-  return -1;
-}
-NXS_DEVICE i64 input_place(const nxs_compact_params& p, i64 set, i32 row) {
-  return place_of(p, p.input_pages_or_null, p.input_pages_stride_set, p.input_rows, set, row);
-}
-NXS_DEVICE i64 out_place(const nxs_compact_params& p, i64 set, i32 row) {
-  return place_of(p, p.out_pages_or_null, p.out_pages_stride_set, p.out_rows, set, row);
+  if (p.input_pages_or_null)
+    turn_pages(p, p.input_pages_or_null + set * p.input_pages_stride_set, p.input_rows, from, go);
+  if (p.out_pages_or_null) turn_pages(p, p.out_pages_or_null + set * p.out_pages_stride_set, p.out_rows, to, go);
 }
 
 template <bool kInPlace> NXS_DEVICE i64 old_position(const nxs_compact_params& p, i64 set, i64 head, i32 source, i64 place) {
@@ -271,12 +282,16 @@ __global__ void __launch_bounds__(kCompactThreads, 3) gather_kernel(const __grid
     const u32 number = block - shape.row_blocks, head = number / shape.value_blocks;
     const i32 row = static_cast<i32>((number - head * shape.value_blocks) * kCompactThreads + thread_index());
     if (row >= count_of(p, set, head)) return;
-    const i32 source = source_of<false>(p, set, head, row);
-    const i64 from = input_place(p, set, source), to = out_place(p, set, row);
-    if (from < 0 || to < 0) return;
+    const u32 heads_of[1] = {head};
+    const i32 rows_of[1] = {row};
+    bool go[1] = {true};
+    i32 source[1];
+    i64 from[1], to[1];
+    find_rows<false>(p, set, heads_of, rows_of, go, source, from, to);
+    if (!go[0]) return;
     Values values;
-    load_values<false>(p, set, head, row, source, from, values);
-    store_values(p, set, head, to, values);
+    load_values<false>(p, set, head, row, source[0], from[0], values);
+    store_values(p, set, head, to[0], values);
     return;
   }
   constexpr u32 kRows = Mover::kRows;
@@ -284,22 +299,27 @@ __global__ void __launch_bounds__(kCompactThreads, 3) gather_kernel(const __grid
   const u32 first = block * at_once * kRows + (thread_index() >> p.log2_lanes);
   const u32 items = heads * static_cast<u32>(p.kept);
   Moving moving[kRows];
-  i64 from_place[kRows], to_place[kRows];
+  i64 from[kRows], to[kRows];
   u32 head[kRows];
+  i32 row[kRows], source[kRows];
+  bool go[kRows];
 #pragma unroll
   for (u32 u = 0; u < kRows; ++u) {
-    const u32 item = first + u * at_once, row = item / heads;
-    head[u] = item - row * heads;
-    moving[u].go = item < items && static_cast<i32>(row) < count_of(p, set, head[u]);
-    from_place[u] = to_place[u] = 0;
-    if (!moving[u].go) continue;
-    const i32 source = source_of<false>(p, set, head[u], static_cast<i32>(row));
-    from_place[u] = input_place(p, set, source);
-    to_place[u] = out_place(p, set, static_cast<i32>(row));
-    moving[u].go = from_place[u] >= 0 && to_place[u] >= 0;
+    const u32 item = first + u * at_once, inside = item < items ? item : items - 1;
+    row[u] = static_cast<i32>(inside / heads);
+    head[u] = inside - static_cast<u32>(row[u]) * heads;
+    go[u] = item < items;
+  }
+  if (p.counts_or_null) {
+#pragma unroll
+    for (u32 u = 0; u < kRows; ++u) go[u] = go[u] && row[u] < count_of(p, set, head[u]);
+  }
+  find_rows<false>(p, set, head, row, go, source, from, to);
+#pragma unroll
+  for (u32 u = 0; u < kRows; ++u) {
+    moving[u].go = go[u];
     if constexpr (Mover::kTurns) {
-      if (moving[u].go && shape.rotated > 0)
-        moving[u].angles = angles_of<false>(p, set, head[u], static_cast<i32>(row), source, from_place[u]);
+      if (go[u] && shape.rotated > 0) moving[u].angles = angles_of<false>(p, set, head[u], row[u], source[u], from[u]);
     }
   }
 #pragma unroll 1
@@ -308,7 +328,7 @@ __global__ void __launch_bounds__(kCompactThreads, 3) gather_kernel(const __grid
     if (!tensor.out_or_null) continue;
 #pragma unroll
     for (u32 u = 0; u < kRows; ++u)
-      aim<false>(p, shape, tensor, set, head[u], from_place[u], to_place[u], moving[u]);
+      aim<false>(p, shape, tensor, set, head[u], from[u], to[u], moving[u]);
     const u32 units = shape.units[t], rotated = t == 0 ? shape.rotated : 0;
 #pragma unroll 1
     for (u32 unit = lane; unit < units; unit += lanes) {
@@ -342,18 +362,25 @@ __global__ void __launch_bounds__(kCompactThreads, 4) in_place_kernel(const __gr
   for (i32 tile = 0; tile < count; tile += static_cast<i32>(at_once * kRows)) {
     Moving moving[kRows];
     typename Mover::Regs regs[kRows];
+    u32 heads_of[kRows];
+    i32 row[kRows], source[kRows];
+    i64 from[kRows], to[kRows];
+    bool go[kRows];
 #pragma unroll
     for (u32 u = 0; u < kRows; ++u) {
-      const i32 row = tile + static_cast<i32>(u * at_once + (thread_index() >> p.log2_lanes));
-      moving[u].go = has_unit && row < count;
-      if (!moving[u].go) continue;
-      const i32 source = source_of<true>(p, set, head, row);
-      const i64 from = input_place(p, set, source), to = out_place(p, set, row);
-      moving[u].go = from >= 0 && to >= 0;
-      if (!moving[u].go) continue;
-      aim<true>(p, shape, tensor, set, head, from, to, moving[u]);
+      const i32 wanted = tile + static_cast<i32>(u * at_once + (thread_index() >> p.log2_lanes));
+      go[u] = has_unit && wanted < count;
+      row[u] = wanted < count ? wanted : count - 1;
+      heads_of[u] = head;
+    }
+    find_rows<true>(p, set, heads_of, row, go, source, from, to);
+#pragma unroll
+    for (u32 u = 0; u < kRows; ++u) {
+      moving[u].go = go[u];
+      if (!go[u]) continue;
+      aim<true>(p, shape, tensor, set, head, from[u], to[u], moving[u]);
       if constexpr (Mover::kTurns) {
-        if (turned) moving[u].angles = angles_of<true>(p, set, head, row, source, from);
+        if (turned) moving[u].angles = angles_of<true>(p, set, head, row[u], source[u], from[u]);
       }
       regs[u] = Mover::template load<true>(moving[u].from, unit, p, turned);
     }
