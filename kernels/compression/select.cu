@@ -36,7 +36,7 @@ nxs_status select(const nxs_select_params& p, i64 lists, void* stream) {
     shape.grid = dim3(static_cast<unsigned>(p.sets));
     shape.block = kSelectThreads;
     shape.dynamic_smem = static_cast<unsigned>(fixed) + cached;
-    NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
+    NXS_TRY(allow_dynamic_smem(kernel));
     NXS_TRY(launch(kernel, shape, stream, p, budgets));
     shape.block = static_cast<unsigned>(p.threads);
   }
@@ -44,7 +44,7 @@ nxs_status select(const nxs_select_params& p, i64 lists, void* stream) {
   const auto kernel = cached ? select_kernel<true> : select_kernel<false>;
   shape.grid = dim3(static_cast<unsigned>(lists));
   shape.dynamic_smem = kSelectFixed + cached;
-  NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
+  NXS_TRY(allow_dynamic_smem(kernel));
   return launch(kernel, shape, stream, p, static_cast<const float*>(scores), ids, static_cast<const i32*>(budgets));
 }
 
