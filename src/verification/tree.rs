@@ -93,7 +93,7 @@ impl Tree {
     }
 
     /// From paths that lead from the root to the leaves, `[leaves, columns]`, what is negative being padding: the
-    /// `retrieve_indices` of Medusa and EAGLE. Children are tried in the order in which the paths name them.
+    /// `retrieve_indices` of Medusa and EAGLE. A path ends where padding begins. Children are tried in the order in which the paths name them.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for paths that do not begin at node 0 or disagree, for a child that does not come after its

@@ -38,14 +38,8 @@ struct Nodes {
 impl Nodes {
     fn of(plan: &Plan, parents: &[i32], scores: Option<&[f32]>, said: &mut u32) -> Self {
         let all = || [NONE; MOST_NODES as usize];
-        let mut nodes = Nodes {
-            selected: all(),
-            parents: all(),
-            depths: all(),
-            first_child: all(),
-            next_sibling: all(),
-            count: 0,
-        };
+        let mut nodes =
+            Nodes { selected: all(), parents: all(), depths: all(), first_child: all(), next_sibling: all(), count: 0 };
         if !parents.is_empty() && parents[0] != NONE {
             *said |= status::TREE_BAD;
         }

@@ -128,9 +128,8 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
 
     /// Whether a node is linked as it must be.
     fn is_linked_well(&self, request: &Request, node: usize) -> bool {
-        let within = |link: i32, least: usize| {
-            link == -1 || (least as i64..request.nodes as i64).contains(&i64::from(link))
-        };
+        let within =
+            |link: i32, least: usize| link == -1 || (least as i64..request.nodes as i64).contains(&i64::from(link));
         match self.links {
             Links::Parents(parents) => {
                 let parent = parents[request.row + node];
@@ -426,9 +425,7 @@ pub(super) fn run<P: Float, Q: Float>(plan: &Plan, args: &mut TreeVerifierArgs<'
     let cu_rows = options.cu_rows.as_ref().map(|view| view.as_host().expect(HERE));
     let rules = options.rules.as_ref().map(|view| view.as_host().expect(HERE));
     let floats = |view: &Option<In<'_, f32>>, b: usize| view.as_ref().map(|v| v.as_host().expect(HERE)[b]);
-    let words = |view: &Option<In<'_, i64>>, b: usize| {
-        view.as_ref().map_or(0, |v| v.as_host().expect(HERE)[b] as u64)
-    };
+    let words = |view: &Option<In<'_, i64>>, b: usize| view.as_ref().map_or(0, |v| v.as_host().expect(HERE)[b] as u64);
     let inputs = Inputs {
         plan,
         target: args.target.as_host().expect(HERE),
@@ -436,10 +433,9 @@ pub(super) fn run<P: Float, Q: Float>(plan: &Plan, args: &mut TreeVerifierArgs<'
         drafts: args.drafts.as_host().expect(HERE),
         links: match &args.tree {
             TreeLinks::Parents(parents) => Links::Parents(parents.as_host().expect(HERE)),
-            TreeLinks::Children { first_child, next_sibling } => Links::Children {
-                first: first_child.as_host().expect(HERE),
-                next: next_sibling.as_host().expect(HERE),
-            },
+            TreeLinks::Children { first_child, next_sibling } => {
+                Links::Children { first: first_child.as_host().expect(HERE), next: next_sibling.as_host().expect(HERE) }
+            }
         },
         row_index: options.row_index.as_ref().map(|view| view.as_host().expect(HERE)),
         draft_row: options.draft_row.as_ref().map(|view| view.as_host().expect(HERE)),
