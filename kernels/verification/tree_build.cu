@@ -1,26 +1,30 @@
 // Trees of drafts from their parents: links, depths, positions, who sees whom, paths; and the choice of nodes by scores.
 //
 // Who does what  A block a request, everything in shared memory: a thread a candidate, then a thread a node (or a node and a
-//                word of its mask). Depths by walking up; values level by level, f32 from the root on; ranks by counting
-//                who comes before; numbers by counting the chosen ones below. Leaves in the order of trial: before a leaf
-//                come the leaves below earlier siblings of its ancestors.
-// Bytes          12 a candidate read, 32 and a mask a node written: the launch is what it costs. Work: candidates^2 compares.
+//                word of its mask). Depths by walking up; values level by level, f32 from the root on; the least value
+//                that is chosen by bisection, bit by bit of its key; ties and numbers by counting bits of ballots. Leaves in the
+//                order of trial: before a leaf come the leaves below earlier siblings of its ancestors.
+// Bytes          12 a candidate read, 32 and a mask a node written: the launch is what it costs.
 // Determinism    bitwise; integers, and sums in the order of the path.
 // Limits         1024 nodes, 2048 candidates, 64 drafts on a path, batch up to 2^20.
 #include "common/check.h"
 #include "common/ptx/atomic.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
+#include "common/ptx/memory.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/warp.cuh"
+#include "verification/row_stats.cuh"
 
 namespace nxs::verification::tree {
 
 constexpr u32 kBuildThreads = 256, kMostCandidates = 2048, kNodes = 1024, kDepth = 64;
 
-// Words of shared memory: by candidate parent, depth, value, least value on the path, number; by node candidate, parent, depth,
-// first child, leaves below, leaves before; two words of the block's.
-inline u32 build_shared_bytes(u32 candidates, u32 nodes) { return (candidates * 5 + nodes * 6 + 2) * 4; }
+// Words of shared memory: by candidate parent, depth, value, least value on the path (later its key), number; by node
+// candidate, parent, depth, first child, leaves below, leaves before; of the block two words, a counter for each bit of a key,
+// and a word of ballots for each 32 candidates, twice.
+constexpr u32 kBlockWords = 2 + 32 + 2 * kMostCandidates / 32;
+inline u32 build_shared_bytes(u32 candidates, u32 nodes) { return (candidates * 5 + nodes * 6 + kBlockWords) * 4; }
 
 template <typename T> NXS_DEVICE void store_if(T* p, i64 at, T value) {
   if (p) store_global(p + at, value);
@@ -32,6 +36,8 @@ __global__ void __launch_bounds__(kBuildThreads) tree_build_kernel(const __grid_
   const auto place = [&](u32 array, u32 at) { return shared + (array * most_candidates + at) * 4; };
   const auto of_node = [&](u32 array, u32 at) { return shared + (5 * most_candidates + array * n + at) * 4; };
   const u32 said_word = of_node(6, 0), depth_word = of_node(6, 1);
+  const auto counter = [&](u32 bit) { return of_node(6, 2 + bit); };
+  const auto ballots = [&](u32 array, u32 word) { return of_node(6, 34 + array * (kMostCandidates / 32) + word); };
   const auto parent = [&](u32 at) { return load_shared<i32>(place(0, at)); };
   const auto depth = [&](u32 at) { return load_shared<i32>(place(1, at)); };
   const auto least = [&](u32 at) { return load_shared<float>(place(3, at)); };
@@ -58,7 +64,7 @@ __global__ void __launch_bounds__(kBuildThreads) tree_build_kernel(const __grid_
     store_shared(of_node(2, i), i32{-1});
     store_shared(of_node(4, i), u32{0});
   }
-  if (thread_index() < 2) store_shared(said_word + thread_index() * 4, u32{0});
+  if (thread_index() < 34) store_shared(said_word + thread_index() * 4, u32{0});
   block_sync();
 
   // Depths, -1 for what is no node.
@@ -108,27 +114,55 @@ __global__ void __launch_bounds__(kBuildThreads) tree_build_kernel(const __grid_
       }
       block_sync();
     }
-    // Whether each is chosen.
-    for (u32 i = thread_index(); i < m; i += kBuildThreads) {
-      u32 rank = 0;
-      const bool is_node = depth(i) >= 0;
-      const float own = is_node ? least(i) : 0.0f;
-      if (is_node) {
-        for (u32 k = 0; k < m; ++k)
-          if (depth(k) >= 0) rank += least(k) > own || (least(k) == own && k < i);
+    // What is no node comes after everything.
+    for (u32 i = thread_index(); i < m; i += kBuildThreads)
+      store_shared(place(3, i), depth(i) >= 0 ? key_of(least(i)) : 0u);
+    const auto key = [&](u32 i) { return i < m ? load_shared<u32>(place(3, i)) : 0u; };
+    // The greatest key that n candidates reach, or 1 where there are fewer.
+    u32 from = 0;
+#pragma unroll 1
+    for (u32 bit = 32; bit-- > 0;) {
+      const u32 next = from | 1u << bit;
+      u32 own = 0;
+      for (u32 i = thread_index(); i < m; i += kBuildThreads) own += key(i) >= next;
+      own = warp_reduce_add(own);
+      if (lane_index() == 0) atomic_add_shared(counter(bit), own);
+      block_sync();
+      if (load_shared<u32>(counter(bit)) >= n) from = next;
+    }
+    if (from == 0) from = 1;
+    // Of those that tie with the last one the first.
+    const auto below = [&](u32 array, u32 i) {
+      u32 sum = population_count(load_shared<u32>(ballots(array, i / 32)) & ((1u << i % 32) - 1));
+      for (u32 word = 0; word < i / 32; ++word) sum += population_count(load_shared<u32>(ballots(array, word)));
+      return sum;
+    };
+    const u32 words = (m + 31) / 32;
+    for (u32 word = thread_index() / 32; word < words; word += kBuildThreads / 32) {
+      const u32 ties = warp_ballot(key(word * 32 + lane_index()) == from);
+      const u32 above = warp_ballot(key(word * 32 + lane_index()) > from);
+      if (lane_index() == 0) {
+        store_shared(ballots(0, word), ties);
+        store_shared(ballots(1, word), above);
       }
-      // In the place of the value, which is no longer needed by any other thread.
-      store_shared(place(2, i), u32{is_node && rank < n});
     }
     block_sync();
-    for (u32 i = thread_index(); i < m; i += kBuildThreads) {
-      u32 below = 0;
-      for (u32 k = 0; k < i; ++k) below += load_shared<u32>(place(2, k));
-      store_shared(place(4, i), load_shared<u32>(place(2, i)) ? static_cast<i32>(below) : -1);
+    u32 above = 0;
+    for (u32 word = 0; word < words; ++word) above += population_count(load_shared<u32>(ballots(1, word)));
+    block_sync();
+    for (u32 word = thread_index() / 32; word < words; word += kBuildThreads / 32) {
+      const u32 i = word * 32 + lane_index();
+      const bool chosen = key(i) > from || (key(i) == from && above + below(0, i) < n);
+      const u32 all = warp_ballot(chosen);
+      if (lane_index() == 0) store_shared(ballots(1, word), all);
     }
     block_sync();
     count = 0;
-    for (u32 k = 0; k < m; ++k) count += load_shared<u32>(place(2, k));
+    for (u32 word = 0; word < words; ++word) count += population_count(load_shared<u32>(ballots(1, word)));
+    for (u32 i = thread_index(); i < m; i += kBuildThreads) {
+      const bool chosen = load_shared<u32>(ballots(1, i / 32)) >> i % 32 & 1;
+      store_shared(place(4, i), chosen ? static_cast<i32>(below(1, i)) : -1);
+    }
   }
   block_sync();
   for (u32 i = thread_index(); i < m; i += kBuildThreads) {

@@ -140,8 +140,9 @@ template <typename P, typename Q> struct Walk {
     u8* begin = static_cast<u8*>(p.workspace) + static_cast<u64>(p.batch) * NXS_TREE_STATE_BYTES;
     return reinterpret_cast<Partial*>(begin) + (static_cast<u64>(r.b) * 4 + place) * (of_target + of_draft) + at;
   }
-  NXS_DEVICE float* cut_word() const {
-    return reinterpret_cast<float*>(static_cast<u8*>(p.workspace) + static_cast<u64>(r.b) * NXS_TREE_STATE_BYTES);
+  // Of a row that was cut down: the least logit that is left, and whether there was a NaN.
+  NXS_DEVICE Vec<u32, 2>* cut() const {
+    return reinterpret_cast<Vec<u32, 2>*>(static_cast<u8*>(p.workspace) + static_cast<u64>(r.b) * NXS_TREE_STATE_BYTES);
   }
   NXS_DEVICE Partial load(u32 place, u32 at) const {
     return shares ? load_shared<Partial>(in_shared(place, at)) : load_global(in_global(place, at));
@@ -338,7 +339,11 @@ template <typename P, typename Q> struct Walk {
     target.row = target_row(node);
     const auto partial = [&](u32 chunk) { return load(place, chunk); };
     target.summary = summarize(of_target, scale, partial);
-    if (r.truncates) target.summary.cut = load_global(cut_word());
+    if (r.truncates) {
+      const Vec<u32, 2> known = load_global(cut());
+      target.summary.cut = bits_float(known.data[0]);
+      target.summary.nan = known.data[1] != 0;
+    }
     target.peak = target.summary.shape == kPeak ? find_peak(target.summary, target.row, of_target, partial) : kNothing;
     return target;
   }
@@ -498,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, 2) tree_verify_kernel(const __grid_c
         truncate_row(r.truncation, summary, walk.target_row(node), walk.of_target, walk.in_global(place, 0),
                      walk.shared + kSharedSum);
         block_sync();
-        if (thread_index() == 0) store_global(walk.cut_word(), summary.cut);
+        if (thread_index() == 0) store_global(walk.cut(), Vec<u32, 2>{{float_bits(summary.cut), summary.nan}});
       }
       walk.meet();
     }

@@ -295,13 +295,13 @@ impl<P: Float, Q: Float> Inputs<'_, P, Q> {
 
     /// What the walk does at a node.
     fn step(&self, request: &Request, at: At, p: &Target, scratch: &mut Scratch<'_>, said: &mut u32) -> Step {
-        if p.distribution.summary.shape == Shape::Empty {
-            return Step::Emit(None);
-        }
         let count = self.children(request, at.node, scratch.children, said);
         let leaf = at.depth == self.plan.max_depth as usize;
         if count > 0 && leaf {
             *said |= status::DRAFTS_IGNORED;
+        }
+        if p.distribution.summary.shape == Shape::Empty {
+            return Step::Emit(None);
         }
         let count = if leaf { 0 } else { count };
         let random = request.rule == Rule::Reject
