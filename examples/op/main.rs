@@ -21,6 +21,8 @@ mod rvq_encode;
 mod scalar_quantize;
 mod scale_attention;
 mod tensors;
+mod tree_build;
+mod tree_verify;
 mod verify;
 
 use std::path::PathBuf;
@@ -45,6 +47,8 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &tree_verify::OP,
+    &tree_build::OP,
     &draft_sample::OP,
     &row_stats::OP,
     &philox_fill::OP,
