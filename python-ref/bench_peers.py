@@ -36,6 +36,7 @@ from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
+from peers_trees import TreeVerify
 from peers_verification import Verify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
@@ -315,6 +316,7 @@ OPS = {
     "attention_prepare": AttentionPrepare,
     "multi_scale": MultiScale,
     "verify": Verify,
+    "tree_verify": TreeVerify,
 }
 
 
