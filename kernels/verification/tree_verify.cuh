@@ -294,8 +294,8 @@ template <typename P, typename Q> struct Walk {
   }
 
   // ---- sweeps
-  // Partials of a node's rows, into `place`; then all have met.
-  NXS_DEVICE void sweep(u32 node, u32 place, bool of_q) const {
+  // Partials of a node's row, and of the draft's if it is swept, into `place`; then all have met.
+  NXS_DEVICE void sweep(u32 node, u32 place, bool swept) const {
     const u32 first = rank * kWarps + warp, stride = ranks * kWarps;
     if (p.target_stats_or_null) {
       const i64 row = target_index(node);
@@ -314,21 +314,25 @@ template <typename P, typename Q> struct Walk {
             store_global(in_global(place, chunk), partial);
         }
       }
-    } else {
-      const Row<P> row = target_row(node);
-#pragma unroll 1
-      for (u32 chunk = first; chunk < of_target; chunk += stride) {
-        Logits<P> logits = load_logits(row, chunk);
-        pass_on(place, chunk, chunk_partial(logits, r.measure));
-      }
     }
-    if (of_q) {
-      const Row<Q> row = draft_row(node);
+    const u32 of_p = p.target_stats_or_null ? 0 : of_target, of_q = swept ? of_draft : 0;
+    const Row<P> p_row = target_row(node);
+    const Row<Q> q_row = swept ? draft_row(node) : Row<Q>{nullptr, nullptr, 0};
+    // Of 16-bit logits both chunks are on their way before the first is looked at; others would not fit into registers.
+    constexpr bool kTogether = sizeof(P) == 2 && sizeof(Q) == 2;
 #pragma unroll 1
-      for (u32 chunk = first; chunk < of_draft; chunk += stride) {
-        Logits<Q> logits = load_logits(row, chunk);
-        pass_on(place, of_target + chunk, chunk_partial(logits, r.draft_scale));
-      }
+    for (u32 chunk = first; chunk < of_p || (kTogether && chunk < of_q); chunk += stride) {
+      Logits<P> logits;
+      Logits<Q> beside;
+      if (chunk < of_p) logits = load_logits(p_row, chunk);
+      if (kTogether && chunk < of_q) beside = load_logits(q_row, chunk);
+      if (chunk < of_p) pass_on(place, chunk, chunk_partial(logits, r.measure));
+      if (kTogether && chunk < of_q) pass_on(place, of_target + chunk, chunk_partial(beside, r.draft_scale));
+    }
+#pragma unroll 1
+    for (u32 chunk = first; !kTogether && chunk < of_q; chunk += stride) {
+      Logits<Q> logits = load_logits(q_row, chunk);
+      pass_on(place, of_target + chunk, chunk_partial(logits, r.draft_scale));
     }
     meet();
   }
