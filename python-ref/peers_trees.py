@@ -66,7 +66,8 @@ class TreeVerify:
                 continue
             first, count = children[parent][0], len(children[parent])
             if self.rule == "greedy":
-                self.tokens[:, first] = self.target[:, parent].argmax(-1)
+                # Above all others: which of equal ones argmax takes is not said.
+                self.target[:, parent].scatter_(1, self.tokens[:, first, None], 8.0)
             elif self.rule == "reject":
                 q = self.draft[:, parent].float().softmax(-1)
                 drawn = torch.multinomial(q, count, replacement=not self.distinct, generator=generator)

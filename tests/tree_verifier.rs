@@ -1157,6 +1157,50 @@ fn bad_buffers_are_refused_before_anything_is_written() {
     }
 }
 
+/// Rows beside the path are not read, those on it once, and again only for children that fail.
+#[cfg(feature = "emulate")]
+#[test]
+fn only_the_path_is_read() {
+    use nextscale::emulator;
+    for (rule, kind) in
+        [(Rule::Greedy, Drafts::Deterministic), (Rule::Match, Drafts::Deterministic), (Rule::Reject, Drafts::Logits)]
+    {
+        let (vocab, batch, cluster) = (32768, 3, 4);
+        let case = Case { rule, kind, vocab, batch, max_nodes: 24, cluster: Some(cluster), ..plain() };
+        let mut step = case.step::<bf16, bf16>();
+        // Each node's first child is sure to be accepted.
+        for b in 0..batch {
+            for node in 0..24 {
+                let Some(&child) = step.children(b, node).first() else { continue };
+                let at = (b * 24 + node) * vocab + step.drafts[b * 24 + child] as usize;
+                step.target[at] = bf16::from_f32(60.0);
+                if kind != Drafts::Deterministic {
+                    step.draft[at] = bf16::from_f32(60.0);
+                }
+            }
+        }
+        emulator::reset();
+        let outcome = step.run(&TestDevice::Emulated);
+        let counted = emulator::counters().global_load_bytes;
+        let rows: u64 = outcome.emitted.iter().map(|n| n.0 as u64).sum();
+        let leaves: u64 = outcome.path.iter().filter(|&&node| node >= 0).count() as u64;
+        assert_eq!(rows, leaves);
+        assert!(rows >= 6 && rows < 20, "{rows}");
+        let row = vocab as u64 * 2;
+        // No row of the draft at leaves, nor at a walk's greatest depth.
+        let of_draft = if kind == Drafts::Logits { rows - batch as u64 } else { 0 };
+        let least = (rows + of_draft) * row;
+        // The chunk of the token, by each block; the tree and the parameters.
+        let more = rows * u64::from(cluster) * 2 * 2048 + (batch as u64 * u64::from(cluster)) * 32 * 1024;
+        assert!(
+            (least..=least + more).contains(&counted),
+            "{rule:?}: {counted} instead of {least} to {}",
+            least + more
+        );
+        assert!(counted < (batch * 24) as u64 * row / 2);
+    }
+}
+
 /// A captured graph takes what the buffers hold when it is replayed.
 #[cfg(feature = "cudarc-0_19")]
 #[test]
