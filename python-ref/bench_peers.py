@@ -37,6 +37,7 @@ from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_keep import Compact, Drift, Select
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
+from peers_trees import TreeVerify
 from peers_verification import Verify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
@@ -319,6 +320,7 @@ OPS = {
     "drift": Drift,
     "select": Select,
     "compact": Compact,
+    "tree_verify": TreeVerify,
 }
 
 

@@ -70,6 +70,7 @@ pub const NXS_STATUS_TARGET_BEYOND: u32 = 8;
 pub const NXS_STATUS_DRAFT_IMPOSSIBLE: u32 = 16;
 pub const NXS_STATUS_ROW_OUT_OF_RANGE: u32 = 32;
 pub const NXS_STATUS_DRAFTS_IGNORED: u32 = 64;
+pub const NXS_STATUS_TREE_BAD: u32 = 4096;
 pub const NXS_RULE_GREEDY: u32 = 0;
 pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
@@ -90,6 +91,7 @@ pub const NXS_COMPACT_EXTRAS: u32 = 4;
 pub const NXS_COMPACT_ROW_CLAMPED: u32 = 1;
 pub const NXS_COMPACT_POSITION_CLAMPED: u32 = 2;
 pub const NXS_COMPACT_COUNT_CLAMPED: u32 = 4;
+pub const NXS_TREE_STATE_BYTES: u32 = 16;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -1849,6 +1851,261 @@ impl Default for nxs_compact_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_tree_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub cu_rows_or_null: *const i32,
+    pub parents_or_null: *const i32,
+    pub first_child_or_null: *const i32,
+    pub next_sibling_or_null: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub target_to_draft_or_null: *const i32,
+    pub target_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub rules_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub kv_start_or_null: *const i32,
+    pub kv_slots_or_null: *const i32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub path_or_null: *mut i32,
+    pub kv_source_or_null: *mut i32,
+    pub kv_destination_or_null: *mut i32,
+    pub log_probs_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub draft_vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub max_nodes: i32,
+    pub max_depth: i32,
+    pub rule: i32,
+    pub without_replacement: i32,
+    pub fallback: i32,
+    pub cluster: i32,
+    pub shared_partials: i32,
+    pub target_dtype: nxs_dtype,
+    pub draft_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_tree_verify_params"][::core::mem::size_of::<nxs_tree_verify_params>() - 376usize];
+    ["Alignment of nxs_tree_verify_params"][::core::mem::align_of::<nxs_tree_verify_params>() - 8usize];
+    ["Offset of field: nxs_tree_verify_params::target"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target) - 0usize];
+    ["Offset of field: nxs_tree_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_or_null) - 8usize];
+    ["Offset of field: nxs_tree_verify_params::cu_rows_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, cu_rows_or_null) - 16usize];
+    ["Offset of field: nxs_tree_verify_params::parents_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, parents_or_null) - 24usize];
+    ["Offset of field: nxs_tree_verify_params::first_child_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, first_child_or_null) - 32usize];
+    ["Offset of field: nxs_tree_verify_params::next_sibling_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, next_sibling_or_null) - 40usize];
+    ["Offset of field: nxs_tree_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, drafts) - 48usize];
+    ["Offset of field: nxs_tree_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, row_index_or_null) - 56usize];
+    ["Offset of field: nxs_tree_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_row_or_null) - 64usize];
+    ["Offset of field: nxs_tree_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_stats_or_null) - 72usize];
+    ["Offset of field: nxs_tree_verify_params::target_to_draft_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_to_draft_or_null) - 80usize];
+    ["Offset of field: nxs_tree_verify_params::target_stats_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_stats_or_null) - 88usize];
+    ["Offset of field: nxs_tree_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, allow_or_null) - 96usize];
+    ["Offset of field: nxs_tree_verify_params::rules_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, rules_or_null) - 104usize];
+    ["Offset of field: nxs_tree_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, temperature_or_null) - 112usize];
+    ["Offset of field: nxs_tree_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_temperature_or_null) - 120usize];
+    ["Offset of field: nxs_tree_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, top_k_or_null) - 128usize];
+    ["Offset of field: nxs_tree_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, top_p_or_null) - 136usize];
+    ["Offset of field: nxs_tree_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, min_p_or_null) - 144usize];
+    ["Offset of field: nxs_tree_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, seeds_or_null) - 152usize];
+    ["Offset of field: nxs_tree_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, positions_or_null) - 160usize];
+    ["Offset of field: nxs_tree_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, uniforms_or_null) - 168usize];
+    ["Offset of field: nxs_tree_verify_params::kv_start_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_start_or_null) - 176usize];
+    ["Offset of field: nxs_tree_verify_params::kv_slots_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_slots_or_null) - 184usize];
+    ["Offset of field: nxs_tree_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, tokens) - 192usize];
+    ["Offset of field: nxs_tree_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, emitted) - 200usize];
+    ["Offset of field: nxs_tree_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, accepted) - 208usize];
+    ["Offset of field: nxs_tree_verify_params::status"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, status) - 216usize];
+    ["Offset of field: nxs_tree_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, last_row_or_null) - 224usize];
+    ["Offset of field: nxs_tree_verify_params::path_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, path_or_null) - 232usize];
+    ["Offset of field: nxs_tree_verify_params::kv_source_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_source_or_null) - 240usize];
+    ["Offset of field: nxs_tree_verify_params::kv_destination_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_destination_or_null) - 248usize];
+    ["Offset of field: nxs_tree_verify_params::log_probs_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, log_probs_or_null) - 256usize];
+    ["Offset of field: nxs_tree_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, workspace) - 264usize];
+    ["Offset of field: nxs_tree_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_stride_row) - 272usize];
+    ["Offset of field: nxs_tree_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_stride_row) - 280usize];
+    ["Offset of field: nxs_tree_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, allow_stride_row) - 288usize];
+    ["Offset of field: nxs_tree_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, batch) - 296usize];
+    ["Offset of field: nxs_tree_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, vocab) - 304usize];
+    ["Offset of field: nxs_tree_verify_params::draft_vocab"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_vocab) - 312usize];
+    ["Offset of field: nxs_tree_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_rows) - 320usize];
+    ["Offset of field: nxs_tree_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_rows) - 328usize];
+    ["Offset of field: nxs_tree_verify_params::max_nodes"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, max_nodes) - 336usize];
+    ["Offset of field: nxs_tree_verify_params::max_depth"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, max_depth) - 340usize];
+    ["Offset of field: nxs_tree_verify_params::rule"][::core::mem::offset_of!(nxs_tree_verify_params, rule) - 344usize];
+    ["Offset of field: nxs_tree_verify_params::without_replacement"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, without_replacement) - 348usize];
+    ["Offset of field: nxs_tree_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, fallback) - 352usize];
+    ["Offset of field: nxs_tree_verify_params::cluster"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, cluster) - 356usize];
+    ["Offset of field: nxs_tree_verify_params::shared_partials"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, shared_partials) - 360usize];
+    ["Offset of field: nxs_tree_verify_params::target_dtype"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_dtype) - 364usize];
+    ["Offset of field: nxs_tree_verify_params::draft_dtype"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_dtype) - 368usize];
+};
+impl Default for nxs_tree_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_tree_build_params {
+    pub cu_rows_or_null: *const i32,
+    pub parents: *const i32,
+    pub drafts_or_null: *const i32,
+    pub scores_or_null: *const f32,
+    pub positions_or_null: *const i64,
+    pub counts_or_null: *mut i32,
+    pub selected_or_null: *mut i32,
+    pub parents_or_null: *mut i32,
+    pub drafts_out_or_null: *mut i32,
+    pub first_child_or_null: *mut i32,
+    pub next_sibling_or_null: *mut i32,
+    pub depths_or_null: *mut i32,
+    pub node_positions_or_null: *mut i64,
+    pub mask_or_null: *mut u32,
+    pub paths_or_null: *mut i32,
+    pub leaf_counts_or_null: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub candidates: i32,
+    pub nodes: i32,
+    pub leaves: i32,
+    pub max_depth: i32,
+    pub cumulative: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_tree_build_params"][::core::mem::size_of::<nxs_tree_build_params>() - 168usize];
+    ["Alignment of nxs_tree_build_params"][::core::mem::align_of::<nxs_tree_build_params>() - 8usize];
+    ["Offset of field: nxs_tree_build_params::cu_rows_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, cu_rows_or_null) - 0usize];
+    ["Offset of field: nxs_tree_build_params::parents"]
+        [::core::mem::offset_of!(nxs_tree_build_params, parents) - 8usize];
+    ["Offset of field: nxs_tree_build_params::drafts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, drafts_or_null) - 16usize];
+    ["Offset of field: nxs_tree_build_params::scores_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, scores_or_null) - 24usize];
+    ["Offset of field: nxs_tree_build_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, positions_or_null) - 32usize];
+    ["Offset of field: nxs_tree_build_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, counts_or_null) - 40usize];
+    ["Offset of field: nxs_tree_build_params::selected_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, selected_or_null) - 48usize];
+    ["Offset of field: nxs_tree_build_params::parents_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, parents_or_null) - 56usize];
+    ["Offset of field: nxs_tree_build_params::drafts_out_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, drafts_out_or_null) - 64usize];
+    ["Offset of field: nxs_tree_build_params::first_child_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, first_child_or_null) - 72usize];
+    ["Offset of field: nxs_tree_build_params::next_sibling_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, next_sibling_or_null) - 80usize];
+    ["Offset of field: nxs_tree_build_params::depths_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, depths_or_null) - 88usize];
+    ["Offset of field: nxs_tree_build_params::node_positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, node_positions_or_null) - 96usize];
+    ["Offset of field: nxs_tree_build_params::mask_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, mask_or_null) - 104usize];
+    ["Offset of field: nxs_tree_build_params::paths_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, paths_or_null) - 112usize];
+    ["Offset of field: nxs_tree_build_params::leaf_counts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, leaf_counts_or_null) - 120usize];
+    ["Offset of field: nxs_tree_build_params::status"]
+        [::core::mem::offset_of!(nxs_tree_build_params, status) - 128usize];
+    ["Offset of field: nxs_tree_build_params::batch"][::core::mem::offset_of!(nxs_tree_build_params, batch) - 136usize];
+    ["Offset of field: nxs_tree_build_params::candidates"]
+        [::core::mem::offset_of!(nxs_tree_build_params, candidates) - 144usize];
+    ["Offset of field: nxs_tree_build_params::nodes"][::core::mem::offset_of!(nxs_tree_build_params, nodes) - 148usize];
+    ["Offset of field: nxs_tree_build_params::leaves"]
+        [::core::mem::offset_of!(nxs_tree_build_params, leaves) - 152usize];
+    ["Offset of field: nxs_tree_build_params::max_depth"]
+        [::core::mem::offset_of!(nxs_tree_build_params, max_depth) - 156usize];
+    ["Offset of field: nxs_tree_build_params::cumulative"]
+        [::core::mem::offset_of!(nxs_tree_build_params, cumulative) - 160usize];
+};
+impl Default for nxs_tree_build_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -1884,4 +2141,6 @@ unsafe extern "C" {
     pub fn nxs_drift(params: *const nxs_drift_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_select(params: *const nxs_select_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_compact(params: *const nxs_compact_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_tree_verify(params: *const nxs_tree_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_tree_build(params: *const nxs_tree_build_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

@@ -24,6 +24,8 @@ mod scalar_quantize;
 mod scale_attention;
 mod select;
 mod tensors;
+mod tree_build;
+mod tree_verify;
 mod verify;
 
 use std::path::PathBuf;
@@ -48,6 +50,8 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &tree_verify::OP,
+    &tree_build::OP,
     &draft_sample::OP,
     &row_stats::OP,
     &drift::OP,
