@@ -10,7 +10,9 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod compact;
 mod draft_sample;
+mod drift;
 mod multi_scale;
 mod pack;
 mod philox_fill;
@@ -21,7 +23,10 @@ mod rvq_decode;
 mod rvq_encode;
 mod scalar_quantize;
 mod scale_attention;
+mod select;
 mod tensors;
+mod tree_build;
+mod tree_verify;
 mod verify;
 
 use std::path::PathBuf;
@@ -46,8 +51,13 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &tree_verify::OP,
+    &tree_build::OP,
     &draft_sample::OP,
     &row_stats::OP,
+    &drift::OP,
+    &select::OP,
+    &compact::OP,
     &pack::PACK,
     &pack::UNPACK,
     &pack::ROTATE,

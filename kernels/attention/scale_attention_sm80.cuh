@@ -443,7 +443,7 @@ template <int kDim, typename Kernel> nxs_status launch_sm80(const ScaleParams& p
   ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
   base2.logit_bound *= kLog2E;
-  NXS_TRY(allow_dynamic_smem(kernel, shared));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(all_works(p));
   shape.block = Sm80<kDim>::kThreads;
