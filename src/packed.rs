@@ -256,6 +256,7 @@ impl Codebook {
     /// The least mean square error for the normal distribution of variance 1 (J. Max, 1960; S. Lloyd, 1982): each centroid is
     /// the mean of its cell, each threshold the middle between centroids. Lloyd's iteration in f64 with the density and `erfc`
     /// in closed form, until nothing moves by more than 1e-15; a test holds both conditions against numerical integrals.
+    #[allow(clippy::excessive_precision)]
     pub(crate) fn of(bits: u32) -> Codebook {
         match bits {
             2 => Codebook { centroids: &[0.4527800346, 1.5104176085], thresholds: &[0.9815988216] },
