@@ -9,3 +9,9 @@
 //! compression they differ, and both are kept.
 
 pub use crate::plan::Traffic;
+
+mod importance;
+
+pub use importance::{
+    Aggregation, Importance, ImportanceArgs, ImportanceBuilder, ImportanceSchedule, ImportanceVariant, Pool, Reduction,
+};
