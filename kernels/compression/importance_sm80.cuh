@@ -6,10 +6,7 @@
 // Both compute S^T = K Q^T: keys are the rows of the products, queries the columns. So a column sum is a running sum in a
 // thread, a row's softmax one in each of 8 lanes, and the maximum over query heads an elementwise one.
 //
-// Keys       each warp takes 32 at a time, straight from global memory to registers: lane (g, t) loads the 16-byte pieces 4 b +
-//            t of rows g, g + 8, ... The order of a product's k is free as long as both factors have the same: piece 4 b + t holds
-//            the elements that the lane needs of steps 2 b and 2 b + 1. No shared memory, no ldmatrix, no barrier.
-// Queries    lie in shared memory, rows of 2 kDim bytes; a lane reads the same pieces of its row, 16 bytes at once.
+// Products   those of products.cuh: each warp has 32 keys in registers, queries lie in shared memory.
 // Statistics a block: stat_rows rows, which stay, and a span of keys that its 8 warps go through. Maximum and sum of a row are
 //            kept by each thread for its keys, merged at the end: lanes, then warps, in a fixed order.
 // Columns    a block: spans of 256 keys, which stay in registers while rows pass, sum_rows at a time in two buffers (cp.async);
@@ -21,14 +18,14 @@
 #pragma once
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/launch.cuh"
-#include "common/ptx/matrix.cuh"
 #include "common/ptx/shared.cuh"
 #include "common/ptx/warp.cuh"
 #include "compression/importance.cuh"
+#include "compression/products.cuh"
 
 namespace nxs::compression {
 
-constexpr u32 kWarps = 8, kThreads = kWarps * kWarpSize, kWarpKeys = kImportanceWarpKeys, kSpan = kImportanceSpan;
+constexpr u32 kWarps = 8, kThreads = kWarps * kWarpSize, kSpan = kImportanceSpan;
 static_assert(kWarps * kWarpKeys == kSpan);
 
 // What becomes of the products of a row and a key.
@@ -36,25 +33,10 @@ enum class Column : int { kSum, kMaxLogit, kMaxProb, kLogit };
 template <Column kColumn>
 constexpr Rows kRowsOf = kColumn == Column::kMaxLogit || kColumn == Column::kMaxProb ? Rows::kTogether : Rows::kSingle;
 
-// Rows of queries in shared memory.
-template <int kDim> struct QueryTile {
-  static constexpr u32 kPieces = kDim / 8, kRowBytes = kDim * 2, kBlocks = kDim / 32;
-  // Of two rows that follow each other, 64 bytes each are in other banks.
-  NXS_DEVICE static u32 piece_at(u32 row, u32 piece) {
-    return row * kRowBytes + (kDim == 96 ? piece : piece ^ row % 2 * 4) * 16;
-  }
-  // Of this lane: its piece of block b of the eight rows that begin at `address`, which is a multiple of 256.
-  u32 lane_at;
-  NXS_DEVICE explicit QueryTile(u32 lane) : lane_at(piece_at(lane / 4, lane % 4)) {}
-  NXS_DEVICE u32 at(u32 address, u32 block) const {
-    return kDim == 96 ? address + lane_at + block * 64 : address + (lane_at ^ block * 64);
-  }
-};
-
 // Starts the copies of a tile: of `count` rows of `tile_rows`, the first of which is `first`; zeroes where there is none.
 template <typename T, int kDim, Rows kRows>
 NXS_DEVICE void copy_queries(const ImportanceParams& p, const Item& item, u32 to, u32 first, u32 tile_rows) {
-  using Tile = QueryTile<kDim>;
+  using Tile = VectorTile<kDim>;
   // So many threads share a row, each every kLanes-th of its pieces.
   constexpr u32 kLanes = kDim == 96 ? 4 : Tile::kPieces, kStep = kThreads / kLanes;
   const u32 lane = thread_index() % kLanes, groups = static_cast<u32>(p.groups);
@@ -83,47 +65,6 @@ template <Rows kRows> NXS_DEVICE u32 query_of(const ImportanceParams& p, u32 row
   return kRows == Rows::kTogether || p.groups == 1 ? row : row / static_cast<u32>(p.groups);
 }
 
-// A warp's 32 keys: two factors A of 16 rows.
-template <typename T, int kDim> struct Keys {
-  u32 a[2][kDim / 16][4];
-
-  // Rows beyond the last are the last one again. `rows` is that of key 0.
-  NXS_DEVICE void load(const T* rows, i64 stride, u32 key, u32 last) {
-    const u32 lane = thread_index() % kWarpSize;
-#pragma unroll
-    for (u32 m = 0; m < 2; ++m)
-#pragma unroll
-      for (u32 half = 0; half < 2; ++half) {
-        u32 row = key + m * 16 + half * 8 + lane / 4;
-        if (row > last) row = last;
-        const T* from = rows + row * stride + lane % 4 * 8;
-#pragma unroll
-        for (u32 block = 0; block < kDim / 32; ++block) {
-          const auto piece = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(from + block * 32));
-#pragma unroll
-          for (u32 i = 0; i < 4; ++i) a[m][2 * block + i / 2][half + i % 2 * 2] = piece.data[i];
-        }
-      }
-  }
-  // d = K Q^T of eight rows of queries: element i of d[m] is of key 16 m + 8 (i / 2) + lane / 4, row 2 (lane % 4) + i % 2.
-  NXS_DEVICE void multiply(float (&d)[2][4], const QueryTile<kDim>& tile, u32 address) const {
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i) d[i / 4][i % 4] = 0;
-#pragma unroll
-    for (u32 block = 0; block < kDim / 32; ++block) {
-      const auto b = load_shared<Vec<u32, 4>>(tile.at(address, block));
-#pragma unroll
-      for (u32 step = 0; step < 2; ++step)
-#pragma unroll
-        for (u32 m = 0; m < 2; ++m) product(d[m], a[m][2 * block + step], b.data[2 * step], b.data[2 * step + 1]);
-    }
-  }
-  NXS_DEVICE static void product(float (&d)[4], const u32 (&factor)[4], u32 b0, u32 b1) {
-    if constexpr (DType<T>::value == NXS_BF16) mma_bf16(d, factor, b0, b1);
-    else mma_f16(d, factor, b0, b1);
-  }
-};
-
 // ---- statistics
 
 template <Rows kRows> constexpr u32 kMostStatRows = kRows == Rows::kTogether ? 64 : 128;
@@ -131,7 +72,7 @@ template <Rows kRows> constexpr u32 kMostStatRows = kRows == Rows::kTogether ? 6
 template <typename T, int kDim, Rows kRows>
 __global__ void __launch_bounds__(kThreads, 1) importance_stats_sm80_kernel(const __grid_constant__ ImportanceParams p) {
   // p.scale comes times log2(e).
-  using Tile = QueryTile<kDim>;
+  using Tile = VectorTile<kDim>;
   constexpr u32 kEights = kMostStatRows<kRows> / 8;
   const u32 shared = dynamic_shared(), lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const u32 tile_rows = static_cast<u32>(p.stat_rows), all = stat_rows_of(p), tiles = (all + tile_rows - 1) / tile_rows;
@@ -226,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) importance_stats_sm80_kernel(cons
 template <typename T, int kDim, Column kColumn>
 __global__ void __launch_bounds__(kThreads, 2) importance_columns_sm80_kernel(const __grid_constant__ ImportanceParams p) {
   // p.scale comes times log2(e), but of logits is part of p.factor.
-  using Tile = QueryTile<kDim>;
+  using Tile = VectorTile<kDim>;
   constexpr Rows kRows = kRowsOf<kColumn>;
   const u32 shared = dynamic_shared(), lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const u32 groups = static_cast<u32>(p.groups), vectors = kRows == Rows::kTogether ? groups : 1;
@@ -368,7 +309,7 @@ template <typename T, int kDim, Rows kRows> nxs_status launch_stats(const Import
   NXS_REQUIRE(p.stat_rows > 0 && p.stat_rows % 8 == 0 && p.stat_rows <= static_cast<i64>(kMostStatRows<kRows>), NXS_E_SHAPE);
   NXS_REQUIRE(p.stat_span > 0 && p.stat_span % kSpan == 0 && p.stat_splits == (p.tokens + p.stat_span - 1) / p.stat_span,
               NXS_E_SHAPE);
-  const i64 bytes = vectors * QueryTile<kDim>::kRowBytes, found = kWarps * kMostStatRows<kRows> * 8;
+  const i64 bytes = vectors * VectorTile<kDim>::kRowBytes, found = kWarps * kMostStatRows<kRows> * 8;
   NXS_REQUIRE(bytes <= kImportanceQueryBytes, NXS_E_SHAPE);
   const i64 blocks = (all + p.stat_rows - 1) / p.stat_rows * p.stat_splits;
   NXS_REQUIRE(blocks <= INT32_MAX, NXS_E_SHAPE);
@@ -389,7 +330,7 @@ template <typename T, int kDim, Column kColumn> nxs_status launch_columns(const 
                   (all == 0 ? p.sum_splits == 1 : p.sum_splits == (all + p.sum_rows_split - 1) / p.sum_rows_split),
               NXS_E_SHAPE);
   const int buffers = all > p.sum_rows ? 2 : 1;
-  NXS_REQUIRE(vectors * buffers * QueryTile<kDim>::kRowBytes <= kImportanceQueryBytes, NXS_E_SHAPE);
+  NXS_REQUIRE(vectors * buffers * VectorTile<kDim>::kRowBytes <= kImportanceQueryBytes, NXS_E_SHAPE);
   NXS_REQUIRE(buffers == 1 || vectors <= static_cast<i64>(kThreads), NXS_E_SHAPE);
   const i64 blocks = (p.tokens + p.sum_span - 1) / p.sum_span * p.sum_splits;
   NXS_REQUIRE(blocks <= INT32_MAX, NXS_E_SHAPE);
@@ -398,7 +339,7 @@ template <typename T, int kDim, Column kColumn> nxs_status launch_columns(const 
   shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.sets * p.heads));
   shape.block = kThreads;
   shape.dynamic_smem =
-      static_cast<unsigned>((vectors * (QueryTile<kDim>::kRowBytes + 4) + 255) / 256 * 256) * static_cast<unsigned>(buffers);
+      static_cast<unsigned>((vectors * (VectorTile<kDim>::kRowBytes + 4) + 255) / 256 * 256) * static_cast<unsigned>(buffers);
   NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
   return launch(kernel, shape, stream, p);
 }

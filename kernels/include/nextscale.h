@@ -820,8 +820,8 @@ typedef struct nxs_redundancy_params {
   float *scores;                  /* [sets, heads, tokens], tokens contiguous */
   const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
   float *parts_or_null;           /* workspace of SOFTMAX, 16-byte aligned: [sets, heads, spans] */
-  void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens] of 8 bytes, padded to even
-                                     tokens: i32 retain, f32 cosine */
+  void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens to an even number] of 8 bytes:
+                                     retain i32 (-1: none), its cosine f32 */
   int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
   int64_t norms_stride_set, norms_stride_head;
   int64_t sum_stride_set, sum_stride_head;

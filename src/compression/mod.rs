@@ -11,7 +11,11 @@
 pub use crate::plan::Traffic;
 
 mod importance;
+mod key_norms;
+mod redundancy;
 
 pub use importance::{
     Aggregation, Importance, ImportanceArgs, ImportanceBuilder, ImportanceSchedule, ImportanceVariant, Pool, Reduction,
 };
+pub use key_norms::{KeyNorms, KeyNormsArgs, KeyNormsBuilder};
+pub use redundancy::{Form, Redundancy, RedundancyArgs, RedundancyBuilder, Retain, Similar};

@@ -2,16 +2,15 @@
 
 use core::marker::PhantomData;
 
+use super::super::key_norms::plan::{
+    MOST_ITEMS, MOST_TOKENS, check_sizes, keys_layout, lengths_layout, rows_layout, vectors_layout,
+};
 use super::{Importance, Traffic};
-use crate::device::{Arch, DeviceInfo};
+use crate::device::DeviceInfo;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 
-/// Kernels count tokens, and rows of queries, in 32 bits, with room for a tile beyond the last.
-const MOST_ROWS: u64 = (1 << 31) - (1 << 16) - 1;
-/// Sets times heads are one dimension of a grid.
-const MOST_ITEMS: u64 = 65_535;
 const MOST_MASKED: u64 = 1024;
 const MOST_POOL: u32 = 63;
 /// Query heads of a KV head, where all of them have to be looked at together.
@@ -261,25 +260,17 @@ impl<T: Float> ImportanceBuilder<T> {
     /// scale that is not positive and finite, or Hopper's kernels on another device; [`Error::UnsupportedDevice`] below
     /// compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Importance<T>> {
-        if device.arch < (Arch { major: 8, minor: 0 }) {
-            return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
-        }
         let size = |arg, got, min, max| {
             if (min..=max).contains(&got) { Ok(()) } else { Err(Error::Size { arg, got, min, max }) }
         };
         let Self { sets, tokens, queries, heads, groups, dim, .. } = self;
-        if ![64, 96, 128].contains(&dim) {
-            return Err(Error::Size { arg: "dim", got: dim, min: 64, max: 128 });
-        }
+        check_sizes(device, [sets, heads, tokens, dim], MOST_TOKENS)?;
         let maximum = matches!(self.aggregation, Aggregation::MaxLogit | Aggregation::MaxProb);
-        size("heads", heads, 1, MOST_ITEMS)?;
         size("groups", groups, 1, if maximum { MOST_GROUPS } else { MOST_ITEMS })?;
-        size("sets * heads", sets.saturating_mul(heads), 0, MOST_ITEMS)?;
-        size("tokens", tokens, 0, MOST_ROWS)?;
-        size("queries * groups", queries.saturating_mul(groups), 0, MOST_ROWS)?;
-        size("q_rows", self.q_rows.unwrap_or(queries), 0, MOST_ROWS)?;
-        size("excluded", self.excluded, 0, MOST_ROWS)?;
-        size("unscored", self.unscored, 0, MOST_ROWS)?;
+        size("queries * groups", queries.saturating_mul(groups), 0, MOST_TOKENS)?;
+        size("q_rows", self.q_rows.unwrap_or(queries), 0, MOST_TOKENS)?;
+        size("excluded", self.excluded, 0, MOST_TOKENS)?;
+        size("unscored", self.unscored, 0, MOST_TOKENS)?;
         size("masked", self.masked, 0, MOST_MASKED)?;
         if let Pool::Max(width) | Pool::Average(width) = self.pool {
             size("pool", width.into(), 1, MOST_POOL.into())?;
@@ -303,28 +294,15 @@ impl<T: Float> ImportanceBuilder<T> {
         }
         let q_rows = self.q_rows.unwrap_or(queries);
         if self.q_rows.is_some() && queries > 0 {
-            size("q_rows", q_rows, 1, MOST_ROWS)?;
+            size("q_rows", q_rows, 1, MOST_TOKENS)?;
         }
 
         let q_shape = [sets, q_rows, heads * groups, dim];
         let k_shape = [sets, tokens, heads, dim];
-        let with_dim = |shape, strides: Option<[i64; 3]>| {
-            strides.map_or(Layout::contiguous(shape), |[a, b, c]| Layout::strided(shape, [a, b, c, 1]))
-        };
-        let (q, k) = (with_dim(q_shape, self.q), with_dim(k_shape, self.k));
-        for (arg, layout) in [("q", &q), ("k", &k)] {
-            if let Some(at) = layout.strides()[..3].iter().position(|stride| stride % 8 != 0) {
-                let got = layout.strides()[at];
-                return Err(Error::Stride { arg, dim: at, got, need: "must be a multiple of 8" });
-            }
-        }
-        let scores_shape = [sets, heads, tokens];
-        let scores = self
-            .scores
-            .map_or(Layout::contiguous(scores_shape), |[set, head]| Layout::strided(scores_shape, [set, head, 1]));
+        let (q, k) = (vectors_layout("q", q_shape, self.q)?, keys_layout(k_shape, self.k)?);
+        let scores = rows_layout([sets, heads, tokens], self.scores);
         scores.require_disjoint("scores")?;
-        let lengths =
-            self.lengths.map_or(Layout::contiguous([sets, heads]), |strides| Layout::strided([sets, heads], strides));
+        let lengths = lengths_layout([sets, heads], self.lengths);
         let lse_shape = [sets, heads * groups, queries];
         let lse = self.lse.map_or(Layout::contiguous(lse_shape), |strides| Layout::strided(lse_shape, strides));
 
