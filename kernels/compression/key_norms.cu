@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kNormThreads) key_norms_kernel(const __grid_co
       float square = 0;
 #pragma unroll
       for (u32 d = 0; d < 8; ++d) square = fma(to_f32(key[i].data[d]), to_f32(key[i].data[d]), square);
-      const float inverse = j < length ? divide(1.0f, square_root(rows.total(square)) + p.eps) : 0.0f;
+      square = rows.total(square);
+      const float inverse = j < length ? divide(1.0f, square_root(square) + p.eps) : 0.0f;
       if (rows.lane == 0 && j < end) store_global(norms + j, inverse);
       const bool counts = j < end && j < length;
 #pragma unroll

@@ -27,8 +27,9 @@ use crate::view::{In, Out};
 /// | `Softmax` | `softmax_j(u[j] . unit_sum / n)` | FlowCache (2602.10825) |
 /// | `Similar` | `softmax_j(sum over i != j with retain(i) != j of u[i] . u[j] / n)` | R-KV (2505.24133) |
 ///
-/// FlowCache states its score as the softmax of each key's mean cosine to all others. Taking the key itself out moves all
-/// logits alike, so that this is the same softmax; no pair of keys is ever looked at.
+/// FlowCache states its score as the softmax of each key's mean cosine to the others: to all, less 1 for itself. The 1 moves
+/// all logits alike, so that this is the same softmax; no pair of keys is ever looked at. (A zero key has a cosine of 0 to itself;
+/// there the two readings differ, and this is the one that FlowCache computes.)
 ///
 /// **Similar.** Each key `i` leaves one neighbour, `retain(i)`, out of account: one whose cosine to `i` is above a threshold
 /// ([`Retain`] says which), so that of like keys one stays. Without a neighbour it leaves out key 0
