@@ -11,8 +11,10 @@
 mod attention_merge;
 mod attention_prepare;
 mod draft_sample;
+mod importance;
 mod multi_scale;
 mod philox_fill;
+mod redundancy;
 mod request;
 mod row_stats;
 mod runner;
@@ -47,6 +49,9 @@ static OPS: &[&Op] = &[
     &verify::OP,
     &draft_sample::OP,
     &row_stats::OP,
+    &importance::OP,
+    &redundancy::NORMS,
+    &redundancy::OP,
     &philox_fill::OP,
 ];
 
