@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_importance import Importance, Redundancy
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
 from peers_verification import Verify
@@ -315,6 +316,8 @@ OPS = {
     "attention_prepare": AttentionPrepare,
     "multi_scale": MultiScale,
     "verify": Verify,
+    "importance": Importance,
+    "redundancy": Redundancy,
 }
 
 

@@ -19,6 +19,7 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import compare_importance
 import compare_multi_scale
 from compare_attention import scale_attention
 from compare_rvq_encode import rvq_encode
@@ -337,7 +338,7 @@ OPS = {
     "draft_sample": draft_sample,
     "row_stats": row_stats,
     "philox_fill": philox_fill,
-} | compare_multi_scale.OPS
+} | compare_multi_scale.OPS | compare_importance.OPS
 
 
 def main():
