@@ -119,14 +119,21 @@ fn case() -> impl Strategy<Value = Case> {
         prop_oneof![3 => Just(1f32), 1 => Just(0.1), 1 => Just(20.0)],
         proptest::bool::weighted(0.15),
         prop_oneof![1 => Just(132), 1 => Just(4), 1 => Just(20)],
+        any::<bool>(),
         any::<u64>(),
     );
     (sizes, what, more, rest).prop_map(|(sizes, what, more, rest)| {
         let (sets, tokens, queries, heads, groups, dim) = sizes;
         let (aggregation, reduction, causal, excluded, unscored, pool, accumulate) = what;
         let (listed, masked, given_lse, lengths, shuffled, gap) = more;
-        let (spread, nan, multiprocessors, seed) = rest;
+        let (spread, nan, multiprocessors, hopper, seed) = rest;
         let lse_fits = aggregation != Aggregation::Logit && (aggregation != Aggregation::MaxLogit || groups == 1);
+        let fits = sets * tokens * queries > 0
+            && listed.is_none()
+            && aggregation != Aggregation::Logit
+            && (aggregation != Aggregation::MaxLogit || groups <= 4);
+        let hopper = hopper && fits;
+        let causal = causal && !hopper;
         Case {
             sets,
             tokens,
@@ -150,7 +157,7 @@ fn case() -> impl Strategy<Value = Case> {
             spread,
             nan,
             multiprocessors,
-            variant: ImportanceVariant::Auto,
+            variant: if hopper { ImportanceVariant::Hopper } else { ImportanceVariant::Auto },
             seed,
         }
     })
@@ -501,12 +508,13 @@ proptest! {
         let vectors = if together { groups as u64 } else { 1 };
         let rows = (queries * groups) as u64 / vectors;
         prop_assert!(schedule.stat_rows % 8 == 0 && schedule.sum_rows % 8 == 0);
+        let rows = if schedule.hopper { queries as u64 } else { rows };
         prop_assert_eq!(schedule.stat_splits, (tokens as u64).div_ceil(schedule.stat_span).max(1));
         prop_assert_eq!(schedule.sum_splits, rows.div_ceil(schedule.sum_rows_split).max(1));
         prop_assert_eq!(schedule.sum_rows_split % schedule.sum_rows, 0);
         let buffers = if rows > schedule.sum_rows { 2 } else { 1 };
-        prop_assert!(schedule.sum_rows * vectors * buffers * dim as u64 * 2 <= 96 << 10);
-        prop_assert!(buffers == 1 || schedule.sum_rows * vectors <= 256);
+        prop_assert!(schedule.hopper || schedule.sum_rows * vectors * buffers * dim as u64 * 2 <= 96 << 10);
+        prop_assert!(buffers == 1 || schedule.hopper || schedule.sum_rows * vectors <= 256);
         prop_assert!(plan.workspace_bytes() < 4 * (sets * heads * (queries * groups + 64)) as u64 * 2
             + 4 * schedule.sum_splits * (sets * heads * tokens) as u64
             + 8 * schedule.stat_splits * (sets * heads * queries * groups) as u64 + 512);
@@ -572,6 +580,51 @@ fn queries_are_split() {
         everywhere(&case);
         everywhere(&Case { causal: true, accumulate: true, ..case.clone() });
     }
+}
+
+/// Hopper's kernels on what is special to them: tiles of 64, 128 and 256 rows, chunks of 128 keys, all numbers of query heads.
+#[test]
+fn hopper_is_those_of_the_formula() {
+    for (tokens, queries, heads, groups, dim) in
+        [(300, 70, 2, 3, 128), (129, 130, 1, 4, 96), (257, 257, 1, 1, 64), (64, 1, 2, 2, 128)]
+    {
+        for aggregation in [Aggregation::MaxLogit, Aggregation::MeanProb, Aggregation::MaxProb] {
+            let case = Case {
+                tokens,
+                queries,
+                heads,
+                groups,
+                dim,
+                aggregation,
+                variant: ImportanceVariant::Hopper,
+                ..plain()
+            };
+            assert!(case.plan(&case.problem::<bf16>()).schedule().hopper);
+            everywhere(&case);
+            everywhere(&Case {
+                lengths: 2,
+                pool: Pool::Max(7),
+                excluded: 3,
+                accumulate: true,
+                shuffled: true,
+                ..case.clone()
+            });
+            everywhere(&Case { nan: true, lengths: 1, gap: [1, 2, 3], multiprocessors: 4, ..case.clone() });
+        }
+    }
+    // Queries and keys are split.
+    let case = Case {
+        sets: 1,
+        heads: 1,
+        tokens: 600,
+        queries: 1100,
+        groups: 1,
+        variant: ImportanceVariant::Hopper,
+        ..plain()
+    };
+    let schedule = case.plan(&case.problem::<bf16>()).schedule();
+    assert!(schedule.sum_splits > 1 && schedule.stat_splits > 1, "{schedule:?}");
+    everywhere(&case);
 }
 
 /// Many keys for few queries: the softmax of a row is put together from several blocks'.

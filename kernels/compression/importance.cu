@@ -63,8 +63,9 @@ static nxs_status finish(const ImportanceParams& given, void* stream) {
   return launch(importance_finish_kernel, shape, stream, p);
 }
 
-#define NXS_DECLARE(type, dim)                                                    \
-  template <> nxs_status importance_sm80<type, dim>(const ImportanceParams&, void*);
+#define NXS_DECLARE(type, dim)                                                       \
+  template <> nxs_status importance_sm80<type, dim>(const ImportanceParams&, void*); \
+  template <> nxs_status importance_sm90<type, dim>(const ImportanceParams&, void*);
 NXS_DECLARE(bf16, 64)
 NXS_DECLARE(bf16, 96)
 NXS_DECLARE(bf16, 128)
@@ -74,6 +75,10 @@ NXS_DECLARE(f16, 128)
 #undef NXS_DECLARE
 
 template <typename T> static nxs_status for_dim(const ImportanceParams& p, void* stream) {
+  if (p.variant == 1)
+    return p.dim == 64   ? importance_sm90<T, 64>(p, stream)
+           : p.dim == 96 ? importance_sm90<T, 96>(p, stream)
+                         : importance_sm90<T, 128>(p, stream);
   return p.dim == 64   ? importance_sm80<T, 64>(p, stream)
          : p.dim == 96 ? importance_sm80<T, 96>(p, stream)
                        : importance_sm80<T, 128>(p, stream);
@@ -89,7 +94,7 @@ extern "C" nxs_status nxs_importance(const nxs_importance_params* params, void* 
   // Rows and keys are counted in 32 bits, with room for a tile beyond the last.
   constexpr int64_t kMost = INT32_MAX - (1 << 16);
   NXS_REQUIRE(p.dtype == NXS_BF16 || p.dtype == NXS_F16, NXS_E_DTYPE);
-  NXS_REQUIRE(p.variant == 0, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.variant == 0 || p.variant == 1, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.aggregation >= NXS_IMPORTANCE_MAX_LOGIT && p.aggregation <= NXS_IMPORTANCE_LOGIT, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.pool >= NXS_POOL_NONE && p.pool <= NXS_POOL_AVERAGE, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.dim == 64 || p.dim == 96 || p.dim == 128, NXS_E_SHAPE);

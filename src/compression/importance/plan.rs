@@ -317,8 +317,17 @@ impl<T: Float> ImportanceBuilder<T> {
             (Reduction::Mean, Aggregation::MeanProb | Aggregation::Logit) => queries * groups,
             (Reduction::Mean, _) => queries,
         };
+        // Dimensions of a tensor map have strides, if they have elements to tell apart.
+        let flat = |layout: &Layout<4>| (1..3).any(|dim| layout.shape()[dim] > 1 && layout.strides()[dim] == 0);
+        let unfit = match () {
+            () if self.causal => Some("Hopper's kernels have no causal order"),
+            () if self.q_rows.is_some() => Some("Hopper's kernels take queries as they come"),
+            () if flat(&q) || flat(&k) => Some("Hopper's kernels take strides above 0"),
+            () => None,
+        };
         let schedule = ImportanceSchedule::of(&Shape {
             device,
+            unfit,
             sets,
             heads,
             groups,
@@ -444,8 +453,13 @@ impl Plan {
     }
 }
 
+/// From so many queries on the products are what takes time, and Hopper's kernels have more of them.
+const MANY_QUERIES: u64 = 256;
+
 struct Shape<'a> {
     device: &'a DeviceInfo,
+    /// What Hopper's kernels do not take, of what the sizes do not say.
+    unfit: Option<&'static str>,
     sets: u64,
     heads: u64,
     groups: u64,
@@ -458,9 +472,26 @@ struct Shape<'a> {
     variant: ImportanceVariant,
 }
 
+impl Shape<'_> {
+    fn fits_hopper(&self) -> Result<()> {
+        let what = match self {
+            _ if self.device.arch.major != 9 => "Hopper's kernels run on sm_90 only",
+            Shape { unfit: Some(what), .. } => what,
+            Shape { aggregation: Aggregation::Logit, .. } => "Hopper's kernels take a softmax",
+            Shape { aggregation: Aggregation::MaxLogit, groups: 5.., .. } => {
+                "Hopper's kernels take a maximum over at most 4 query heads"
+            }
+            Shape { queries: 0, .. } | Shape { tokens: 0, .. } | Shape { sets: 0, .. } => "nothing is there to load",
+            _ => return Ok(()),
+        };
+        Err(Error::Unsupported { arg: "variant", what })
+    }
+}
+
 /// How the kernels cut a scoring up; all of it for each set and head.
 ///
-/// A row is a query (where query heads are looked at together) or a query of one query head. The first pass gives a block
+/// A row is a query (where query heads are looked at together, and in the second pass of Hopper's kernels) or a query of one query
+/// head. The first pass gives a block
 /// `stat_rows` rows and a span of `stat_span` keys; it leaves a log-sum-exp, or `stat_splits` parts of it. The second gives a
 /// block a span of `sum_span` keys and `sum_rows_split` rows, which it takes `sum_rows` at a time. A third pass adds up
 /// what `sum_splits` blocks have found for a key, masks and pools. What is cut within a set does not depend on how many
@@ -491,14 +522,37 @@ pub struct ImportanceSchedule {
 
 impl ImportanceSchedule {
     fn of(shape: &Shape<'_>) -> Result<Self> {
-        let hopper_device = shape.device.arch.major == 9;
-        if shape.variant == ImportanceVariant::Hopper {
-            if !hopper_device {
-                return Err(Error::Unsupported { arg: "variant", what: "Hopper's kernels run on sm_90 only" });
-            }
-            return Err(Error::Unsupported { arg: "variant", what: "there are no such kernels yet" });
+        let fits = shape.fits_hopper();
+        match shape.variant {
+            ImportanceVariant::Hopper => fits.map(|()| Self::hopper(shape)),
+            ImportanceVariant::Auto if fits.is_ok() && shape.queries >= MANY_QUERIES => Ok(Self::hopper(shape)),
+            _ => Ok(Self::portable(shape)),
         }
-        Ok(Self::portable(shape))
+    }
+
+    fn hopper(shape: &Shape<'_>) -> Self {
+        let &Shape { heads, groups, tokens, queries, aggregation, .. } = shape;
+        let multiprocessors = shape.device.sm_count.max(1) as u64;
+        let (stat_rows, each) = if aggregation == Aggregation::MaxLogit { (128, 1) } else { (256, groups) };
+        let spans = tokens.div_ceil(SPAN).max(1);
+        let stat_blocks = heads * each * queries.div_ceil(stat_rows).max(1);
+        let stat_span = spans.div_ceil(multiprocessors.div_ceil(stat_blocks).min(spans)) * SPAN;
+        let sum_rows = 64;
+        let tiles = queries.div_ceil(sum_rows).max(1);
+        let sum_tiles = tiles.div_ceil(multiprocessors.div_ceil(heads * spans).min((tiles / 8).max(1)));
+        let sum_splits = tiles.div_ceil(sum_tiles);
+        ImportanceSchedule {
+            hopper: true,
+            has_stats: shape.needs_stats,
+            stat_rows,
+            stat_span,
+            stat_splits: tokens.div_ceil(stat_span).max(1),
+            sum_rows,
+            sum_span: SPAN,
+            sum_rows_split: sum_tiles * sum_rows,
+            sum_splits,
+            finishes: shape.finishes || sum_splits > 1,
+        }
     }
 
     fn portable(shape: &Shape<'_>) -> Self {
