@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_keep import Compact, Drift, Select
+from peers_importance import Importance, Redundancy
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
 from peers_trees import TreeVerify
@@ -321,6 +322,8 @@ OPS = {
     "select": Select,
     "compact": Compact,
     "tree_verify": TreeVerify,
+    "importance": Importance,
+    "redundancy": Redundancy,
 }
 
 

@@ -92,6 +92,17 @@ pub const NXS_COMPACT_ROW_CLAMPED: u32 = 1;
 pub const NXS_COMPACT_POSITION_CLAMPED: u32 = 2;
 pub const NXS_COMPACT_COUNT_CLAMPED: u32 = 4;
 pub const NXS_TREE_STATE_BYTES: u32 = 16;
+pub const NXS_IMPORTANCE_MAX_LOGIT: u32 = 0;
+pub const NXS_IMPORTANCE_MEAN_PROB: u32 = 1;
+pub const NXS_IMPORTANCE_MAX_PROB: u32 = 2;
+pub const NXS_IMPORTANCE_LOGIT: u32 = 3;
+pub const NXS_POOL_NONE: u32 = 0;
+pub const NXS_POOL_MAX: u32 = 1;
+pub const NXS_POOL_AVERAGE: u32 = 2;
+pub const NXS_REDUNDANCY_COSINE: u32 = 0;
+pub const NXS_REDUNDANCY_SOFTMAX: u32 = 1;
+pub const NXS_REDUNDANCY_SIMILAR: u32 = 2;
+pub const NXS_REDUNDANCY_SIMILAR_TOKENS: u32 = 8192;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -2106,6 +2117,336 @@ impl Default for nxs_tree_build_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_importance_params {
+    pub q: *const ::core::ffi::c_void,
+    pub k: *const ::core::ffi::c_void,
+    pub scores: *mut f32,
+    pub rows_or_null: *const i32,
+    pub masked_or_null: *const i32,
+    pub lengths_or_null: *const i32,
+    pub lse_or_null: *const f32,
+    pub stats_or_null: *mut f32,
+    pub sums_or_null: *mut f32,
+    pub q_stride_set: i64,
+    pub q_stride_row: i64,
+    pub q_stride_head: i64,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub scores_stride_set: i64,
+    pub scores_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub lse_stride_set: i64,
+    pub lse_stride_head: i64,
+    pub lse_stride_query: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub queries: i64,
+    pub q_rows: i64,
+    pub heads: i32,
+    pub groups: i32,
+    pub dim: i32,
+    pub aggregation: i32,
+    pub causal: i32,
+    pub excluded: i32,
+    pub unscored: i32,
+    pub pool: i32,
+    pub pool_width: i32,
+    pub masked: i32,
+    pub accumulate: i32,
+    pub dtype: nxs_dtype,
+    pub variant: i32,
+    pub scale: f32,
+    pub factor: f32,
+    pub stat_rows: i32,
+    pub stat_span: i32,
+    pub stat_splits: i32,
+    pub sum_rows: i32,
+    pub sum_span: i32,
+    pub sum_rows_split: i32,
+    pub sum_splits: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_importance_params"][::core::mem::size_of::<nxs_importance_params>() - 296usize];
+    ["Alignment of nxs_importance_params"][::core::mem::align_of::<nxs_importance_params>() - 8usize];
+    ["Offset of field: nxs_importance_params::q"][::core::mem::offset_of!(nxs_importance_params, q) - 0usize];
+    ["Offset of field: nxs_importance_params::k"][::core::mem::offset_of!(nxs_importance_params, k) - 8usize];
+    ["Offset of field: nxs_importance_params::scores"]
+        [::core::mem::offset_of!(nxs_importance_params, scores) - 16usize];
+    ["Offset of field: nxs_importance_params::rows_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, rows_or_null) - 24usize];
+    ["Offset of field: nxs_importance_params::masked_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, masked_or_null) - 32usize];
+    ["Offset of field: nxs_importance_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_or_null) - 40usize];
+    ["Offset of field: nxs_importance_params::lse_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_or_null) - 48usize];
+    ["Offset of field: nxs_importance_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, stats_or_null) - 56usize];
+    ["Offset of field: nxs_importance_params::sums_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, sums_or_null) - 64usize];
+    ["Offset of field: nxs_importance_params::q_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_set) - 72usize];
+    ["Offset of field: nxs_importance_params::q_stride_row"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_row) - 80usize];
+    ["Offset of field: nxs_importance_params::q_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_head) - 88usize];
+    ["Offset of field: nxs_importance_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_set) - 96usize];
+    ["Offset of field: nxs_importance_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_token) - 104usize];
+    ["Offset of field: nxs_importance_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_head) - 112usize];
+    ["Offset of field: nxs_importance_params::scores_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_set) - 120usize];
+    ["Offset of field: nxs_importance_params::scores_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_head) - 128usize];
+    ["Offset of field: nxs_importance_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_set) - 136usize];
+    ["Offset of field: nxs_importance_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_head) - 144usize];
+    ["Offset of field: nxs_importance_params::lse_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_set) - 152usize];
+    ["Offset of field: nxs_importance_params::lse_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_head) - 160usize];
+    ["Offset of field: nxs_importance_params::lse_stride_query"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_query) - 168usize];
+    ["Offset of field: nxs_importance_params::sets"][::core::mem::offset_of!(nxs_importance_params, sets) - 176usize];
+    ["Offset of field: nxs_importance_params::tokens"]
+        [::core::mem::offset_of!(nxs_importance_params, tokens) - 184usize];
+    ["Offset of field: nxs_importance_params::queries"]
+        [::core::mem::offset_of!(nxs_importance_params, queries) - 192usize];
+    ["Offset of field: nxs_importance_params::q_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, q_rows) - 200usize];
+    ["Offset of field: nxs_importance_params::heads"][::core::mem::offset_of!(nxs_importance_params, heads) - 208usize];
+    ["Offset of field: nxs_importance_params::groups"]
+        [::core::mem::offset_of!(nxs_importance_params, groups) - 212usize];
+    ["Offset of field: nxs_importance_params::dim"][::core::mem::offset_of!(nxs_importance_params, dim) - 216usize];
+    ["Offset of field: nxs_importance_params::aggregation"]
+        [::core::mem::offset_of!(nxs_importance_params, aggregation) - 220usize];
+    ["Offset of field: nxs_importance_params::causal"]
+        [::core::mem::offset_of!(nxs_importance_params, causal) - 224usize];
+    ["Offset of field: nxs_importance_params::excluded"]
+        [::core::mem::offset_of!(nxs_importance_params, excluded) - 228usize];
+    ["Offset of field: nxs_importance_params::unscored"]
+        [::core::mem::offset_of!(nxs_importance_params, unscored) - 232usize];
+    ["Offset of field: nxs_importance_params::pool"][::core::mem::offset_of!(nxs_importance_params, pool) - 236usize];
+    ["Offset of field: nxs_importance_params::pool_width"]
+        [::core::mem::offset_of!(nxs_importance_params, pool_width) - 240usize];
+    ["Offset of field: nxs_importance_params::masked"]
+        [::core::mem::offset_of!(nxs_importance_params, masked) - 244usize];
+    ["Offset of field: nxs_importance_params::accumulate"]
+        [::core::mem::offset_of!(nxs_importance_params, accumulate) - 248usize];
+    ["Offset of field: nxs_importance_params::dtype"][::core::mem::offset_of!(nxs_importance_params, dtype) - 252usize];
+    ["Offset of field: nxs_importance_params::variant"]
+        [::core::mem::offset_of!(nxs_importance_params, variant) - 256usize];
+    ["Offset of field: nxs_importance_params::scale"][::core::mem::offset_of!(nxs_importance_params, scale) - 260usize];
+    ["Offset of field: nxs_importance_params::factor"]
+        [::core::mem::offset_of!(nxs_importance_params, factor) - 264usize];
+    ["Offset of field: nxs_importance_params::stat_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_rows) - 268usize];
+    ["Offset of field: nxs_importance_params::stat_span"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_span) - 272usize];
+    ["Offset of field: nxs_importance_params::stat_splits"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_splits) - 276usize];
+    ["Offset of field: nxs_importance_params::sum_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows) - 280usize];
+    ["Offset of field: nxs_importance_params::sum_span"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_span) - 284usize];
+    ["Offset of field: nxs_importance_params::sum_rows_split"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows_split) - 288usize];
+    ["Offset of field: nxs_importance_params::sum_splits"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_splits) - 292usize];
+};
+impl Default for nxs_importance_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_key_norms_params {
+    pub k: *const ::core::ffi::c_void,
+    pub inverse_norms: *mut f32,
+    pub unit_sum: *mut f32,
+    pub lengths_or_null: *const i32,
+    pub parts: *mut f32,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub norms_stride_set: i64,
+    pub norms_stride_head: i64,
+    pub sum_stride_set: i64,
+    pub sum_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub span: i32,
+    pub accumulate: i32,
+    pub dtype: nxs_dtype,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_key_norms_params"][::core::mem::size_of::<nxs_key_norms_params>() - 152usize];
+    ["Alignment of nxs_key_norms_params"][::core::mem::align_of::<nxs_key_norms_params>() - 8usize];
+    ["Offset of field: nxs_key_norms_params::k"][::core::mem::offset_of!(nxs_key_norms_params, k) - 0usize];
+    ["Offset of field: nxs_key_norms_params::inverse_norms"]
+        [::core::mem::offset_of!(nxs_key_norms_params, inverse_norms) - 8usize];
+    ["Offset of field: nxs_key_norms_params::unit_sum"]
+        [::core::mem::offset_of!(nxs_key_norms_params, unit_sum) - 16usize];
+    ["Offset of field: nxs_key_norms_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_or_null) - 24usize];
+    ["Offset of field: nxs_key_norms_params::parts"][::core::mem::offset_of!(nxs_key_norms_params, parts) - 32usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_set) - 40usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_token) - 48usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_head) - 56usize];
+    ["Offset of field: nxs_key_norms_params::norms_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_set) - 64usize];
+    ["Offset of field: nxs_key_norms_params::norms_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_head) - 72usize];
+    ["Offset of field: nxs_key_norms_params::sum_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_set) - 80usize];
+    ["Offset of field: nxs_key_norms_params::sum_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_head) - 88usize];
+    ["Offset of field: nxs_key_norms_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_set) - 96usize];
+    ["Offset of field: nxs_key_norms_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_head) - 104usize];
+    ["Offset of field: nxs_key_norms_params::sets"][::core::mem::offset_of!(nxs_key_norms_params, sets) - 112usize];
+    ["Offset of field: nxs_key_norms_params::tokens"][::core::mem::offset_of!(nxs_key_norms_params, tokens) - 120usize];
+    ["Offset of field: nxs_key_norms_params::heads"][::core::mem::offset_of!(nxs_key_norms_params, heads) - 128usize];
+    ["Offset of field: nxs_key_norms_params::dim"][::core::mem::offset_of!(nxs_key_norms_params, dim) - 132usize];
+    ["Offset of field: nxs_key_norms_params::span"][::core::mem::offset_of!(nxs_key_norms_params, span) - 136usize];
+    ["Offset of field: nxs_key_norms_params::accumulate"]
+        [::core::mem::offset_of!(nxs_key_norms_params, accumulate) - 140usize];
+    ["Offset of field: nxs_key_norms_params::dtype"][::core::mem::offset_of!(nxs_key_norms_params, dtype) - 144usize];
+    ["Offset of field: nxs_key_norms_params::eps"][::core::mem::offset_of!(nxs_key_norms_params, eps) - 148usize];
+};
+impl Default for nxs_key_norms_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_redundancy_params {
+    pub k: *const ::core::ffi::c_void,
+    pub inverse_norms: *const f32,
+    pub unit_sum: *const f32,
+    pub scores: *mut f32,
+    pub lengths_or_null: *const i32,
+    pub parts_or_null: *mut f32,
+    pub retained_or_null: *mut ::core::ffi::c_void,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub norms_stride_set: i64,
+    pub norms_stride_head: i64,
+    pub sum_stride_set: i64,
+    pub sum_stride_head: i64,
+    pub scores_stride_set: i64,
+    pub scores_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub form: i32,
+    pub span: i32,
+    pub nth: i32,
+    pub nth_of_length: i32,
+    pub first: i32,
+    pub lonely: i32,
+    pub dtype: nxs_dtype,
+    pub threshold: f32,
+    pub ratio: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_redundancy_params"][::core::mem::size_of::<nxs_redundancy_params>() - 208usize];
+    ["Alignment of nxs_redundancy_params"][::core::mem::align_of::<nxs_redundancy_params>() - 8usize];
+    ["Offset of field: nxs_redundancy_params::k"][::core::mem::offset_of!(nxs_redundancy_params, k) - 0usize];
+    ["Offset of field: nxs_redundancy_params::inverse_norms"]
+        [::core::mem::offset_of!(nxs_redundancy_params, inverse_norms) - 8usize];
+    ["Offset of field: nxs_redundancy_params::unit_sum"]
+        [::core::mem::offset_of!(nxs_redundancy_params, unit_sum) - 16usize];
+    ["Offset of field: nxs_redundancy_params::scores"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores) - 24usize];
+    ["Offset of field: nxs_redundancy_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_or_null) - 32usize];
+    ["Offset of field: nxs_redundancy_params::parts_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, parts_or_null) - 40usize];
+    ["Offset of field: nxs_redundancy_params::retained_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, retained_or_null) - 48usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_set) - 56usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_token) - 64usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_head) - 72usize];
+    ["Offset of field: nxs_redundancy_params::norms_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_set) - 80usize];
+    ["Offset of field: nxs_redundancy_params::norms_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_head) - 88usize];
+    ["Offset of field: nxs_redundancy_params::sum_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_set) - 96usize];
+    ["Offset of field: nxs_redundancy_params::sum_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_head) - 104usize];
+    ["Offset of field: nxs_redundancy_params::scores_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_set) - 112usize];
+    ["Offset of field: nxs_redundancy_params::scores_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_head) - 120usize];
+    ["Offset of field: nxs_redundancy_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_set) - 128usize];
+    ["Offset of field: nxs_redundancy_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_head) - 136usize];
+    ["Offset of field: nxs_redundancy_params::sets"][::core::mem::offset_of!(nxs_redundancy_params, sets) - 144usize];
+    ["Offset of field: nxs_redundancy_params::tokens"]
+        [::core::mem::offset_of!(nxs_redundancy_params, tokens) - 152usize];
+    ["Offset of field: nxs_redundancy_params::heads"][::core::mem::offset_of!(nxs_redundancy_params, heads) - 160usize];
+    ["Offset of field: nxs_redundancy_params::dim"][::core::mem::offset_of!(nxs_redundancy_params, dim) - 164usize];
+    ["Offset of field: nxs_redundancy_params::form"][::core::mem::offset_of!(nxs_redundancy_params, form) - 168usize];
+    ["Offset of field: nxs_redundancy_params::span"][::core::mem::offset_of!(nxs_redundancy_params, span) - 172usize];
+    ["Offset of field: nxs_redundancy_params::nth"][::core::mem::offset_of!(nxs_redundancy_params, nth) - 176usize];
+    ["Offset of field: nxs_redundancy_params::nth_of_length"]
+        [::core::mem::offset_of!(nxs_redundancy_params, nth_of_length) - 180usize];
+    ["Offset of field: nxs_redundancy_params::first"][::core::mem::offset_of!(nxs_redundancy_params, first) - 184usize];
+    ["Offset of field: nxs_redundancy_params::lonely"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lonely) - 188usize];
+    ["Offset of field: nxs_redundancy_params::dtype"][::core::mem::offset_of!(nxs_redundancy_params, dtype) - 192usize];
+    ["Offset of field: nxs_redundancy_params::threshold"]
+        [::core::mem::offset_of!(nxs_redundancy_params, threshold) - 196usize];
+    ["Offset of field: nxs_redundancy_params::ratio"][::core::mem::offset_of!(nxs_redundancy_params, ratio) - 200usize];
+};
+impl Default for nxs_redundancy_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -2143,4 +2484,7 @@ unsafe extern "C" {
     pub fn nxs_compact(params: *const nxs_compact_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_tree_verify(params: *const nxs_tree_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_tree_build(params: *const nxs_tree_build_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_importance(params: *const nxs_importance_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_key_norms(params: *const nxs_key_norms_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_redundancy(params: *const nxs_redundancy_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

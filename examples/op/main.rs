@@ -13,8 +13,10 @@ mod attention_prepare;
 mod compact;
 mod draft_sample;
 mod drift;
+mod importance;
 mod multi_scale;
 mod philox_fill;
+mod redundancy;
 mod request;
 mod row_stats;
 mod runner;
@@ -57,6 +59,9 @@ static OPS: &[&Op] = &[
     &drift::OP,
     &select::OP,
     &compact::OP,
+    &importance::OP,
+    &redundancy::NORMS,
+    &redundancy::OP,
     &philox_fill::OP,
 ];
 

@@ -966,6 +966,142 @@ typedef struct nxs_tree_build_params {
 
 nxs_status nxs_tree_build(const nxs_tree_build_params *params, void *stream);
 
+/* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
+
+/*
+ * Importance of cached keys: column scores of softmax(scale * Q K^T) over the keys of a set, one set (a layer of a
+ * sequence) and KV head at a time; no matrix is ever stored. With s[g, i, j] = scale * q[i, h * groups + g, :] . k[j, h, :]
+ * for the visible keys j of query i, that is j < length - excluded, and with `causal` also j <= length - queries + i:
+ *   NXS_IMPORTANCE_MAX_LOGIT  x[i, j] = softmax over j of (max over g of s[g, i, j])
+ *   NXS_IMPORTANCE_MEAN_PROB  x[i, j] = sum over g of softmax over j of s[g, i, j]
+ *   NXS_IMPORTANCE_MAX_PROB   x[i, j] = max over g of softmax over j of s[g, i, j]
+ *   NXS_IMPORTANCE_LOGIT      x[i, j] = sum over g of s[g, i, j]
+ * and 0 where j is not visible:
+ *   raw[j] = factor * sum over i of x[i, j]          for j < scored = length - excluded - unscored
+ *   scores[set, h, j] = pool(raw)[j], plus the old scores[set, h, j] with `accumulate`; 0 (nothing) for j >= scored
+ * pool: maximum or average over pool_width columns around j; an average counts columns beyond either end as 0 and divides
+ * by pool_width. Columns listed in `masked` are -inf before the pooling. A query that sees no key adds nothing.
+ * A NaN makes the scores of its set and head NaN and no other's.
+ *
+ * Schedule: two passes, each a grid of blocks over all sets and heads. Statistics: tiles of stat_rows queries (MAX_LOGIT) or
+ * rows, a row being (query, group), times stat_splits spans of stat_span keys. Columns: spans of sum_span keys times sum_splits
+ * spans of sum_rows_split queries or rows, taken sum_rows at a time. Then, if needed, a pass that adds splits, masks and pools.
+ */
+#define NXS_IMPORTANCE_MAX_LOGIT 0
+#define NXS_IMPORTANCE_MEAN_PROB 1
+#define NXS_IMPORTANCE_MAX_PROB 2
+#define NXS_IMPORTANCE_LOGIT 3
+#define NXS_POOL_NONE 0
+#define NXS_POOL_MAX 1
+#define NXS_POOL_AVERAGE 2
+
+typedef struct nxs_importance_params {
+  const void *q;                  /* [sets, q_rows, heads * groups, dim] dtype; 16-byte aligned, as is k */
+  const void *k;                  /* [sets, tokens, heads, dim] dtype */
+  float *scores;                  /* [sets, heads, tokens], tokens contiguous */
+  const int32_t *rows_or_null;    /* [queries]: the row of q that query i is; null: i. Clamped into q */
+  const int32_t *masked_or_null;  /* [masked]: columns; those outside a set are ignored */
+  const int32_t *lengths_or_null; /* [sets, heads]: keys there are, clamped into 0 to tokens; null: tokens */
+  const float *lse_or_null;       /* [sets, heads * groups, queries]: natural log of each row's sum of exponentials over the
+                                     visible keys, every dimension strided; takes the place of the first pass. Not with LOGIT, with
+                                     MAX_LOGIT only where groups are 1 */
+  float *stats_or_null;           /* workspace, 16-byte aligned: [sets, heads, rows] log2 of sums where stat_splits are 1, else
+                                     [stat_splits, sets, heads, rows, 2] maxima and sums; rows: queries (MAX_LOGIT) or
+                                     queries * groups. Not read with LOGIT or lse */
+  float *sums_or_null;            /* workspace, 16-byte aligned: [sum_splits, sets, heads, tokens]; null: the second pass writes
+                                     scores itself (sum_splits 1, no pool, nothing masked) */
+  int64_t q_stride_set, q_stride_row, q_stride_head;   /* multiples of 8, as are those of k */
+  int64_t k_stride_set, k_stride_token, k_stride_head;
+  int64_t scores_stride_set, scores_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t lse_stride_set, lse_stride_head, lse_stride_query;
+  int64_t sets, tokens, queries, q_rows; /* tokens, and queries * groups, below 2^31 - 2^16 */
+  int32_t heads, groups, dim;     /* KV heads; query heads of each, up to 16 but with MEAN_PROB any; dim: 64, 96 or 128 */
+  int32_t aggregation;            /* NXS_IMPORTANCE_ */
+  int32_t causal;                 /* 1: query i sees keys up to length - queries + i: the queries are those of the last keys */
+  int32_t excluded, unscored;     /* trailing keys that are left out; that are seen but not scored */
+  int32_t pool, pool_width;       /* NXS_POOL_; width: odd, 1 to 63 */
+  int32_t masked;                 /* 0 to 1024 */
+  int32_t accumulate;             /* 1: adds to the scores there are; then nothing may be masked */
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  int32_t variant;                /* 0: portable (sm_80); 1: Hopper (sm_90a) */
+  float scale;                    /* of the logits; > 0 */
+  float factor;                   /* of the sums: 1, or 1 over what a mean divides by */
+  int32_t stat_rows, stat_span, stat_splits; /* see NXS_IMPORTANCE_ limits in the launcher: multiples of 8, 256 and 1 */
+  int32_t sum_rows, sum_span, sum_rows_split, sum_splits;
+} nxs_importance_params;
+
+nxs_status nxs_importance(const nxs_importance_params *params, void *stream);
+
+/*
+ * Norms of keys, as they are appended: with u[j] = k[j] / (|k[j]| + eps), for j < length
+ *   inverse_norms[set, h, j] = 1 / (|k[j]| + eps);  unit_sum[set, h, :] = sum over j of u[j], plus what it was with `accumulate`
+ * in f32; the sum in a fixed order: spans of `span` keys, then the spans ascending. A zero key has a unit vector of 0.
+ */
+typedef struct nxs_key_norms_params {
+  const void *k;                  /* [sets, tokens, heads, dim] dtype, the keys that are new; 16-byte aligned */
+  float *inverse_norms;           /* [sets, heads, tokens], tokens contiguous; 0 for j >= length */
+  float *unit_sum;                /* [sets, heads, dim] */
+  const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
+  float *parts;                   /* workspace, 16-byte aligned: [sets, heads, spans, dim] */
+  int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
+  int64_t norms_stride_set, norms_stride_head;
+  int64_t sum_stride_set, sum_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t sets, tokens;
+  int32_t heads, dim;             /* dim: 64, 96 or 128 */
+  int32_t span;                   /* a multiple of 64 */
+  int32_t accumulate;
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  float eps;                      /* >= 0 */
+} nxs_key_norms_params;
+
+nxs_status nxs_key_norms(const nxs_key_norms_params *params, void *stream);
+
+/*
+ * Redundancy of cached keys, from what nxs_key_norms has left: u[j] = k[j] * inverse_norms[j], n = length,
+ *   NXS_REDUNDANCY_COSINE   u[j] . unit_sum / |unit_sum|             the cosine to the mean of the unit keys; 0 where either is 0
+ *   NXS_REDUNDANCY_SOFTMAX  softmax over j of (u[j] . unit_sum / n)
+ *   NXS_REDUNDANCY_SIMILAR  softmax over j of (sum over i != j with retain(i) != j of u[i] . u[j]) / n
+ * retain(i): of the j != i with u[i] . u[j] > threshold, the nth from the last on (the first one with `first`); where there
+ * are fewer, 0 with `lonely`, else none. 0 for j >= length.
+ */
+#define NXS_REDUNDANCY_COSINE 0
+#define NXS_REDUNDANCY_SOFTMAX 1
+#define NXS_REDUNDANCY_SIMILAR 2
+
+typedef struct nxs_redundancy_params {
+  const void *k;                  /* [sets, tokens, heads, dim] dtype; 16-byte aligned */
+  const float *inverse_norms;     /* [sets, heads, tokens], tokens contiguous */
+  const float *unit_sum;          /* [sets, heads, dim] */
+  float *scores;                  /* [sets, heads, tokens], tokens contiguous */
+  const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
+  float *parts_or_null;           /* workspace of SOFTMAX, 16-byte aligned: [sets, heads, spans] */
+  void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens to an even number] of 8 bytes:
+                                     retain i32 (-1: none), its cosine f32 */
+  int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
+  int64_t norms_stride_set, norms_stride_head;
+  int64_t sum_stride_set, sum_stride_head;
+  int64_t scores_stride_set, scores_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t sets, tokens;           /* tokens: with SIMILAR up to NXS_REDUNDANCY_SIMILAR_TOKENS */
+  int32_t heads, dim;             /* dim: 64, 96 or 128 */
+  int32_t form;                   /* NXS_REDUNDANCY_ */
+  int32_t span;                   /* of COSINE and SOFTMAX: keys of a block, a multiple of 64 */
+  int32_t nth;                    /* of SIMILAR: from 1 on; 0: retain is 0 for all i, whatever is similar, with `lonely` */
+  int32_t nth_of_length;          /* 1: nth is length - max(1, floor(length * ratio)) + 1 */
+  int32_t first, lonely;
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  float threshold;                /* 0 to 1 */
+  float ratio;                    /* 0 to 1 */
+} nxs_redundancy_params;
+
+#define NXS_REDUNDANCY_SIMILAR_TOKENS 8192
+
+nxs_status nxs_redundancy(const nxs_redundancy_params *params, void *stream);
+
+/* ---- end of compression: importance, redundancy --------------------------------------------------------------- */
+
 #ifdef __cplusplus
 }
 #endif
