@@ -198,13 +198,7 @@ pub(crate) fn nvcc(toolkit: &Toolkit, archs: &Archs, kernels: &Path) -> Result<C
 }
 
 /// Takes a unit from the cache, or compiles it and leaves it there. A cache that cannot be used is no error.
-fn compile_cached(
-    compiler: &Compiler,
-    manifest: &Path,
-    unit: &Unit,
-    stamp: &str,
-    cache: &Path,
-) -> Result<(), String> {
+fn compile_cached(compiler: &Compiler, manifest: &Path, unit: &Unit, stamp: &str, cache: &Path) -> Result<(), String> {
     let contents = contents(&unit.source, &compiler.roots);
     let entry = cached(cache, compiler, manifest, &contents);
     // An interrupted build must not look finished.

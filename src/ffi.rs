@@ -75,6 +75,13 @@ pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
 pub const NXS_RULE_BLOCK: u32 = 3;
 pub const NXS_VERIFY_ROW_BYTES: u32 = 64;
+pub const NXS_VISUAL_LANTERN: u32 = 0;
+pub const NXS_VISUAL_GROUPED: u32 = 1;
+pub const NXS_VISUAL_JACOBI: u32 = 2;
+pub const NXS_REDRAFT_NONE: u32 = 0;
+pub const NXS_REDRAFT_INDEPENDENT: u32 = 1;
+pub const NXS_REDRAFT_MAXIMAL: u32 = 2;
+pub const NXS_REDRAFT_GUMBEL: u32 = 3;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -1464,6 +1471,198 @@ impl Default for nxs_verify_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_visual_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub target_free_or_null: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub draft_free_or_null: *const ::core::ffi::c_void,
+    pub cu_rows: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub syntax_or_null: *const u32,
+    pub neighbours_or_null: *const ::core::ffi::c_void,
+    pub embeddings_or_null: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub guidance_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub redrafts_or_null: *mut i32,
+    pub redraft_stats_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub neighbours_stride_row: i64,
+    pub embeddings_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub first_code: i64,
+    pub codes: i64,
+    pub max_drafts: i32,
+    pub rule: i32,
+    pub redraft: i32,
+    pub accumulated: i32,
+    pub zeroed: i32,
+    pub below: i32,
+    pub above: i32,
+    pub dim: i32,
+    pub bound: f32,
+    pub probability_gap: f32,
+    pub distance: f32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+    pub neighbours_dtype: nxs_dtype,
+    pub embeddings_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_visual_verify_params"][::core::mem::size_of::<nxs_visual_verify_params>() - 400usize];
+    ["Alignment of nxs_visual_verify_params"][::core::mem::align_of::<nxs_visual_verify_params>() - 8usize];
+    ["Offset of field: nxs_visual_verify_params::target"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target) - 0usize];
+    ["Offset of field: nxs_visual_verify_params::target_free_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_free_or_null) - 8usize];
+    ["Offset of field: nxs_visual_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_or_null) - 16usize];
+    ["Offset of field: nxs_visual_verify_params::draft_free_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_free_or_null) - 24usize];
+    ["Offset of field: nxs_visual_verify_params::cu_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, cu_rows) - 32usize];
+    ["Offset of field: nxs_visual_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, drafts) - 40usize];
+    ["Offset of field: nxs_visual_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, row_index_or_null) - 48usize];
+    ["Offset of field: nxs_visual_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_row_or_null) - 56usize];
+    ["Offset of field: nxs_visual_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_stats_or_null) - 64usize];
+    ["Offset of field: nxs_visual_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, allow_or_null) - 72usize];
+    ["Offset of field: nxs_visual_verify_params::syntax_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, syntax_or_null) - 80usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_or_null) - 88usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_or_null) - 96usize];
+    ["Offset of field: nxs_visual_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, temperature_or_null) - 104usize];
+    ["Offset of field: nxs_visual_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_temperature_or_null) - 112usize];
+    ["Offset of field: nxs_visual_verify_params::guidance_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, guidance_or_null) - 120usize];
+    ["Offset of field: nxs_visual_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, top_k_or_null) - 128usize];
+    ["Offset of field: nxs_visual_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, top_p_or_null) - 136usize];
+    ["Offset of field: nxs_visual_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, min_p_or_null) - 144usize];
+    ["Offset of field: nxs_visual_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, seeds_or_null) - 152usize];
+    ["Offset of field: nxs_visual_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, positions_or_null) - 160usize];
+    ["Offset of field: nxs_visual_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, uniforms_or_null) - 168usize];
+    ["Offset of field: nxs_visual_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, tokens) - 176usize];
+    ["Offset of field: nxs_visual_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, emitted) - 184usize];
+    ["Offset of field: nxs_visual_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, accepted) - 192usize];
+    ["Offset of field: nxs_visual_verify_params::status"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, status) - 200usize];
+    ["Offset of field: nxs_visual_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, last_row_or_null) - 208usize];
+    ["Offset of field: nxs_visual_verify_params::redrafts_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redrafts_or_null) - 216usize];
+    ["Offset of field: nxs_visual_verify_params::redraft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redraft_stats_or_null) - 224usize];
+    ["Offset of field: nxs_visual_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, workspace) - 232usize];
+    ["Offset of field: nxs_visual_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, counters) - 240usize];
+    ["Offset of field: nxs_visual_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_stride_row) - 248usize];
+    ["Offset of field: nxs_visual_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_stride_row) - 256usize];
+    ["Offset of field: nxs_visual_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, allow_stride_row) - 264usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_stride_row) - 272usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_stride_row) - 280usize];
+    ["Offset of field: nxs_visual_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, batch) - 288usize];
+    ["Offset of field: nxs_visual_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, vocab) - 296usize];
+    ["Offset of field: nxs_visual_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_rows) - 304usize];
+    ["Offset of field: nxs_visual_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_rows) - 312usize];
+    ["Offset of field: nxs_visual_verify_params::first_code"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, first_code) - 320usize];
+    ["Offset of field: nxs_visual_verify_params::codes"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, codes) - 328usize];
+    ["Offset of field: nxs_visual_verify_params::max_drafts"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, max_drafts) - 336usize];
+    ["Offset of field: nxs_visual_verify_params::rule"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, rule) - 340usize];
+    ["Offset of field: nxs_visual_verify_params::redraft"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redraft) - 344usize];
+    ["Offset of field: nxs_visual_verify_params::accumulated"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, accumulated) - 348usize];
+    ["Offset of field: nxs_visual_verify_params::zeroed"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, zeroed) - 352usize];
+    ["Offset of field: nxs_visual_verify_params::below"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, below) - 356usize];
+    ["Offset of field: nxs_visual_verify_params::above"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, above) - 360usize];
+    ["Offset of field: nxs_visual_verify_params::dim"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, dim) - 364usize];
+    ["Offset of field: nxs_visual_verify_params::bound"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, bound) - 368usize];
+    ["Offset of field: nxs_visual_verify_params::probability_gap"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, probability_gap) - 372usize];
+    ["Offset of field: nxs_visual_verify_params::distance"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, distance) - 376usize];
+    ["Offset of field: nxs_visual_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, fallback) - 380usize];
+    ["Offset of field: nxs_visual_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, blocks) - 384usize];
+    ["Offset of field: nxs_visual_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, dtype) - 388usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_dtype) - 392usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_dtype) - 396usize];
+};
+impl Default for nxs_visual_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -1496,4 +1695,5 @@ unsafe extern "C" {
     pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_visual_verify(params: *const nxs_visual_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

@@ -709,6 +709,79 @@ typedef struct nxs_verify_params {
 
 nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
 
+/* When a draft of an image model is accepted. */
+#define NXS_VISUAL_LANTERN 0
+#define NXS_VISUAL_GROUPED 1
+#define NXS_VISUAL_JACOBI 2
+
+/* What is drawn for the positions behind a step's end. */
+#define NXS_REDRAFT_NONE 0
+#define NXS_REDRAFT_INDEPENDENT 1
+#define NXS_REDRAFT_MAXIMAL 2
+#define NXS_REDRAFT_GUMBEL 3
+
+/*
+ * Verification of chains of image tokens. Rows, requests and draws are those of nxs_verify; rules and their parameters are
+ * described at nextscale::verification::VisualVerifier. Codes are the `codes` tokens from first_code on. With
+ * target_free_or_null a logit is free + guidance * (target - free), and -inf where either is. `rows` below is
+ * batch * (max_drafts + 1), `chunks` that of vocab.
+ */
+typedef struct nxs_visual_verify_params {
+  const void *target;                      /* [target_rows, vocab] dtype: raw logits */
+  const void *target_free_or_null;         /* [target_rows, vocab] dtype: those without the condition */
+  const void *draft_or_null;               /* [draft_rows, vocab] dtype; null: drafts are not random */
+  const void *draft_free_or_null;          /* [draft_rows, vocab] dtype; goes with the two before it */
+  const int32_t *cu_rows;                  /* [batch + 1], ascending */
+  const int32_t *drafts;                   /* [rows]: at row r the draft that it scores; -1: none from here on */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft; null: b * max_drafts + i */
+  const float *draft_stats_or_null;        /* [draft_rows, 4]: rows of draft are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const uint32_t *syntax_or_null;          /* [ceil(vocab / 32)]: drafts that are accepted whatever their probability */
+  const void *neighbours_or_null;          /* [codes, most of accumulated and zeroed]: nearest codes, nearest first, without
+                                              the code itself; those outside 0 to codes - 1 are none. For NXS_VISUAL_LANTERN */
+  const void *embeddings_or_null;          /* [codes, dim], for NXS_VISUAL_GROUPED */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const float *guidance_or_null;           /* [batch]; null: 1 */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after row 0 */
+  const float *uniforms_or_null;           /* [rows, 4] by request and row: accept test, three for a token */
+  int32_t *tokens;                         /* [batch, max_drafts + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch] */
+  int32_t *redrafts_or_null;               /* [batch, max_drafts + 1]: drafts of the positions behind the step's end, else -1 */
+  float *redraft_stats_or_null;            /* [batch, max_drafts + 1, 4] beside redrafts, as nxs_draft_sample's; else NaN */
+  void *workspace;                         /* 16-byte aligned: [rows, 8] words, then for each block 5 * chunks f32 and,
+                                              where that is odd, one more */
+  uint32_t *counters;                      /* [2 * batch], all 0 before the first run and after each */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row; /* of the rows without the condition too */
+  int64_t neighbours_stride_row, embeddings_stride_row;
+  int64_t batch, vocab;                    /* vocab from 1 to 2^18, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int64_t first_code, codes;               /* 0 <= first_code, codes >= 1, first_code + codes <= vocab */
+  int32_t max_drafts;                      /* 0 to 1023 */
+  int32_t rule;                            /* NXS_VISUAL_* */
+  int32_t redraft;                         /* NXS_REDRAFT_*; with one, redrafts is not null */
+  int32_t accumulated, zeroed;             /* neighbours whose probability is added; that a rejection zeroes: 0 to 65535 */
+  int32_t below, above;                    /* of a group, beside the draft: each 0 to 15 */
+  int32_t dim;                             /* of the embeddings, 1 to 65536 */
+  float bound;                             /* up to 1: most probability added; above 1: 1 + the most, in parts of the draft's */
+  float probability_gap, distance;         /* of a group: below them; distance is squared */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t blocks;                          /* of the persistent grid */
+  nxs_dtype dtype;                         /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype neighbours_dtype;              /* NXS_U16 or NXS_I32 */
+  nxs_dtype embeddings_dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_visual_verify_params;
+
+nxs_status nxs_visual_verify(const nxs_visual_verify_params *params, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

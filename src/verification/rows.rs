@@ -403,6 +403,11 @@ pub(crate) struct Truncation {
     pub(crate) min_p: f32,
 }
 
+/// Unsigned integers in the order of the floats, -0 being 0.
+pub(crate) fn order_key(logit: f32) -> u32 {
+    key(logit)
+}
+
 /// Unsigned integers in the order of the floats.
 fn key(logit: f32) -> u32 {
     let bits = (logit + 0.0).to_bits();
@@ -519,6 +524,8 @@ pub(crate) enum Domain {
     Sample = 3,
     /// A trial of thinning.
     Thin = 4,
+    /// Noise that belongs to a token of a position. Independent of the row's number in the step.
+    Noise = 8,
 }
 
 /// Four uniforms of a request. `row`: which row of the step; it keeps two steps apart that see one position.

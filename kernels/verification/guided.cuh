@@ -1,0 +1,79 @@
+// Rows of two sources: logit = free + s (with - free), in f32, and -inf where either is. Classifier-free guidance (with and
+// without the condition), and two heads mixed by a gate.
+//
+// Guided<T> stands for the element type of such a row; what sample.cuh does with rows it does with these too.
+#pragma once
+#include <type_traits>
+
+#include "verification/sample.cuh"
+
+namespace nxs {
+namespace verification {
+// Of the size of what is left of it: an f32.
+template <typename T> struct Guided { u32 bits; };
+}  // namespace verification
+
+template <typename T> struct DType<verification::Guided<T>> { static constexpr nxs_dtype value = NXS_F32; };
+}  // namespace nxs
+
+namespace nxs::verification {
+
+template <typename E> struct StorageOf { using Type = E; };
+template <typename T> struct StorageOf<Guided<T>> { using Type = T; };
+template <typename E> using Storage = typename StorageOf<E>::Type;
+template <typename E> constexpr bool kGuided = !std::is_same_v<E, Storage<E>>;
+
+template <typename T> struct Row<Guided<T>> {
+  const T* with;
+  const T* free;
+  float scale;
+  const u32* allow;  // or null
+  u32 columns;
+};
+
+// Of E or of Guided<E>, from `at` elements on.
+template <typename E>
+NXS_DEVICE Row<E> make_row(const void* with, const void* free, i64 at, float scale, const u32* allow, u32 columns) {
+  using T = Storage<E>;
+  if constexpr (kGuided<E>)
+    return Row<E>{static_cast<const T*>(with) + at, static_cast<const T*>(free) + at, scale, allow, columns};
+  else
+    return Row<E>{static_cast<const T*>(with) + at, allow, columns};
+}
+
+NXS_DEVICE float guide(float with, float free, float scale) {
+  return with == -INFINITY || free == -INFINITY ? -INFINITY : fma(scale, with - free, free);
+}
+
+template <typename T> NXS_DEVICE float logit_at(const Row<Guided<T>>& row, u32 column) {
+  if (column >= row.columns) return -INFINITY;
+  if (row.allow && !(load_global_nc(row.allow + column / 32) >> (column % 32) & 1)) return -INFINITY;
+  return guide(to_f32(load_global_nc(row.with + column)), to_f32(load_global_nc(row.free + column)), row.scale);
+}
+
+template <typename T> NXS_DEVICE Logits<Guided<T>> load_logits(const Row<Guided<T>>& row, u32 chunk) {
+  const Logits<T> with = load_logits(Row<T>{row.with, nullptr, row.columns}, chunk);
+  const Logits<T> free = load_logits(Row<T>{row.free, nullptr, row.columns}, chunk);
+  Logits<Guided<T>> logits;
+#pragma unroll
+  for (u32 place = 0; place < 32; ++place)
+    logits.word[place] = float_bits(guide(with.at(place), free.at(place), row.scale));
+  if (row.allow) {
+#pragma unroll
+    for (u32 j = 0; j < kGroups; ++j) {
+      const u32 column = chunk * kChunk + j * 256 + lane_index() * kGroup;
+      const u32 bits = column < row.columns ? load_global_nc(row.allow + column / 32) >> (column % 32) : 0;
+#pragma unroll
+      for (u32 k = 0; k < kGroup; ++k)
+        if (!(bits >> k & 1)) logits.word[j * kGroup + k] = 0xff800000u;
+    }
+  }
+  return logits;
+}
+
+// The column of a lane's place of a chunk.
+NXS_DEVICE u32 column_of(u32 chunk, u32 lane, u32 place) {
+  return chunk * kChunk + place / 8 * 256 + lane * 8 + place % 8;
+}
+
+}  // namespace nxs::verification
