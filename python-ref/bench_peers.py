@@ -37,6 +37,7 @@ from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
 from peers_verification import Verify
+from peers_visual import VisualVerify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
@@ -315,6 +316,7 @@ OPS = {
     "attention_prepare": AttentionPrepare,
     "multi_scale": MultiScale,
     "verify": Verify,
+    "visual_verify": VisualVerify,
 }
 
 

@@ -22,6 +22,7 @@ mod scalar_quantize;
 mod scale_attention;
 mod tensors;
 mod verify;
+mod visual_verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -45,6 +46,7 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &visual_verify::OP,
     &draft_sample::OP,
     &row_stats::OP,
     &philox_fill::OP,
