@@ -1663,6 +1663,120 @@ impl Default for nxs_visual_verify_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_pooled_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub target_free_or_null: *const ::core::ffi::c_void,
+    pub drafts: *const i32,
+    pub neighbours_or_null: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub guidance_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub threshold_or_null: *const f32,
+    pub resample: *mut u8,
+    pub positions_or_null: *mut i32,
+    pub islands_or_null: *mut i32,
+    pub counts: *mut i32,
+    pub pooled_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub neighbours_stride_row: i64,
+    pub batch: i64,
+    pub height: i64,
+    pub width: i64,
+    pub vocab: i64,
+    pub first_code: i64,
+    pub codes: i64,
+    pub neighbours: i32,
+    pub radius: i32,
+    pub threshold: f32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+    pub neighbours_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_pooled_verify_params"][::core::mem::size_of::<nxs_pooled_verify_params>() - 232usize];
+    ["Alignment of nxs_pooled_verify_params"][::core::mem::align_of::<nxs_pooled_verify_params>() - 8usize];
+    ["Offset of field: nxs_pooled_verify_params::target"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target) - 0usize];
+    ["Offset of field: nxs_pooled_verify_params::target_free_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target_free_or_null) - 8usize];
+    ["Offset of field: nxs_pooled_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, drafts) - 16usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_or_null) - 24usize];
+    ["Offset of field: nxs_pooled_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, temperature_or_null) - 32usize];
+    ["Offset of field: nxs_pooled_verify_params::guidance_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, guidance_or_null) - 40usize];
+    ["Offset of field: nxs_pooled_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, top_k_or_null) - 48usize];
+    ["Offset of field: nxs_pooled_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, top_p_or_null) - 56usize];
+    ["Offset of field: nxs_pooled_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, min_p_or_null) - 64usize];
+    ["Offset of field: nxs_pooled_verify_params::threshold_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, threshold_or_null) - 72usize];
+    ["Offset of field: nxs_pooled_verify_params::resample"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, resample) - 80usize];
+    ["Offset of field: nxs_pooled_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, positions_or_null) - 88usize];
+    ["Offset of field: nxs_pooled_verify_params::islands_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, islands_or_null) - 96usize];
+    ["Offset of field: nxs_pooled_verify_params::counts"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, counts) - 104usize];
+    ["Offset of field: nxs_pooled_verify_params::pooled_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, pooled_or_null) - 112usize];
+    ["Offset of field: nxs_pooled_verify_params::status"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, status) - 120usize];
+    ["Offset of field: nxs_pooled_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, workspace) - 128usize];
+    ["Offset of field: nxs_pooled_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, counters) - 136usize];
+    ["Offset of field: nxs_pooled_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target_stride_row) - 144usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_stride_row"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_stride_row) - 152usize];
+    ["Offset of field: nxs_pooled_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, batch) - 160usize];
+    ["Offset of field: nxs_pooled_verify_params::height"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, height) - 168usize];
+    ["Offset of field: nxs_pooled_verify_params::width"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, width) - 176usize];
+    ["Offset of field: nxs_pooled_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, vocab) - 184usize];
+    ["Offset of field: nxs_pooled_verify_params::first_code"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, first_code) - 192usize];
+    ["Offset of field: nxs_pooled_verify_params::codes"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, codes) - 200usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours) - 208usize];
+    ["Offset of field: nxs_pooled_verify_params::radius"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, radius) - 212usize];
+    ["Offset of field: nxs_pooled_verify_params::threshold"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, threshold) - 216usize];
+    ["Offset of field: nxs_pooled_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, blocks) - 220usize];
+    ["Offset of field: nxs_pooled_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, dtype) - 224usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_dtype"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_dtype) - 228usize];
+};
+impl Default for nxs_pooled_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -1696,4 +1810,5 @@ unsafe extern "C" {
     pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_visual_verify(params: *const nxs_visual_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_pooled_verify(params: *const nxs_pooled_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

@@ -782,6 +782,44 @@ typedef struct nxs_visual_verify_params {
 
 nxs_status nxs_visual_verify(const nxs_visual_verify_params *params, void *stream);
 
+/*
+ * Acceptance of a whole block of image tokens by the probability of their neighbourhoods, as described at
+ * nextscale::verification::PooledVerifier. Row b * height * width + t of target is the distribution of token t of request b.
+ * Codes and guidance are those of nxs_visual_verify. `rows` is batch * height * width, `chunks` that of vocab.
+ */
+typedef struct nxs_pooled_verify_params {
+  const void *target;              /* [rows, vocab] dtype: raw logits */
+  const void *target_free_or_null; /* [rows, vocab] dtype: those without the condition */
+  const int32_t *drafts;           /* [rows]; -1 is rejected */
+  const void *neighbours_or_null;  /* [codes, neighbours], without the code itself; may be null where neighbours is 0 */
+  const float *temperature_or_null; /* [batch]; null: 1 */
+  const float *guidance_or_null;   /* [batch]; null: 1 */
+  const int32_t *top_k_or_null;    /* [batch] */
+  const float *top_p_or_null;      /* [batch] */
+  const float *min_p_or_null;      /* [batch] */
+  const float *threshold_or_null;  /* [batch]; null: threshold */
+  uint8_t *resample;               /* [rows]: 0 accepted, 1 rejected, 2 near and behind a rejected one */
+  int32_t *positions_or_null;      /* [rows]: of each request those that are not 0, ascending, then -1 */
+  int32_t *islands_or_null;        /* [rows]: the number of the 8-connected island, by its first token; -1 where accepted */
+  int32_t *counts;                 /* [batch, 2]: positions, islands */
+  float *pooled_or_null;           /* [rows]: probability of the neighbourhood */
+  uint32_t *status;                /* [batch] NXS_STATUS_* */
+  void *workspace;                 /* 16-byte aligned: [3, rows] words, rounded up to 16 bytes, then [blocks, chunks, 2] f32 */
+  uint32_t *counters;              /* [batch], all 0 before the first run and after each */
+  int64_t target_stride_row, neighbours_stride_row;
+  int64_t batch, height, width;    /* batch up to 2^20, height * width from 1 to 2^20, fewer than 2^31 rows */
+  int64_t vocab;                   /* 1 to 2^18 */
+  int64_t first_code, codes;
+  int32_t neighbours;              /* 0 to 65535 */
+  int32_t radius;                  /* rows and columns on each side: 0 to 255 */
+  float threshold;
+  int32_t blocks;                  /* of the persistent grid */
+  nxs_dtype dtype;                 /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype neighbours_dtype;      /* NXS_U16 or NXS_I32 */
+} nxs_pooled_verify_params;
+
+nxs_status nxs_pooled_verify(const nxs_pooled_verify_params *params, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -12,7 +12,9 @@
 //! steps that see the same position draw independently, and a token of the target is the same with drafts and without.
 
 mod draft_sample;
+mod host_rows;
 mod log2;
+mod pooled;
 mod row_stats;
 mod rows;
 mod verifier;
@@ -20,6 +22,7 @@ mod visual;
 
 pub use crate::plan::Traffic;
 pub use draft_sample::{DraftSample, DraftSampleArgs, DraftSampleBuilder, DraftSampleSchedule};
+pub use pooled::{PooledOptions, PooledOut, PooledVerifier, PooledVerifierArgs, PooledVerifierBuilder};
 pub use row_stats::{RowStats, RowStatsArgs, RowStatsBuilder, RowStatsSchedule};
 pub use verifier::{
     Drafts, Rule, Verifier, VerifierArgs, VerifierBuilder, VerifierOptions, VerifierOut, VerifierSchedule,

@@ -4,6 +4,7 @@ use super::plan::{Plan, Redraft, RuleOfPlan};
 use super::{Embeddings, Neighbours, VisualOptions, VisualVerifierArgs};
 use crate::dtype::{Element, Float};
 use crate::philox;
+use crate::verification::host_rows::{distribution, guide};
 use crate::verification::log2::exponential;
 use crate::verification::rows::{
     Distribution, Domain, LANES, Partial, Scale, Shape, Summary, Truncation, chunks, column, key_bits, lane_sums,
@@ -80,12 +81,6 @@ struct Decision {
     said: u32,
 }
 
-/// A logit with guidance.
-fn guide(with: f32, free: f32, guidance: f32) -> f32 {
-    let nothing = f32::NEG_INFINITY;
-    if with == nothing || free == nothing { nothing } else { guidance.mul_add(with - free, free) }
-}
-
 fn bit(mask: &[u32], column: u64) -> bool {
     mask[column as usize / 32] >> (column % 32) & 1 == 1
 }
@@ -123,28 +118,11 @@ impl<T: Float> Inputs<'_, T> {
             *said |= status::ROW_OUT_OF_RANGE;
         }
         let logit = |column| self.target(request, row, logical, column);
-        for (chunk, partial) in scratch.target.iter_mut().enumerate() {
-            let filled = lanes_with_columns(chunk as u64, self.plan.vocab);
-            let of = |lane, place| logit(column(chunk as u64, lane, place));
-            *partial = Partial::of(of, filled, request.scale.as_ref());
-        }
-        let mut summary = Summary::of(scratch.target, request.scale.as_ref());
         let bits = if self.plan.guided { 32 } else { key_bits(T::DTYPE) };
-        request.truncation.apply(&mut summary, scratch.target, bits, self.plan.vocab, logit);
-        if summary.nan {
-            *said |= status::TARGET_NAN;
-        }
-        if summary.beyond || summary.top == f32::INFINITY {
-            *said |= status::TARGET_BEYOND;
-        }
-        if summary.shape == Shape::Empty {
-            *said |= status::TARGET_EMPTY;
-        }
-        let peak = match summary.shape {
-            Shape::Peak => summary.peak(scratch.target, logit),
-            _ => None,
-        };
-        Target { row, logical, distribution: Distribution { summary, peak } }
+        let (distribution, bits_of_row) =
+            distribution(scratch.target, request.scale.as_ref(), &request.truncation, bits, self.plan.vocab, logit);
+        *said |= bits_of_row;
+        Target { row, logical, distribution }
     }
 
     /// The distribution of the draft in row `i`; `None` if it is of no use.
