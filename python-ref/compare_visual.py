@@ -160,3 +160,179 @@ def visual_verify(program, number, rng):
 
 
 OPS = {"visual_verify": visual_verify}
+
+
+def pooled_verify(program, number, rng):
+    dtype = FLOATS[number % 3]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+
+    def random(*shape):
+        return torch.rand(shape, generator=generator)
+
+    vocab = rng.choice([2, 33, 64, 1000, 1025, rng.randint(2, 2500)])
+    batch, height, width = rng.choice([0, 1, 2, 4]), rng.randint(1, 9), rng.randint(1, 9)
+    radius, near = rng.randint(0, 3), rng.choice([0, 1, 8, 31, 32, 33, 70])
+    codes = (vocab // 4, max(vocab // 2, 1)) if rng.random() < 0.3 else (0, vocab)
+    tokens = height * width
+    target = (random(batch * tokens, vocab) * 6 - 3).to(DTYPES[dtype])
+    drafts = torch.randint(0, vocab, [batch, height, width], generator=generator).to(torch.int32)
+    drafts = drafts.masked_fill(random(batch, height, width) < 0.03, -1)
+    threshold = random(batch) * 0.3
+    inputs = {"target": target, "drafts": drafts, "threshold": threshold}
+    settings = {"radius": radius, "first_code": codes[0], "codes": codes[1]}
+    p = target.double()
+    if rng.random() < 0.4 and batch:
+        free = (random(batch * tokens, vocab) * 6 - 3).to(DTYPES[dtype])
+        guidance = torch.tensor([rng.choice([1.0, 3.0, 1.5]) for _ in range(batch)])
+        inputs |= {"target_free": free, "guidance": guidance}
+        p = visual.guided(target, free, guidance.repeat_interleave(tokens)[:, None].double()).double()
+    temperature = torch.tensor([rng.choice([1.0, 0.7, 1.5]) for _ in range(batch)])
+    inputs["temperature"] = temperature
+    p = (p / temperature.double().repeat_interleave(tokens)[:, None]).softmax(-1)
+    ids = torch.zeros([codes[1], 0], dtype=torch.long)
+    if near:
+        ids = (torch.arange(codes[1])[:, None] + torch.arange(1, near + 1)) % codes[1]
+        ids = ids.masked_fill(random(*ids.shape) < 0.03, -1)
+        inputs["neighbours"] = (ids % 65536).to(torch.uint16) if rng.random() < 0.5 else ids.to(torch.int32)
+    what = f"{dtype} {batch}x{height}x{width} of {vocab}, {near} neighbours, radius {radius}"
+    code, out, error = program("pooled_verify", inputs, settings, repeat=2 if number % 5 == 0 else 1)
+    if code:
+        return what, f"exit code {code}: {error}", 0.0
+
+    flat = drafts.view(-1).long()
+    rows = torch.arange(batch * tokens)
+    own = torch.where(flat >= 0, p[rows, flat.clamp(min=0)] if batch else torch.zeros(0), 0)
+    code_of = flat - codes[0]
+    is_code = (flat >= 0) & (code_of >= 0) & (code_of < codes[1])
+    beside = ids[code_of.clamp(0, codes[1] - 1)]
+    of_near = p.gather(1, (beside + codes[0]).clamp(0, vocab - 1)) if batch else torch.zeros([0, near])
+    pooled = own + (of_near * (beside >= 0)).sum(1) * is_code
+    error = (out["pooled"].view(-1).double() - pooled).abs().max().item() if batch else 0.0
+    if error > 2e-5:
+        return what, f"pooled probabilities are off by {error}", error / 2e-5
+    rejected = (flat < 0) | (pooled < threshold.double().repeat_interleave(tokens))
+    for b in range(batch):
+        of = slice(b * tokens, (b + 1) * tokens)
+        if ((pooled[of] - threshold[b].double()).abs() < CLOSE).any():
+            continue
+        mask, positions, islands, count = visual.resampled(rejected[of].view(height, width), radius)
+        if not torch.equal(out["resample"][b].long(), mask):
+            return what, f"request {b}: {out['resample'][b]} instead of {mask}", 0.0
+        if out["positions"][b].tolist() != positions or not torch.equal(out["islands"][b].long(), islands):
+            return what, f"request {b}: positions or islands differ", 0.0
+        if out["counts"][b].tolist() != [int((mask > 0).sum()), count]:
+            return what, f"request {b}: counts {out['counts'][b]}", 0.0
+    return what, None, error / 2e-5
+
+
+def typical_verify(program, number, rng):
+    dtype = FLOATS[number % 3]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    vocab, batch, nodes = rng.choice([2, 33, 1000, 1025, 3000]), rng.choice([0, 1, 2, 4]), rng.randint(1, 9)
+    target = (torch.rand([batch * nodes, vocab], generator=generator) * 6 - 3)
+    drafts = torch.randint(0, vocab, [batch, nodes], generator=generator)
+    for b in range(batch):
+        for n in range(nodes):
+            target[b * nodes + rng.randrange(nodes), drafts[b, n]] = rng.uniform(1.0, 9.0)
+    target = target.to(DTYPES[dtype])
+    temperature = torch.tensor([rng.choice([1.0, 0.7, 0.0]) for _ in range(batch)])
+    uniforms = torch.randint(0, 1 << 24, [batch, 3], generator=generator).float() * 2.0**-24
+    inputs = {"target": target, "drafts": drafts.to(torch.int32), "temperature": temperature, "uniforms": uniforms}
+    depth, paths = nodes, [list(range(nodes))]
+    if rng.random() < 0.7:
+        depth = rng.randint(1, 6)
+        paths = [[0] + [rng.randrange(nodes) for _ in range(rng.randrange(depth))] for _ in range(rng.randint(1, 12))]
+        inputs["paths"] = torch.tensor([path + [-1] * (depth - len(path)) for path in paths], dtype=torch.int32)
+    epsilon, alpha = 0.25, 0.5
+    what = f"{dtype} {batch}x{nodes} of {vocab}, {len(paths)} paths"
+    code, out, error = program("typical_verify", inputs, {"epsilon": epsilon, "alpha": alpha, "fallback": -7},
+                               repeat=2 if number % 5 == 0 else 1)
+    if code:
+        return what, f"exit code {code}: {error}", 0.0
+    for b in range(batch):
+        margin = [1.0]
+        p = [verification.probabilities(target[b * nodes + n], temperature[b].item(), 0, 1.0, 0.0, False, margin)
+             for n in range(nodes)]
+        length, path = visual.typical(p, drafts[b].tolist(), paths, epsilon, alpha, margin)
+        last = paths[path][length] if length else 0
+        token = verification.sample(p[last], uniforms[b].tolist(), margin)
+        if margin[0] < CLOSE:
+            continue
+        walked = paths[path][: length + 1]
+        tokens = [drafts[b, n].item() for n in walked[1:]] + [token]
+        tokens += [-1] * (depth - len(tokens))
+        if out["tokens"][b].tolist() != tokens or out["accepted"][b] != length or out["path"][b] != path:
+            return what, f"request {b}: {out['tokens'][b].tolist()} instead of {tokens}, path {path}", 0.0
+        if out["nodes"][b].tolist() != walked + [-1] * (depth - len(walked)):
+            return what, f"request {b}: nodes {out['nodes'][b].tolist()}", 0.0
+        if out["last_row"][b] != b * nodes + last:
+            return what, f"request {b}: last row {out['last_row'][b]}", 0.0
+    return what, None, 0.0
+
+
+def confidence_rank(program, number, rng):
+    dtype = FLOATS[number % 3]
+    kind = ["probability", "log_probability", "margin", "entropy"][number // 3 % 4]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    vocab = rng.choice([2, 33, 1000, 1025, 3000])
+    batch, length, step = rng.choice([0, 1, 2, 4]), rng.choice([1, 7, 30]), rng.randint(0, 9)
+    logits = (torch.rand([batch, length, vocab], generator=generator) * 8 - 4).to(DTYPES[dtype])
+    masked = (torch.rand([batch, length], generator=generator) < 0.7).to(torch.uint8)
+    counts = torch.tensor([rng.choice([0, 1, 3, 100, -1]) for _ in range(batch)], dtype=torch.int32)
+    choices = {"log_probability": [-0.1, -2.0, 1.0], "entropy": [-0.5, -3.0, 1.0]}.get(kind, [0.9, 0.2, 0.05, 2.0])
+    threshold = torch.tensor([rng.choice(choices) for _ in range(batch)])
+    noise = torch.tensor([rng.choice([0.0, 0.5]) for _ in range(batch)])
+    seeds = torch.randint(-(2**62), 2**62, [batch], generator=generator)
+    positions = torch.randint(0, 2**40, [batch], generator=generator)
+    inputs = {"logits": logits, "masked": masked, "counts": counts, "threshold": threshold, "noise": noise,
+              "seeds": seeds, "positions": positions}
+    what = f"{kind} {dtype} {batch}x{length} of {vocab}"
+    code, out, error = program("confidence_rank", inputs, {"confidence": kind, "step": step},
+                               repeat=2 if number % 5 == 0 else 1)
+    if code:
+        return what, f"exit code {code}: {error}", 0.0
+    worst = 0.0
+    for b in range(batch):
+        p = logits[b].double().softmax(-1)
+        candidates = logits[b].float().argmax(-1)
+        top = p.sort(descending=True).values
+        sure = {
+            "probability": top[:, 0],
+            "log_probability": top[:, 0].log(),
+            "margin": top[:, 0] - top[:, 1],
+            "entropy": (p * p.clamp(min=1e-300).log()).sum(-1),
+        }[kind]
+        there = masked[b].bool()
+        difference = (out["confidence"][b].double() - sure).abs() / (1 + sure.abs())
+        if there.any():
+            worst = max(worst, difference[there].max().item() / 2e-5)
+        if worst > 1:
+            return what, f"request {b}: confidences are off", worst
+        if not torch.equal(out["candidates"][b].long(), torch.where(there, candidates, -1)):
+            return what, f"request {b}: candidates {out['candidates'][b].tolist()}", worst
+        score = sure.clone()
+        if noise[b] > 0:
+            words = [verification.philox.block(seeds[b].item() % 2**64, positions[b].item() + i, 10 | step << 8, 0)[0]
+                     for i in range(length)]
+            variate = -((torch.tensor(words, dtype=torch.float64) + 0.5) / 2**32).log2()
+            score = sure / noise[b].double() - variate.log()
+        above = there & (sure > threshold[b].double())
+        margin = (sure[there] - threshold[b].double()).abs().min().item() if there.any() else 1.0
+        want = above
+        if not above.any():
+            n = int(there.sum()) if counts[b] < 0 else min(int(counts[b]), int(there.sum()))
+            order = torch.where(there, score, -torch.inf).sort(descending=True, stable=True)
+            want = torch.zeros(length, dtype=torch.bool)
+            want[order.indices[:n]] = True
+            if 0 < n < int(there.sum()):
+                margin = min(margin, (order.values[n - 1] - order.values[n]).item())
+        if margin < CLOSE:
+            continue
+        if not torch.equal(out["tokens"][b].long(), torch.where(want, candidates, -1)):
+            return what, f"request {b}: {out['tokens'][b].tolist()} instead of {want.tolist()}", worst
+        if out["committed"][b] != int(want.sum()):
+            return what, f"request {b}: {out['committed'][b]} committed", worst
+    return what, None, worst
+
+
+OPS |= {"pooled_verify": pooled_verify, "typical_verify": typical_verify, "confidence_rank": confidence_rank}

@@ -82,6 +82,10 @@ pub const NXS_REDRAFT_NONE: u32 = 0;
 pub const NXS_REDRAFT_INDEPENDENT: u32 = 1;
 pub const NXS_REDRAFT_MAXIMAL: u32 = 2;
 pub const NXS_REDRAFT_GUMBEL: u32 = 3;
+pub const NXS_CONFIDENCE_PROBABILITY: u32 = 0;
+pub const NXS_CONFIDENCE_LOG_PROBABILITY: u32 = 1;
+pub const NXS_CONFIDENCE_MARGIN: u32 = 2;
+pub const NXS_CONFIDENCE_ENTROPY: u32 = 3;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -1777,6 +1781,207 @@ impl Default for nxs_pooled_verify_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_typical_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub drafts: *const i32,
+    pub paths_or_null: *const i32,
+    pub row_index_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub accepted_nodes_or_null: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub path_or_null: *mut i32,
+    pub last_row_or_null: *mut i32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub target_rows: i64,
+    pub nodes: i32,
+    pub paths: i32,
+    pub depth: i32,
+    pub epsilon: f32,
+    pub alpha: f32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_typical_verify_params"][::core::mem::size_of::<nxs_typical_verify_params>() - 200usize];
+    ["Alignment of nxs_typical_verify_params"][::core::mem::align_of::<nxs_typical_verify_params>() - 8usize];
+    ["Offset of field: nxs_typical_verify_params::target"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target) - 0usize];
+    ["Offset of field: nxs_typical_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, drafts) - 8usize];
+    ["Offset of field: nxs_typical_verify_params::paths_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, paths_or_null) - 16usize];
+    ["Offset of field: nxs_typical_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, row_index_or_null) - 24usize];
+    ["Offset of field: nxs_typical_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, temperature_or_null) - 32usize];
+    ["Offset of field: nxs_typical_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, seeds_or_null) - 40usize];
+    ["Offset of field: nxs_typical_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, positions_or_null) - 48usize];
+    ["Offset of field: nxs_typical_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, uniforms_or_null) - 56usize];
+    ["Offset of field: nxs_typical_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, tokens) - 64usize];
+    ["Offset of field: nxs_typical_verify_params::accepted_nodes_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, accepted_nodes_or_null) - 72usize];
+    ["Offset of field: nxs_typical_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, emitted) - 80usize];
+    ["Offset of field: nxs_typical_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, accepted) - 88usize];
+    ["Offset of field: nxs_typical_verify_params::path_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, path_or_null) - 96usize];
+    ["Offset of field: nxs_typical_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, last_row_or_null) - 104usize];
+    ["Offset of field: nxs_typical_verify_params::status"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, status) - 112usize];
+    ["Offset of field: nxs_typical_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, workspace) - 120usize];
+    ["Offset of field: nxs_typical_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, counters) - 128usize];
+    ["Offset of field: nxs_typical_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target_stride_row) - 136usize];
+    ["Offset of field: nxs_typical_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, batch) - 144usize];
+    ["Offset of field: nxs_typical_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, vocab) - 152usize];
+    ["Offset of field: nxs_typical_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target_rows) - 160usize];
+    ["Offset of field: nxs_typical_verify_params::nodes"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, nodes) - 168usize];
+    ["Offset of field: nxs_typical_verify_params::paths"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, paths) - 172usize];
+    ["Offset of field: nxs_typical_verify_params::depth"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, depth) - 176usize];
+    ["Offset of field: nxs_typical_verify_params::epsilon"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, epsilon) - 180usize];
+    ["Offset of field: nxs_typical_verify_params::alpha"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, alpha) - 184usize];
+    ["Offset of field: nxs_typical_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, fallback) - 188usize];
+    ["Offset of field: nxs_typical_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, blocks) - 192usize];
+    ["Offset of field: nxs_typical_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, dtype) - 196usize];
+};
+impl Default for nxs_typical_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_confidence_rank_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub masked_or_null: *const u8,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub threshold_or_null: *const f32,
+    pub counts: *const i32,
+    pub noise_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub tokens: *mut i32,
+    pub candidates_or_null: *mut i32,
+    pub confidence_or_null: *mut f32,
+    pub committed: *mut i32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub batch: i64,
+    pub length: i64,
+    pub vocab: i64,
+    pub confidence: i32,
+    pub row_in_step: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_confidence_rank_params"][::core::mem::size_of::<nxs_confidence_rank_params>() - 192usize];
+    ["Alignment of nxs_confidence_rank_params"][::core::mem::align_of::<nxs_confidence_rank_params>() - 8usize];
+    ["Offset of field: nxs_confidence_rank_params::logits"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, logits) - 0usize];
+    ["Offset of field: nxs_confidence_rank_params::masked_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, masked_or_null) - 8usize];
+    ["Offset of field: nxs_confidence_rank_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_confidence_rank_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, top_k_or_null) - 24usize];
+    ["Offset of field: nxs_confidence_rank_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, top_p_or_null) - 32usize];
+    ["Offset of field: nxs_confidence_rank_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, min_p_or_null) - 40usize];
+    ["Offset of field: nxs_confidence_rank_params::threshold_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, threshold_or_null) - 48usize];
+    ["Offset of field: nxs_confidence_rank_params::counts"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, counts) - 56usize];
+    ["Offset of field: nxs_confidence_rank_params::noise_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, noise_or_null) - 64usize];
+    ["Offset of field: nxs_confidence_rank_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, seeds_or_null) - 72usize];
+    ["Offset of field: nxs_confidence_rank_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, positions_or_null) - 80usize];
+    ["Offset of field: nxs_confidence_rank_params::tokens"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, tokens) - 88usize];
+    ["Offset of field: nxs_confidence_rank_params::candidates_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, candidates_or_null) - 96usize];
+    ["Offset of field: nxs_confidence_rank_params::confidence_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, confidence_or_null) - 104usize];
+    ["Offset of field: nxs_confidence_rank_params::committed"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, committed) - 112usize];
+    ["Offset of field: nxs_confidence_rank_params::status"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, status) - 120usize];
+    ["Offset of field: nxs_confidence_rank_params::workspace"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, workspace) - 128usize];
+    ["Offset of field: nxs_confidence_rank_params::counters"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, counters) - 136usize];
+    ["Offset of field: nxs_confidence_rank_params::stride_row"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, stride_row) - 144usize];
+    ["Offset of field: nxs_confidence_rank_params::batch"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, batch) - 152usize];
+    ["Offset of field: nxs_confidence_rank_params::length"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, length) - 160usize];
+    ["Offset of field: nxs_confidence_rank_params::vocab"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, vocab) - 168usize];
+    ["Offset of field: nxs_confidence_rank_params::confidence"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, confidence) - 176usize];
+    ["Offset of field: nxs_confidence_rank_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, row_in_step) - 180usize];
+    ["Offset of field: nxs_confidence_rank_params::blocks"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, blocks) - 184usize];
+    ["Offset of field: nxs_confidence_rank_params::dtype"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, dtype) - 188usize];
+};
+impl Default for nxs_confidence_rank_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -1811,4 +2016,10 @@ unsafe extern "C" {
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_visual_verify(params: *const nxs_visual_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_pooled_verify(params: *const nxs_pooled_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_typical_verify(params: *const nxs_typical_verify_params, stream: *mut ::core::ffi::c_void)
+    -> nxs_status;
+    pub fn nxs_confidence_rank(
+        params: *const nxs_confidence_rank_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
 }

@@ -10,9 +10,11 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod confidence_rank;
 mod draft_sample;
 mod multi_scale;
 mod philox_fill;
+mod pooled_verify;
 mod request;
 mod row_stats;
 mod runner;
@@ -21,6 +23,7 @@ mod rvq_encode;
 mod scalar_quantize;
 mod scale_attention;
 mod tensors;
+mod typical_verify;
 mod verify;
 mod visual_verify;
 
@@ -47,6 +50,9 @@ static OPS: &[&Op] = &[
     &scalar_quantize::REMAP,
     &verify::OP,
     &visual_verify::OP,
+    &pooled_verify::OP,
+    &typical_verify::OP,
+    &confidence_rank::OP,
     &draft_sample::OP,
     &row_stats::OP,
     &philox_fill::OP,

@@ -820,6 +820,82 @@ typedef struct nxs_pooled_verify_params {
 
 nxs_status nxs_pooled_verify(const nxs_pooled_verify_params *params, void *stream);
 
+/* What a row's confidence is, of its probabilities at temperature 1: p of the candidate, its logarithm, the greatest less the
+ * second, or the sum of p ln p. */
+#define NXS_CONFIDENCE_PROBABILITY 0
+#define NXS_CONFIDENCE_LOG_PROBABILITY 1
+#define NXS_CONFIDENCE_MARGIN 2
+#define NXS_CONFIDENCE_ENTROPY 3
+
+/*
+ * Typical acceptance of candidate paths, as described at nextscale::verification::TypicalVerifier. Node n of request b is
+ * row b * nodes + n of the step; `rows` is batch * nodes, `chunks` that of vocab.
+ */
+typedef struct nxs_typical_verify_params {
+  const void *target;               /* [target_rows, vocab] dtype: raw logits of what follows a node */
+  const int32_t *drafts;            /* [rows]: the token of a node; that of node 0 is not looked at */
+  const int32_t *paths_or_null;     /* [paths, depth]: nodes of each path, the first 0, then -1; null: one path, 0 to nodes - 1 */
+  const int32_t *row_index_or_null; /* [rows]: the row of target; null: the row of the step */
+  const float *temperature_or_null; /* [batch]; null: 1 */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch]: of the token after node 0 */
+  const float *uniforms_or_null;    /* [batch, 3], in place of seeds: for the token that follows */
+  int32_t *tokens;                  /* [batch, depth]: what is emitted, then -1 */
+  int32_t *accepted_nodes_or_null;  /* [batch, depth]: nodes of the path up to the last that is accepted, then -1 */
+  int32_t *emitted;                 /* [batch] */
+  int32_t *accepted;                /* [batch]: how many drafts */
+  int32_t *path_or_null;            /* [batch]: which path */
+  int32_t *last_row_or_null;        /* [batch]: row of the step of the last accepted node */
+  uint32_t *status;                 /* [batch] NXS_STATUS_* */
+  void *workspace;                  /* 16-byte aligned: [rows, 8] words, then [rows, chunks, 4] f32 */
+  uint32_t *counters;               /* [batch], all 0 before the first run and after each */
+  int64_t target_stride_row;
+  int64_t batch, vocab;             /* vocab from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows;              /* fewer than 2^31 */
+  int32_t nodes;                    /* 1 to 1024 */
+  int32_t paths, depth;             /* 1 to 1024 each; without paths_or_null 1 and nodes */
+  float epsilon, alpha;             /* accepted: p above min(epsilon, alpha * exp(-entropy)) */
+  int32_t fallback;                 /* the token where none can be drawn */
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_typical_verify_params;
+
+nxs_status nxs_typical_verify(const nxs_typical_verify_params *params, void *stream);
+
+/*
+ * Which tokens of a sequence under decoding are committed: those of which the model is sure, as described at
+ * nextscale::verification::ConfidenceRank. `rows` is batch * length, `chunks` that of vocab.
+ */
+typedef struct nxs_confidence_rank_params {
+  const void *logits;               /* [rows, vocab] dtype */
+  const uint8_t *masked_or_null;    /* [rows]: 0 is decided already and not looked at; null: all are masked */
+  const float *temperature_or_null; /* [batch], of the candidates; null: 0, the most probable token */
+  const int32_t *top_k_or_null;     /* [batch] */
+  const float *top_p_or_null;       /* [batch] */
+  const float *min_p_or_null;       /* [batch] */
+  const float *threshold_or_null;   /* [batch]: all whose confidence is above are committed; null: none is */
+  const int32_t *counts;            /* [batch]: how many are committed where none is above; negative: all that are masked */
+  const float *noise_or_null;       /* [batch]: the temperature of Gumbel noise on confidences; 0 and null: none */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch]: of row 0 */
+  int32_t *tokens;                  /* [rows]: the candidate where it is committed, else -1 */
+  int32_t *candidates_or_null;      /* [rows]: of masked rows, else -1 */
+  float *confidence_or_null;        /* [rows]: of masked rows, else NaN */
+  int32_t *committed;               /* [batch]: how many */
+  uint32_t *status;                 /* [batch] NXS_STATUS_* */
+  void *workspace;                  /* 16-byte aligned: [rows, 4] words, then for each block [chunks, 6] f32,
+                                       rounded up to 16 bytes */
+  uint32_t *counters;               /* [batch], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t batch, length, vocab;     /* vocab from 1 to 2^24, batch up to 2^20, length 1 to 2^20, fewer than 2^31 rows */
+  int32_t confidence;               /* NXS_CONFIDENCE_* */
+  int32_t row_in_step;              /* 0 to 2^24 - 1: number of this step, which keeps draws of two steps apart */
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_confidence_rank_params;
+
+nxs_status nxs_confidence_rank(const nxs_confidence_rank_params *params, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -71,6 +71,13 @@ template <typename T> NXS_DEVICE Logits<Guided<T>> load_logits(const Row<Guided<
   return logits;
 }
 
+// weight_of without a branch, for loops over places.
+NXS_DEVICE float weight_straight(const Summary& row, float logit) {
+  const float least = maximum(row.cut, floor_of(row.scale, row.reference));
+  const Power p = power(row.scale, (kMagic + 127.0f) - row.reference, maximum(logit, least));
+  return logit >= least ? multiply(p.fraction, p.whole) : 0.0f;
+}
+
 // The column of a lane's place of a chunk.
 NXS_DEVICE u32 column_of(u32 chunk, u32 lane, u32 place) {
   return chunk * kChunk + place / 8 * 256 + lane * 8 + place % 8;

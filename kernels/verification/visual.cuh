@@ -32,7 +32,7 @@
 namespace nxs::verification {
 
 // Beside those of sample.cuh: noise of a token of a position; the row's number is 0.
-constexpr u32 kUseNoise = 8;
+constexpr u32 kUseNoise = 8, kNoUse = 255;
 
 enum VisualKind : u32 { kStays, kEnds };
 
@@ -363,11 +363,11 @@ template <typename E, typename O> struct VisualBlock {
     NXS_DEVICE float operator()(u32 place) const {
       const u32 token = column_of(chunk, lane_index(), place);
       if (uniform) return of_p.at(place) > -INFINITY && block.code_of(token) != kNothing ? 1.0f : 0.0f;
-      const float p = zeroed >> place & 1 ? 0.0f : weight_of(block.target, of_p.at(place));
-      if (p == 0) return 0;
-      const float q = block.draft_peak != kNothing ? (block.draft_peak == token ? 1.0f : 0.0f)
-                                                   : weight_of(block.draft, of_q.at(place));
-      return maximum(fma(p, block.q_sum(), -multiply(q, block.p_sum())), 0.0f);
+      const float p = weight_straight(block.target, of_p.at(place));
+      float q = block.draft_peak == token ? 1.0f : 0.0f;
+      if (block.draft_peak == kNothing) q = weight_straight(block.draft, of_q.at(place));
+      const float excess = maximum(fma(p, block.q_sum(), -multiply(q, block.p_sum())), 0.0f);
+      return p == 0 || (zeroed >> place & 1) ? 0.0f : excess;
     }
   };
 
@@ -410,18 +410,18 @@ template <typename E, typename O> struct VisualBlock {
       }
       block_sync();
     }
-    u32 token = draw_by(false, zeroing != kNothing);
-    if (token != kNothing) return token;
-    if (p.rule == NXS_VISUAL_LANTERN) return draw_by(true, false);
-    // p is q but for rounding.
-    u32 of_p = kNothing;
-    if (thread_index() < 32) of_p = sample(kUseResidual);
-    return say(thread_index() == 0, of_p);
+    // Once more only if nothing is left.
+    u32 token = kNothing;
+#pragma unroll 1
+    for (u32 round = 0; round < (p.rule == NXS_VISUAL_LANTERN ? 2 : 1) && token == kNothing; ++round)
+      token = draw_by(round == 1, round == 0 && zeroing != kNothing);
+    return token;
   }
 
-  // All of the block: whether the draft stays, and else the token in its place.
-  NXS_DEVICE u32 test(u32& token) {
+  // All of the block: whether the draft stays, and else the token in its place, or the use of a draw from p that is.
+  NXS_DEVICE u32 test(u32& token, u32& use) {
     token = kNothing;
+    use = kNoUse;
     if (target.shape == kEmpty) return kEnds;
     bool good = drafted != kNothing;
     if (good) {
@@ -439,9 +439,7 @@ template <typename E, typename O> struct VisualBlock {
       }
     }
     if (!good) {
-      u32 drawn = kNothing;
-      if (thread_index() < 32) drawn = sample(kUseSample);
-      token = say(thread_index() == 0, drawn);
+      use = kUseSample;
       return kEnds;
     }
     const float own = p_weight(drafted);
@@ -465,6 +463,8 @@ template <typename E, typename O> struct VisualBlock {
       stays = multiply(multiply(draws(kUseAccept).at[0], of_q), p_sum()) < multiply(of_p, q_sum());
     if (say(thread_index() == 0, stays)) return kStays;
     token = replace(zeroing);
+    // p is q but for rounding.
+    if (token == kNothing && p.rule != NXS_VISUAL_LANTERN) use = kUseResidual;
     return kEnds;
   }
 
@@ -507,15 +507,23 @@ template <typename E, typename O> struct VisualBlock {
   // All of the block: decides the row, and keeps what is to be kept.
   NXS_DEVICE u32 decide() {
     sweep();
-    u32 token, redraft = kNothing;
-    const u32 kind = test(token);
-    if (p.redraft == NXS_REDRAFT_MAXIMAL) {
-      redraft = kind == kStays ? drafted : token;
-    } else if (p.redraft == NXS_REDRAFT_GUMBEL && target.shape == kSpread) {
-      redraft = race();
-    } else if (p.redraft != NXS_REDRAFT_NONE && thread_index() < 32) {
-      redraft = sample(kUseDraft);
+    u32 token, use, redraft = kNothing;
+    const u32 kind = test(token, use);
+    const bool races = p.redraft == NXS_REDRAFT_GUMBEL && target.shape == kSpread;
+    const u32 again = p.redraft == NXS_REDRAFT_NONE || p.redraft == NXS_REDRAFT_MAXIMAL || races ? kNoUse : kUseDraft;
+    // One copy of the code for both.
+#pragma unroll 1
+    for (u32 round = 0; round < 2; ++round) {
+      const u32 of_round = round == 0 ? use : again;
+      if (of_round == kNoUse) continue;
+      u32 drawn = kNothing;
+      if (thread_index() < 32) drawn = sample(of_round);
+      if (round == 0) token = drawn;
+      if (round == 1) redraft = drawn;
     }
+    // Those of thread 0 are kept.
+    if (p.redraft == NXS_REDRAFT_MAXIMAL) redraft = kind == kStays ? drafted : token;
+    if (races) redraft = race();
     if (thread_index() == 0) {
       VisualRow state = {kind, static_cast<i32>(token), said, static_cast<i32>(redraft), {}};
       const bool spread = target.shape == kSpread;

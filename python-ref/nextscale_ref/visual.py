@@ -122,3 +122,58 @@ def test(rule, logits, p, q, d, is_peak, draws, codes, tables, margin):
             real = logits.tolist()
             weights = [float(first <= x < first + count and real[x] > -math.inf) for x in range(len(p))]
     return False, sample(weights, replacing, margin)
+
+
+def resampled(rejected, radius):
+    """(mask: 0 stays, 1 rejected, 2 near and behind; positions padded with -1; islands; how many) of [height, width]."""
+    height, width = rejected.shape
+    mask = rejected.long()
+    for t in range(height * width):
+        if not rejected.view(-1)[t]:
+            continue
+        y, x = divmod(t, width)
+        for v in range(max(y - radius, 0), min(y + radius + 1, height)):
+            for u in range(max(x - radius, 0), min(x + radius + 1, width)):
+                if v * width + u > t and mask[v, u] == 0:
+                    mask[v, u] = 2
+    islands = torch.full_like(mask, -1)
+    count = 0
+    for start in range(height * width):
+        y, x = divmod(start, width)
+        if mask[y, x] == 0 or islands[y, x] >= 0:
+            continue
+        flood = [(y, x)]
+        while flood:
+            y, x = flood.pop()
+            if islands[y, x] >= 0:
+                continue
+            islands[y, x] = count
+            for v in range(max(y - 1, 0), min(y + 2, height)):
+                for u in range(max(x - 1, 0), min(x + 2, width)):
+                    if mask[v, u] and islands[v, u] < 0:
+                        flood.append((v, u))
+        count += 1
+    positions = mask.view(-1).nonzero()[:, 0].tolist()
+    return mask, positions + [-1] * (height * width - len(positions)), islands, count
+
+
+def typical(p, drafts, paths, epsilon, alpha, margin):
+    """(nodes accepted, which path): the longest, of those the likeliest, of those the first. p: lists by node."""
+    thresholds = []
+    for row in p:
+        entropy = -math.fsum(x * math.log(x) for x in row if x > 0)
+        thresholds.append(min(epsilon, alpha * math.exp(-entropy)))
+    best = None
+    for number, path in enumerate(paths):
+        length, log_sum = 0, 0.0
+        for before, node in zip(path, path[1:]):
+            of_node = p[before][drafts[node]]
+            margin[0] = min(margin[0], abs(of_node / thresholds[before] - 1))
+            if of_node <= thresholds[before]:
+                break
+            length, log_sum = length + 1, log_sum + math.log(of_node)
+        if best and length == best[0] and log_sum != best[1]:
+            margin[0] = min(margin[0], abs(log_sum - best[1]))
+        if best is None or (length, log_sum) > best[:2]:
+            best = (length, log_sum, number)
+    return best[0], best[2]

@@ -24,6 +24,16 @@ pub(crate) fn distribution(
     }
     let mut summary = Summary::of(partials, scale);
     truncation.apply(&mut summary, partials, bits, columns, &logit);
+    let said = said_of(&summary);
+    let peak = match summary.shape {
+        Shape::Peak => summary.peak(partials, logit),
+        _ => None,
+    };
+    (Distribution { summary, peak }, said)
+}
+
+/// What there is to say of a row of the target.
+pub(crate) fn said_of(summary: &Summary) -> u32 {
     let mut said = 0;
     if summary.nan {
         said |= status::TARGET_NAN;
@@ -34,9 +44,5 @@ pub(crate) fn distribution(
     if summary.shape == Shape::Empty {
         said |= status::TARGET_EMPTY;
     }
-    let peak = match summary.shape {
-        Shape::Peak => summary.peak(partials, logit),
-        _ => None,
-    };
-    (Distribution { summary, peak }, said)
+    said
 }

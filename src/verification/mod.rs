@@ -8,22 +8,27 @@
 //! Every draw is a Philox block of (request's seed, absolute position, use, draw), so what a request emits does not depend
 //! on its place in a batch or on who else is in it. The counter's third word is `use | row << 8`, where `use` is 0 for a
 //! drafter's token, 1 for an accept test, 2 for the residual, 3 for a token of the target, 4 for a trial of thinning, 8 for
-//! noise that belongs to a token of a position, and `row` is the number of the row in the step, 0 for uses 3 and 8: two
+//! noise that belongs to a token of a position, 9 and 10 for candidates and their ranks, and `row` is the number of the row in the step, 0 for uses 3 and 8: two
 //! steps that see the same position draw independently, and a token of the target is the same with drafts and without.
 
+mod confidence;
 mod draft_sample;
 mod host_rows;
 mod log2;
+mod moments;
 mod pooled;
 mod row_stats;
 mod rows;
+mod typical;
 mod verifier;
 mod visual;
 
 pub use crate::plan::Traffic;
+pub use confidence::{Confidence, ConfidenceOut, ConfidenceRank, ConfidenceRankArgs, ConfidenceRankBuilder};
 pub use draft_sample::{DraftSample, DraftSampleArgs, DraftSampleBuilder, DraftSampleSchedule};
 pub use pooled::{PooledOptions, PooledOut, PooledVerifier, PooledVerifierArgs, PooledVerifierBuilder};
 pub use row_stats::{RowStats, RowStatsArgs, RowStatsBuilder, RowStatsSchedule};
+pub use typical::{TypicalOut, TypicalVerifier, TypicalVerifierArgs, TypicalVerifierBuilder};
 pub use verifier::{
     Drafts, Rule, Verifier, VerifierArgs, VerifierBuilder, VerifierOptions, VerifierOut, VerifierSchedule,
 };
