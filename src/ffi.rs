@@ -70,6 +70,7 @@ pub const NXS_STATUS_TARGET_BEYOND: u32 = 8;
 pub const NXS_STATUS_DRAFT_IMPOSSIBLE: u32 = 16;
 pub const NXS_STATUS_ROW_OUT_OF_RANGE: u32 = 32;
 pub const NXS_STATUS_DRAFTS_IGNORED: u32 = 64;
+pub const NXS_STATUS_SEQUENCE_FULL: u32 = 1024;
 pub const NXS_RULE_GREEDY: u32 = 0;
 pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
@@ -1982,6 +1983,184 @@ impl Default for nxs_confidence_rank_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_gated_sample_params {
+    pub first: *const ::core::ffi::c_void,
+    pub second: *const ::core::ffi::c_void,
+    pub gate: *const f32,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub stats_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub stride_row: i64,
+    pub rows: i64,
+    pub vocab: i64,
+    pub row_in_step: i32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_gated_sample_params"][::core::mem::size_of::<nxs_gated_sample_params>() - 152usize];
+    ["Alignment of nxs_gated_sample_params"][::core::mem::align_of::<nxs_gated_sample_params>() - 8usize];
+    ["Offset of field: nxs_gated_sample_params::first"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, first) - 0usize];
+    ["Offset of field: nxs_gated_sample_params::second"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, second) - 8usize];
+    ["Offset of field: nxs_gated_sample_params::gate"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, gate) - 16usize];
+    ["Offset of field: nxs_gated_sample_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, temperature_or_null) - 24usize];
+    ["Offset of field: nxs_gated_sample_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, top_k_or_null) - 32usize];
+    ["Offset of field: nxs_gated_sample_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, top_p_or_null) - 40usize];
+    ["Offset of field: nxs_gated_sample_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, min_p_or_null) - 48usize];
+    ["Offset of field: nxs_gated_sample_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, seeds_or_null) - 56usize];
+    ["Offset of field: nxs_gated_sample_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, positions_or_null) - 64usize];
+    ["Offset of field: nxs_gated_sample_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, uniforms_or_null) - 72usize];
+    ["Offset of field: nxs_gated_sample_params::tokens"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, tokens) - 80usize];
+    ["Offset of field: nxs_gated_sample_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, stats_or_null) - 88usize];
+    ["Offset of field: nxs_gated_sample_params::status"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, status) - 96usize];
+    ["Offset of field: nxs_gated_sample_params::workspace"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, workspace) - 104usize];
+    ["Offset of field: nxs_gated_sample_params::stride_row"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, stride_row) - 112usize];
+    ["Offset of field: nxs_gated_sample_params::rows"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, rows) - 120usize];
+    ["Offset of field: nxs_gated_sample_params::vocab"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, vocab) - 128usize];
+    ["Offset of field: nxs_gated_sample_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, row_in_step) - 136usize];
+    ["Offset of field: nxs_gated_sample_params::fallback"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, fallback) - 140usize];
+    ["Offset of field: nxs_gated_sample_params::blocks"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, blocks) - 144usize];
+    ["Offset of field: nxs_gated_sample_params::dtype"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, dtype) - 148usize];
+};
+impl Default for nxs_gated_sample_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_select_candidate_params {
+    pub scores: *const f32,
+    pub sequences_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub parents: *mut i32,
+    pub selected_or_null: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub candidates: i64,
+    pub length: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_select_candidate_params"][::core::mem::size_of::<nxs_select_candidate_params>() - 96usize];
+    ["Alignment of nxs_select_candidate_params"][::core::mem::align_of::<nxs_select_candidate_params>() - 8usize];
+    ["Offset of field: nxs_select_candidate_params::scores"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, scores) - 0usize];
+    ["Offset of field: nxs_select_candidate_params::sequences_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, sequences_or_null) - 8usize];
+    ["Offset of field: nxs_select_candidate_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_select_candidate_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, seeds_or_null) - 24usize];
+    ["Offset of field: nxs_select_candidate_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, positions_or_null) - 32usize];
+    ["Offset of field: nxs_select_candidate_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, uniforms_or_null) - 40usize];
+    ["Offset of field: nxs_select_candidate_params::parents"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, parents) - 48usize];
+    ["Offset of field: nxs_select_candidate_params::selected_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, selected_or_null) - 56usize];
+    ["Offset of field: nxs_select_candidate_params::status"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, status) - 64usize];
+    ["Offset of field: nxs_select_candidate_params::batch"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, batch) - 72usize];
+    ["Offset of field: nxs_select_candidate_params::candidates"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, candidates) - 80usize];
+    ["Offset of field: nxs_select_candidate_params::length"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, length) - 88usize];
+};
+impl Default for nxs_select_candidate_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_backspace_params {
+    pub emitted: *const i32,
+    pub least_or_null: *const i32,
+    pub sequences: *mut i32,
+    pub lengths: *mut i32,
+    pub kept: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub most: i64,
+    pub capacity: i64,
+    pub backspace: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_backspace_params"][::core::mem::size_of::<nxs_backspace_params>() - 80usize];
+    ["Alignment of nxs_backspace_params"][::core::mem::align_of::<nxs_backspace_params>() - 8usize];
+    ["Offset of field: nxs_backspace_params::emitted"][::core::mem::offset_of!(nxs_backspace_params, emitted) - 0usize];
+    ["Offset of field: nxs_backspace_params::least_or_null"]
+        [::core::mem::offset_of!(nxs_backspace_params, least_or_null) - 8usize];
+    ["Offset of field: nxs_backspace_params::sequences"]
+        [::core::mem::offset_of!(nxs_backspace_params, sequences) - 16usize];
+    ["Offset of field: nxs_backspace_params::lengths"]
+        [::core::mem::offset_of!(nxs_backspace_params, lengths) - 24usize];
+    ["Offset of field: nxs_backspace_params::kept"][::core::mem::offset_of!(nxs_backspace_params, kept) - 32usize];
+    ["Offset of field: nxs_backspace_params::status"][::core::mem::offset_of!(nxs_backspace_params, status) - 40usize];
+    ["Offset of field: nxs_backspace_params::batch"][::core::mem::offset_of!(nxs_backspace_params, batch) - 48usize];
+    ["Offset of field: nxs_backspace_params::most"][::core::mem::offset_of!(nxs_backspace_params, most) - 56usize];
+    ["Offset of field: nxs_backspace_params::capacity"]
+        [::core::mem::offset_of!(nxs_backspace_params, capacity) - 64usize];
+    ["Offset of field: nxs_backspace_params::backspace"]
+        [::core::mem::offset_of!(nxs_backspace_params, backspace) - 72usize];
+};
+impl Default for nxs_backspace_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -2022,4 +2201,10 @@ unsafe extern "C" {
         params: *const nxs_confidence_rank_params,
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
+    pub fn nxs_gated_sample(params: *const nxs_gated_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_select_candidate(
+        params: *const nxs_select_candidate_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_backspace(params: *const nxs_backspace_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

@@ -608,6 +608,7 @@ nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 #define NXS_STATUS_DRAFT_IMPOSSIBLE 16u /* q is 0 for a draft */
 #define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
 #define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
+#define NXS_STATUS_SEQUENCE_FULL 1024u  /* tokens had no place in their sequence and were dropped */
 
 /* partials[r, c] = the partial of chunk c of logits[r]. */
 typedef struct nxs_row_stats_params {
@@ -895,6 +896,67 @@ typedef struct nxs_confidence_rank_params {
 } nxs_confidence_rank_params;
 
 nxs_status nxs_confidence_rank(const nxs_confidence_rank_params *params, void *stream);
+
+/*
+ * A token of each row of two heads, mixed by the row's gate before anything else: logit = second + gate * (first - second), and
+ * -inf where either is. The rest is as in nxs_draft_sample.
+ */
+typedef struct nxs_gated_sample_params {
+  const void *first, *second;       /* [rows, vocab] dtype */
+  const float *gate;                /* [rows] */
+  const float *temperature_or_null; /* [rows]; null: 1 */
+  const int32_t *top_k_or_null;     /* [rows] */
+  const float *top_p_or_null;       /* [rows] */
+  const float *min_p_or_null;       /* [rows] */
+  const int64_t *seeds_or_null;     /* [rows] */
+  const int64_t *positions_or_null; /* [rows], of the step's first draft */
+  const float *uniforms_or_null;    /* [rows, 3], in place of seeds */
+  int32_t *tokens;                  /* [rows] */
+  float *stats_or_null;             /* [rows, 4] as nxs_draft_sample's */
+  uint32_t *status;                 /* [rows] NXS_STATUS_* */
+  void *workspace;                  /* 8-byte aligned: [blocks, ceil(vocab / NXS_CHUNK_COLUMNS), 2] f32 */
+  int64_t stride_row;               /* of both */
+  int64_t rows, vocab;              /* vocab from 1 to 2^24, rows up to 2^20 */
+  int32_t row_in_step;              /* 0 to 1023 */
+  int32_t fallback;
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_gated_sample_params;
+
+nxs_status nxs_gated_sample(const nxs_gated_sample_params *params, void *stream);
+
+/*
+ * One of a request's candidates, by the softmax of score / temperature (importance resampling: scores are logarithms of
+ * weights), or the one of the greatest score (best of n), and its tokens.
+ */
+typedef struct nxs_select_candidate_params {
+  const float *scores;              /* [batch, candidates]; NaN and -inf are never selected */
+  const int32_t *sequences_or_null; /* [batch, candidates, length] */
+  const float *temperature_or_null; /* [batch]; null: 1; below 1e-5: the greatest, of ties the first */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch] */
+  const float *uniforms_or_null;    /* [batch, 3], in place of seeds */
+  int32_t *parents;                 /* [batch]: which; 0 where none can be selected */
+  int32_t *selected_or_null;        /* [batch, length]: its sequence; goes with sequences_or_null */
+  uint32_t *status;                 /* [batch] NXS_STATUS_*, the scores being the target */
+  int64_t batch, candidates, length; /* batch up to 2^20, candidates 1 to NXS_CHUNK_COLUMNS, length from 0 on */
+} nxs_select_candidate_params;
+
+nxs_status nxs_select_candidate(const nxs_select_candidate_params *params, void *stream);
+
+/* What is emitted, appended to sequences; the token `backspace` takes the last one away instead, down to `least`. */
+typedef struct nxs_backspace_params {
+  const int32_t *emitted;       /* [batch, most]; up to the first that is negative */
+  const int32_t *least_or_null; /* [batch]: tokens that are never taken away; null: 0 */
+  int32_t *sequences;           /* [batch, capacity], read and written */
+  int32_t *lengths;             /* [batch], read and written; those outside 0 to capacity are taken for the nearest of these */
+  int32_t *kept;                /* [batch]: the least length on the way: what of a cache remains */
+  uint32_t *status;             /* [batch] NXS_STATUS_SEQUENCE_FULL or 0 */
+  int64_t batch, most, capacity; /* each from 0 to 2^31 - 1 */
+  int32_t backspace;            /* from 0 on */
+} nxs_backspace_params;
+
+nxs_status nxs_backspace(const nxs_backspace_params *params, void *stream);
 
 #ifdef __cplusplus
 }

@@ -8,9 +8,11 @@
 //! Every draw is a Philox block of (request's seed, absolute position, use, draw), so what a request emits does not depend
 //! on its place in a batch or on who else is in it. The counter's third word is `use | row << 8`, where `use` is 0 for a
 //! drafter's token, 1 for an accept test, 2 for the residual, 3 for a token of the target, 4 for a trial of thinning, 8 for
-//! noise that belongs to a token of a position, 9 and 10 for candidates and their ranks, and `row` is the number of the row in the step, 0 for uses 3 and 8: two
+//! noise that belongs to a token of a position, 9 and 10 for candidates and their ranks, 11 for
+//! which of several is selected, and `row` is the number of the row in the step, 0 for uses 3 and 8: two
 //! steps that see the same position draw independently, and a token of the target is the same with drafts and without.
 
+mod candidates;
 mod confidence;
 mod draft_sample;
 mod host_rows;
@@ -24,6 +26,9 @@ mod verifier;
 mod visual;
 
 pub use crate::plan::Traffic;
+pub use candidates::{
+    Backspace, BackspaceArgs, GatedSample, GatedSampleArgs, GatedSampleBuilder, SelectCandidate, SelectCandidateArgs,
+};
 pub use confidence::{Confidence, ConfidenceOut, ConfidenceRank, ConfidenceRankArgs, ConfidenceRankBuilder};
 pub use draft_sample::{DraftSample, DraftSampleArgs, DraftSampleBuilder, DraftSampleSchedule};
 pub use pooled::{PooledOptions, PooledOut, PooledVerifier, PooledVerifierArgs, PooledVerifierBuilder};
@@ -79,4 +84,6 @@ pub mod status {
     pub const ROW_OUT_OF_RANGE: u32 = 32;
     /// The request has more drafts than the plan allows; those beyond were ignored.
     pub const DRAFTS_IGNORED: u32 = 64;
+    /// Tokens had no place in their sequence and were dropped.
+    pub const SEQUENCE_FULL: u32 = 1024;
 }

@@ -544,6 +544,8 @@ pub(crate) enum Domain {
     Candidate = 9,
     /// The noise of its rank.
     Rank = 10,
+    /// Which of several candidates is selected.
+    Select = 11,
 }
 
 /// Four uniforms of a request. `row`: which row of the step; it keeps two steps apart that see one position.
