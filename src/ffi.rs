@@ -2161,6 +2161,61 @@ impl Default for nxs_backspace_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_beam_rank_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub scores: *const f32,
+    pub temperature_or_null: *const f32,
+    pub parents: *mut i32,
+    pub tokens: *mut i32,
+    pub best: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub beams: i32,
+    pub width: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_beam_rank_params"][::core::mem::size_of::<nxs_beam_rank_params>() - 112usize];
+    ["Alignment of nxs_beam_rank_params"][::core::mem::align_of::<nxs_beam_rank_params>() - 8usize];
+    ["Offset of field: nxs_beam_rank_params::logits"][::core::mem::offset_of!(nxs_beam_rank_params, logits) - 0usize];
+    ["Offset of field: nxs_beam_rank_params::scores"][::core::mem::offset_of!(nxs_beam_rank_params, scores) - 8usize];
+    ["Offset of field: nxs_beam_rank_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_beam_rank_params::parents"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, parents) - 24usize];
+    ["Offset of field: nxs_beam_rank_params::tokens"][::core::mem::offset_of!(nxs_beam_rank_params, tokens) - 32usize];
+    ["Offset of field: nxs_beam_rank_params::best"][::core::mem::offset_of!(nxs_beam_rank_params, best) - 40usize];
+    ["Offset of field: nxs_beam_rank_params::status"][::core::mem::offset_of!(nxs_beam_rank_params, status) - 48usize];
+    ["Offset of field: nxs_beam_rank_params::workspace"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, workspace) - 56usize];
+    ["Offset of field: nxs_beam_rank_params::counters"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, counters) - 64usize];
+    ["Offset of field: nxs_beam_rank_params::stride_row"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, stride_row) - 72usize];
+    ["Offset of field: nxs_beam_rank_params::batch"][::core::mem::offset_of!(nxs_beam_rank_params, batch) - 80usize];
+    ["Offset of field: nxs_beam_rank_params::vocab"][::core::mem::offset_of!(nxs_beam_rank_params, vocab) - 88usize];
+    ["Offset of field: nxs_beam_rank_params::beams"][::core::mem::offset_of!(nxs_beam_rank_params, beams) - 96usize];
+    ["Offset of field: nxs_beam_rank_params::width"][::core::mem::offset_of!(nxs_beam_rank_params, width) - 100usize];
+    ["Offset of field: nxs_beam_rank_params::blocks"][::core::mem::offset_of!(nxs_beam_rank_params, blocks) - 104usize];
+    ["Offset of field: nxs_beam_rank_params::dtype"][::core::mem::offset_of!(nxs_beam_rank_params, dtype) - 108usize];
+};
+impl Default for nxs_beam_rank_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -2207,4 +2262,5 @@ unsafe extern "C" {
         stream: *mut ::core::ffi::c_void,
     ) -> nxs_status;
     pub fn nxs_backspace(params: *const nxs_backspace_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_beam_rank(params: *const nxs_beam_rank_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

@@ -7,7 +7,8 @@ mod verification;
 
 use nextscale::dtype::Float;
 use nextscale::verification::{
-    Backspace, BackspaceArgs, GatedSample, GatedSampleArgs, SelectCandidate, SelectCandidateArgs, status,
+    Backspace, BackspaceArgs, BeamRank, BeamRankArgs, GatedSample, GatedSampleArgs, SelectCandidate,
+    SelectCandidateArgs, status,
 };
 use nextscale::{DType, DeviceInfo, Error, bf16, philox};
 use proptest::prelude::*;
@@ -328,6 +329,195 @@ fn bad_scores_harm_no_one_else() {
     }
 }
 
+// ---- beams ----
+
+#[derive(Debug, Clone)]
+struct Beams {
+    vocab: usize,
+    batch: usize,
+    beams: usize,
+    width: usize,
+    gap: usize,
+    ties: bool,
+    bad: bool,
+    shift: usize,
+    seed: u64,
+}
+
+type Ranked = (Vec<i32>, Vec<i32>, Vec<u32>, Vec<u32>);
+
+impl Beams {
+    fn data<T: Float>(&self) -> (Vec<T>, Vec<f32>, Vec<f32>) {
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let rows = self.batch * self.beams;
+        let stride = self.vocab + self.gap;
+        let len = if rows == 0 { 0 } else { (rows - 1) * stride + self.vocab };
+        let grain = if self.ties { 1.0 } else { 1024.0 };
+        let mut logits: Vec<T> =
+            (0..len).map(|_| T::from_f32((rng.random_range(-4.0..4.0f32) * grain).round() / grain)).collect();
+        let mut scores: Vec<f32> = (0..rows).map(|_| rng.random_range(-5.0..0.0f32)).collect();
+        if self.bad && rows > 0 {
+            let r = rng.random_range(0..rows);
+            let row = r * stride..r * stride + self.vocab;
+            match rng.random_range(0..5) {
+                0 => logits[row].fill(T::from_f32(f32::NAN)),
+                1 => logits[row.start..row.start + self.vocab / 2].fill(T::from_f32(f32::NEG_INFINITY)),
+                2 => logits[row.start + rng.random_range(0..self.vocab)] = T::from_f32(f32::INFINITY),
+                3 => scores[r] = f32::NEG_INFINITY,
+                _ => scores[r] = f32::NAN,
+            }
+        }
+        (logits, scores, (0..self.batch).map(|_| [1.0, 0.7][rng.random_range(0..2)]).collect())
+    }
+
+    fn run<T: Float>(&self, device: &TestDevice, data: &(Vec<T>, Vec<f32>, Vec<f32>), info: &DeviceInfo) -> Ranked {
+        let stride = Some((self.vocab + self.gap) as i64);
+        let plan = BeamRank::<T>::new(self.batch, self.beams, self.width, self.vocab, stride, info).unwrap();
+        let (logits, scores) = (Buffer::of(device, &data.0, self.shift), Buffer::of(device, &data.1, 1));
+        let temperature = Buffer::of(device, &data.2, 1);
+        let out = self.batch * self.width;
+        let mut parents = Buffer::<i32>::poisoned(device, out, 1);
+        let mut tokens = Buffer::<i32>::poisoned(device, out, 1);
+        let mut best = Buffer::<f32>::poisoned(device, out, 1);
+        let mut status = Buffer::<u32>::poisoned(device, self.batch, 1);
+        let mut workspace = Buffer::<u8>::poisoned(device, plan.workspace_bytes() as usize, 0);
+        let mut counters = Buffer::of(device, &vec![0u32; plan.counter_words()], 1);
+        plan.run(
+            &device.stream(),
+            BeamRankArgs {
+                logits: logits.input(),
+                scores: scores.input(),
+                temperature: Some(temperature.input()),
+                parents: parents.output(),
+                tokens: tokens.output(),
+                best: best.output(),
+                status: status.output(),
+                workspace: workspace.output(),
+                counters: counters.output(),
+            },
+        )
+        .unwrap();
+        workspace.read();
+        assert!(counters.read().iter().all(|&count| count == 0));
+        (parents.read(), tokens.read(), best.read().iter().map(|x| x.to_bits()).collect(), status.read())
+    }
+}
+
+fn beams() -> impl Strategy<Value = Beams> {
+    let vocab = prop_oneof![4 => 1..60usize, 1 => 1000..1100usize, 1 => 2000..3100usize];
+    (vocab, 0..4usize, 1..6usize, 1..33usize, 0..4usize, any::<[bool; 2]>(), 0..4usize, any::<u64>()).prop_map(
+        |(vocab, batch, beams, width, gap, [ties, bad], shift, seed)| Beams {
+            vocab,
+            batch,
+            beams,
+            width,
+            gap,
+            ties,
+            bad,
+            shift,
+            seed,
+        },
+    )
+}
+
+/// By sorting all pairs. `alone`: a wrong one, without the beams' scores.
+fn check_beams<T: Float>(case: &Beams, alone: bool) -> Result<(), String> {
+    let data = case.data::<T>();
+    let (parents, tokens, best, _) = case.run(&TestDevice::Host, &data, &DeviceInfo::H200);
+    for b in 0..case.batch {
+        let mut all: Vec<(f64, usize, f64, usize)> = Vec::new();
+        for beam in 0..case.beams {
+            let r = b * case.beams + beam;
+            let logits: Vec<f64> = (0..case.vocab)
+                .map(|column| f64::from(data.0[r * (case.vocab + case.gap) + column].to_f32()))
+                .collect();
+            let p = Sampling::at(data.2[b]).probabilities(&logits, false, &mut 1.0);
+            let score = if alone { 0.0 } else { f64::from(data.1[r]) };
+            if score.is_nan() {
+                continue;
+            }
+            all.extend((0..case.vocab).filter(|&x| p[x] > 0.0).map(|x| (score + p[x].ln(), beam, -logits[x], x)));
+        }
+        all.retain(|of| of.0 > f64::NEG_INFINITY);
+        all.sort_by(|x, y| y.0.total_cmp(&x.0).then(x.1.cmp(&y.1)).then(x.2.total_cmp(&y.2)).then(x.3.cmp(&y.3)));
+        for n in 0..case.width {
+            let at = b * case.width + n;
+            let got = f64::from(f32::from_bits(best[at]));
+            match all.get(n) {
+                None if (parents[at], tokens[at]) == (-1, -1) && got == f64::NEG_INFINITY => {}
+                None => return Err(format!("{n}: {} {}", parents[at], tokens[at])),
+                Some(&(score, beam, _, token)) => {
+                    if (got - score).abs() > 1e-4 {
+                        return Err(format!("{n}: {got} instead of {score}"));
+                    }
+                    // In f32 close ones may change places.
+                    let near = |other: usize| {
+                        all.get(other).is_some_and(|of| (of.0 - score).abs() < 1e-4 && (of.1, of.2) != (beam, all[n].2))
+                    };
+                    let close = near(n + 1) || (n > 0 && near(n - 1));
+                    let close = close || all.iter().filter(|of| (of.0 - score).abs() < 1e-4).any(|of| of.1 != beam);
+                    if !close && (parents[at], tokens[at]) != (beam as i32, token as i32) {
+                        return Err(format!("{n}: {} {} instead of {beam} {token}", parents[at], tokens[at]));
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+struct BeamsOracle<'a>(&'a Beams);
+impl ForFloats for BeamsOracle<'_> {
+    fn call<T: Float, O: Float>(self) {
+        check_beams::<T>(self.0, false).unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: support::cases() * 4, ..ProptestConfig::default() })]
+
+    #[test]
+    fn beams_agree_with_a_sort(case in beams(), dtype in 0..3usize) {
+        for_floats(FLOATS[dtype], DType::F32, BeamsOracle(&case));
+    }
+}
+
+#[test]
+fn beams_without_their_scores_are_told() {
+    let case = Beams { vocab: 50, batch: 5, beams: 4, width: 8, gap: 0, ties: false, bad: false, shift: 0, seed: 3 };
+    check_beams::<f32>(&case, false).unwrap();
+    check_beams::<f32>(&case, true).unwrap_err();
+}
+
+struct SameBeams<'a>(&'a TestDevice, &'a Beams);
+impl ForFloats for SameBeams<'_> {
+    fn call<T: Float, O: Float>(self) {
+        let data = self.1.data::<T>();
+        let host = self.1.run(&TestDevice::Host, &data, &DeviceInfo::H200);
+        assert_eq!(self.1.run(self.0, &data, &DeviceInfo::H200), host);
+        let mut small = DeviceInfo::A100;
+        small.sm_count = 1;
+        assert_eq!(self.1.run(self.0, &data, &small), host);
+    }
+}
+
+#[test]
+fn beams_agree_with_the_host_bit_for_bit() {
+    for device in TestDevice::kernels() {
+        let config = ProptestConfig { cases: support::cases(), failure_persistence: None, ..ProptestConfig::default() };
+        proptest::test_runner::TestRunner::new(config)
+            .run(&(beams(), 0..3usize), |(case, dtype)| {
+                for_floats(FLOATS[dtype], DType::F32, SameBeams(&device, &case));
+                Ok(())
+            })
+            .unwrap();
+        let most =
+            Beams { vocab: 9000, batch: 1, beams: 32, width: 32, gap: 0, ties: true, bad: false, shift: 1, seed: 1 };
+        let fewer = if device.is_emulated() { Beams { beams: 3, ..most } } else { most };
+        SameBeams(&device, &fewer).call::<bf16, f32>();
+    }
+}
+
 // ---- backspaces ----
 
 type Appended = (Vec<i32>, Vec<i32>, Vec<i32>, Vec<u32>);
@@ -411,6 +601,10 @@ fn bad_plans_and_buffers_are_refused() {
     size(GatedSample::<f32>::builder((1 << 20) + 1, 1).build(info).map(drop), "rows");
     size(GatedSample::<f32>::builder(1, 1).row_in_step(1024).build(info).map(drop), "row_in_step");
     assert!(matches!(GatedSample::<bf16>::builder(2, 5).row_stride(4).build(info), Err(Error::Stride { .. })));
+    size(BeamRank::<f32>::new(1, 1, 1, 0, None, info).map(drop), "vocab");
+    size(BeamRank::<f32>::new(1, 33, 1, 9, None, info).map(drop), "beams");
+    size(BeamRank::<f32>::new(1, 1, 0, 9, None, info).map(drop), "width");
+    assert!(matches!(BeamRank::<f32>::new(1, 2, 1, 9, Some(8), info), Err(Error::Stride { .. })));
     size(SelectCandidate::new(1, 0, 1, info).map(drop), "candidates");
     size(SelectCandidate::new(1, 1025, 1, info).map(drop), "candidates");
     size(SelectCandidate::new((1 << 20) + 1, 1, 1, info).map(drop), "batch");

@@ -958,6 +958,30 @@ typedef struct nxs_backspace_params {
 
 nxs_status nxs_backspace(const nxs_backspace_params *params, void *stream);
 
+/*
+ * The best continuations of a request's beams: of all (beam, token), those of the greatest score + ln p(token), p the softmax of the
+ * beam's row; of ties the lower beam, then the more probable token, then the lower one.
+ */
+typedef struct nxs_beam_rank_params {
+  const void *logits;          /* [batch * beams, vocab] dtype */
+  const float *scores;         /* [batch, beams]: sums of ln p so far; NaN and -inf: a beam that is not there */
+  const float *temperature_or_null; /* [batch]; null: 1; below 1e-5: 1e-5 */
+  int32_t *parents;            /* [batch, width]: beams, for the cache to follow; -1 where there are no more */
+  int32_t *tokens;             /* [batch, width], or -1 */
+  float *best;                 /* [batch, width]: their scores, or -inf */
+  uint32_t *status;            /* [batch] NXS_STATUS_* */
+  void *workspace;             /* 16-byte aligned: for each row 2 * width + 2 words, then
+                                  [blocks, ceil(vocab / NXS_CHUNK_COLUMNS), 2] f32 */
+  uint32_t *counters;          /* [batch], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t batch, vocab;        /* vocab from 1 to 2^24, batch up to 2^20 */
+  int32_t beams, width;        /* 1 to 32 each */
+  int32_t blocks;              /* of the persistent grid */
+  nxs_dtype dtype;             /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_beam_rank_params;
+
+nxs_status nxs_beam_rank(const nxs_beam_rank_params *params, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

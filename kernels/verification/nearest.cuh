@@ -12,11 +12,13 @@ namespace nxs::verification {
 
 constexpr u32 kMostBeside = 15;
 
-template <typename O> NXS_DEVICE O order_of(float logit, u32 column) {
+// kDown: the greatest values first; the lower column comes first all the same.
+template <typename O, bool kDown = false> NXS_DEVICE O order_of(float logit, u32 column) {
+  const u32 key = kDown ? ~key_of(logit) : key_of(logit);
   if constexpr (sizeof(O) == 4)
-    return (key_of(logit) & 0xffff0000u) | column;
+    return (key & 0xffff0000u) | column;
   else
-    return static_cast<u64>(key_of(logit)) << 32 | column;
+    return static_cast<u64>(key) << 32 | column;
 }
 template <typename O> NXS_DEVICE u32 column_of_order(O order) {
   return sizeof(O) == 4 ? static_cast<u32>(order) & 0xffffu : static_cast<u32>(order);
@@ -40,9 +42,9 @@ template <typename O> struct Side {
   }
 };
 
-template <typename E, typename O> NXS_DEVICE O order_at(const Row<E>& row, u32 column) {
+template <typename E, typename O, bool kDown = false> NXS_DEVICE O order_at(const Row<E>& row, u32 column) {
   const float x = logit_at(row, column);
-  return order_of<O>(x != x ? -INFINITY : x, column);
+  return order_of<O, kDown>(x != x ? -INFINITY : x, column);
 }
 
 // A lane's nearest on either side, of a chunk without NaNs.
@@ -67,7 +69,7 @@ NXS_DEVICE void nearest_of_chunk(const Row<E>& row, const Logits<E>& logits, u32
 }
 
 // By each warp: its `count` nearest on a side, into `list` + 64 n + 8 warp of shared memory. `head`: this lane's nearest.
-template <typename E, typename O>
+template <bool kDown = false, typename E, typename O>
 NXS_DEVICE void list_nearest(const Row<E>& row, const Side<O>& side, O head, u32 count, u32 list) {
   const u32 warp = thread_index() / 32, lane = lane_index();
 #pragma unroll 1
@@ -86,7 +88,7 @@ NXS_DEVICE void list_nearest(const Row<E>& row, const Side<O>& side, O head, u32
     for (u32 chunk = warp; chunk * kChunk < row.columns; chunk += kWarps) {
       const u32 column = column_of(chunk, owner, lane);
       if (column < row.columns) {
-        const O distance = side.distance(order_at<E, O>(row, column));
+        const O distance = side.distance(order_at<E, O, kDown>(row, column));
         if (distance > best && distance < next) next = distance;
       }
     }
@@ -98,9 +100,9 @@ NXS_DEVICE void list_nearest(const Row<E>& row, const Side<O>& side, O head, u32
 
 // By one warp, after a barrier: the column of the n-th nearest in lane first + n, n below `count`, or kNothing where there are
 // fewer; other lanes keep `column`.
-template <typename O>
+template <u32 kMost = kMostBeside, typename O>
 NXS_DEVICE u32 take_nearest(const Side<O>& side, u32 count, u32 list, u32 first, u32 column) {
-  constexpr u32 kMine = (kMostBeside * kWarps + 31) / 32;
+  constexpr u32 kMine = (kMost * kWarps + 31) / 32;
   const u32 lane = lane_index();
   O mine[kMine];
 #pragma unroll

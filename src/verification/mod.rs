@@ -27,7 +27,8 @@ mod visual;
 
 pub use crate::plan::Traffic;
 pub use candidates::{
-    Backspace, BackspaceArgs, GatedSample, GatedSampleArgs, GatedSampleBuilder, SelectCandidate, SelectCandidateArgs,
+    Backspace, BackspaceArgs, BeamRank, BeamRankArgs, GatedSample, GatedSampleArgs, GatedSampleBuilder,
+    SelectCandidate, SelectCandidateArgs,
 };
 pub use confidence::{Confidence, ConfidenceOut, ConfidenceRank, ConfidenceRankArgs, ConfidenceRankBuilder};
 pub use draft_sample::{DraftSample, DraftSampleArgs, DraftSampleBuilder, DraftSampleSchedule};

@@ -1,10 +1,12 @@
 //! Candidates: heads mixed before sampling, one of several sequences selected, tokens that take back others.
 
 mod backspace;
+mod beam;
 mod gated;
 mod select;
 
 pub use backspace::{Backspace, BackspaceArgs};
+pub use beam::{BeamRank, BeamRankArgs};
 pub use gated::{GatedSample, GatedSampleArgs, GatedSampleBuilder};
 pub use select::{SelectCandidate, SelectCandidateArgs};
 
