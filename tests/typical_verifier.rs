@@ -269,7 +269,7 @@ fn check<T: Float>(case: &Case, flaw: Flaw) -> Result<(), String> {
         }
         let (length, _, path) = best.unwrap();
         let nodes = list(path);
-        let last = if length == 0 { 0 } else { nodes[length.min(nodes.len() - 1)] };
+        let last = if length == 0 { 0 } else { nodes[length.min(nodes.len().saturating_sub(1))] };
         let three = match case.with[2] {
             true => [0, 1, 2].map(|k| data.uniforms[b * 3 + k]),
             false => draws(data.seeds[b] as u64, data.positions[b] as u64 + length as u64, 0).sample,
@@ -286,7 +286,7 @@ fn check<T: Float>(case: &Case, flaw: Flaw) -> Result<(), String> {
         let mut tokens = vec![-1; case.depth];
         let mut kept = vec![-1; case.depth];
         kept[0] = 0;
-        for j in 0..length.min(nodes.len() - 1) {
+        for j in 0..length.min(nodes.len().saturating_sub(1)) {
             tokens[j] = data.drafts[b * case.nodes + nodes[j + 1]];
             kept[j + 1] = nodes[j + 1] as i32;
         }

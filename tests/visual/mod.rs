@@ -552,7 +552,8 @@ impl<T: Float> Step<T> {
         zeroed.into_iter().for_each(|token: usize| weights[token] = 0.0);
         let mass: f64 = weights.iter().sum();
         if mass < 1e-6 {
-            if mass > 0.0 {
+            // Where q is p, rounding leaves something.
+            if mass > 0.0 || self.kind != Drafts::Deterministic {
                 *margin = 0.0;
             }
             weights = match self.rule {
