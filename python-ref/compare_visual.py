@@ -336,3 +336,117 @@ def confidence_rank(program, number, rng):
 
 
 OPS |= {"pooled_verify": pooled_verify, "typical_verify": typical_verify, "confidence_rank": confidence_rank}
+
+
+def gated_sample(program, number, rng):
+    dtype = FLOATS[number % 3]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    vocab, rows = rng.choice([2, 33, 1000, 1025, 3000]), rng.choice([0, 1, 3, 8])
+    first, second = ((torch.rand([rows, vocab], generator=generator) * 8 - 4).to(DTYPES[dtype]) for _ in range(2))
+    gate = torch.tensor([rng.choice([0.0, 1.0, 0.3, 0.75]) for _ in range(rows)])
+    temperature = torch.tensor([rng.choice([1.0, 0.5, 0.0]) for _ in range(rows)])
+    top_k = torch.tensor([rng.choice([0, 1, 20]) for _ in range(rows)], dtype=torch.int32)
+    uniforms = torch.randint(0, 1 << 24, [rows, 3], generator=generator).float() * 2.0**-24
+    inputs = {"first": first, "second": second, "gate": gate, "temperature": temperature, "top_k": top_k,
+              "uniforms": uniforms}
+    what = f"{dtype} {rows} of {vocab}"
+    code, out, error = program("gated_sample", inputs, {}, repeat=2 if number % 5 == 0 else 1)
+    if code:
+        return what, f"exit code {code}: {error}", 0.0
+    mixed = visual.guided(first, second, gate[:, None].double())
+    for r in range(rows):
+        margin = [1.0]
+        p = verification.probabilities(mixed[r], temperature[r].item(), top_k[r].item(), 1.0, 0.0, False, margin)
+        token = verification.sample(p, uniforms[r].tolist(), margin)
+        if margin[0] >= CLOSE and out["tokens"][r] != token:
+            return what, f"row {r}: {out['tokens'][r]} instead of {token}", 0.0
+    return what, None, 0.0
+
+
+def select_candidate(program, number, rng):
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    batch, count, length = rng.choice([0, 1, 5]), rng.choice([1, 4, 33, 1024]), rng.choice([0, 1, 300])
+    scores = torch.rand([batch, count], generator=generator) * 6 - 3
+    sequences = torch.randint(0, 1 << 20, [batch, count, length], generator=generator).to(torch.int32)
+    temperature = torch.tensor([rng.choice([1.0, 0.0, 0.5]) for _ in range(batch)])
+    uniforms = torch.randint(0, 1 << 24, [batch, 3], generator=generator).float() * 2.0**-24
+    inputs = {"scores": scores, "sequences": sequences, "temperature": temperature, "uniforms": uniforms}
+    what = f"{batch}x{count} of {length}"
+    code, out, error = program("select_candidate", inputs, {}, repeat=2)
+    if code:
+        return what, f"exit code {code}: {error}", 0.0
+    for b in range(batch):
+        margin = [1.0]
+        p = verification.probabilities(scores[b], temperature[b].item(), 0, 1.0, 0.0, False, margin)
+        parent = verification.sample(p, uniforms[b].tolist(), margin)
+        if margin[0] >= CLOSE and out["parents"][b] != parent:
+            return what, f"request {b}: {out['parents'][b]} instead of {parent}", 0.0
+        if not torch.equal(out["selected"][b], sequences[b, out["parents"][b]]):
+            return what, f"request {b}: another sequence", 0.0
+    return what, None, 0.0
+
+
+def beam_rank(program, number, rng):
+    dtype = FLOATS[number % 3]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    vocab, batch, beams = rng.choice([2, 33, 1000, 1025, 3000]), rng.choice([0, 1, 3]), rng.choice([1, 4, 32])
+    width = rng.choice([1, 5, 32])
+    logits = (torch.rand([batch, beams, vocab], generator=generator) * 8 - 4).to(DTYPES[dtype])
+    scores = torch.rand([batch, beams], generator=generator) * -5
+    scores = scores.masked_fill(torch.rand([batch, beams], generator=generator) < 0.1, -torch.inf)
+    what = f"{dtype} {batch}x{beams} of {vocab}, {width} kept"
+    code, out, error = program("beam_rank", {"logits": logits, "scores": scores}, {"width": width}, repeat=2)
+    if code:
+        return what, f"exit code {code}: {error}", 0.0
+    worst = 0.0
+    for b in range(batch):
+        total = (scores[b].double()[:, None] + logits[b].double().log_softmax(-1)).view(-1)
+        best = total.sort(descending=True, stable=True)
+        for n in range(width):
+            parent, token = out["parents"][b, n].item(), out["tokens"][b, n].item()
+            if n >= len(total) or best.values[n] == -torch.inf:
+                if (parent, token) != (-1, -1):
+                    return what, f"request {b}, {n}: {parent} {token} where there is nothing", worst
+                continue
+            want = best.values[n].item()
+            worst = max(worst, abs(out["best"][b, n].item() - want) / 1e-4)
+            # What is close may change places, but must have its score.
+            if worst > 1 or abs(total[parent * vocab + token].item() - want) > 1e-4:
+                return what, f"request {b}, {n}: {parent} {token} {out['best'][b, n].item()} instead of {want}", worst
+        pairs = list(zip(out["parents"][b].tolist(), out["tokens"][b].tolist()))
+        pairs = [pair for pair in pairs if pair != (-1, -1)]
+        if len(set(pairs)) != len(pairs):
+            return what, f"request {b}: a pair twice", worst
+    return what, None, worst
+
+
+def backspace(program, number, rng):
+    batch, most, capacity = rng.choice([0, 1, 300]), rng.choice([0, 1, 6]), rng.choice([0, 1, 5])
+    emitted = torch.tensor([[rng.randint(-1, 11) for _ in range(most)] for _ in range(batch)], dtype=torch.int32)
+    lengths = [rng.randint(0, capacity) for _ in range(batch)]
+    before = torch.full([batch, capacity], 77, dtype=torch.int32)
+    inputs = {"emitted": emitted.view(batch, most), "sequences": before,
+              "lengths": torch.tensor(lengths, dtype=torch.int32)}
+    what = f"{batch} of {capacity}, {most} emitted"
+    code, out, error = program("backspace", inputs, {"token": 9}, repeat=2)
+    if code:
+        return what, f"exit code {code}: {error}", 0.0
+    for b in range(batch):
+        stack = [77] * lengths[b]
+        kept = len(stack)
+        for token in emitted.view(batch, most)[b].tolist():
+            if token < 0:
+                break
+            if token == 9:
+                stack = stack[:-1]
+            elif len(stack) < capacity:
+                stack.append(token)
+            kept = min(kept, len(stack))
+        length = out["lengths"][b].item()
+        if out["sequences"][b, :length].tolist() != stack or out["kept"][b] != kept:
+            return what, f"request {b}: {out['sequences'][b].tolist()} {length} instead of {stack}", 0.0
+    return what, None, 0.0
+
+
+OPS |= {"gated_sample": gated_sample, "select_candidate": select_candidate, "beam_rank": beam_rank,
+        "backspace": backspace}

@@ -10,6 +10,7 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod candidates;
 mod confidence_rank;
 mod draft_sample;
 mod multi_scale;
@@ -53,6 +54,10 @@ static OPS: &[&Op] = &[
     &pooled_verify::OP,
     &typical_verify::OP,
     &confidence_rank::OP,
+    &candidates::GATED,
+    &candidates::SELECT,
+    &candidates::BEAMS,
+    &candidates::BACKSPACE,
     &draft_sample::OP,
     &row_stats::OP,
     &philox_fill::OP,
