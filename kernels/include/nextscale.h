@@ -760,7 +760,7 @@ typedef struct nxs_visual_verify_params {
   int32_t *accepted;                       /* [batch] */
   uint32_t *status;                        /* [batch] NXS_STATUS_* */
   int32_t *last_row_or_null;               /* [batch] */
-  int32_t *redrafts_or_null;               /* [batch, max_drafts + 1]: drafts of the positions behind the step's end, else -1 */
+  int32_t *redrafts_or_null;               /* [batch, max_drafts + 1]: drafts of positions behind the step's end, else -1 */
   float *redraft_stats_or_null;            /* [batch, max_drafts + 1, 4] beside redrafts, as nxs_draft_sample's; else NaN */
   void *workspace;                         /* 16-byte aligned: [rows, 8] words, then for each block 5 * chunks f32 and,
                                               where that is odd, one more */
@@ -776,7 +776,7 @@ typedef struct nxs_visual_verify_params {
   int32_t accumulated, zeroed;             /* neighbours whose probability is added; that a rejection zeroes: 0 to 65535 */
   int32_t below, above;                    /* of a group, beside the draft: each 0 to 15 */
   int32_t dim;                             /* of the embeddings, 1 to 65536 */
-  float bound;                             /* up to 1: most probability added; above 1: 1 + the most, in parts of the draft's */
+  float bound;                             /* up to 1: most probability added; above: 1 + the most, in parts of the draft's */
   float probability_gap, distance;         /* of a group: below them; distance is squared */
   int32_t fallback;                        /* the token where none can be drawn */
   int32_t blocks;                          /* of the persistent grid */
@@ -839,7 +839,7 @@ nxs_status nxs_pooled_verify(const nxs_pooled_verify_params *params, void *strea
 typedef struct nxs_typical_verify_params {
   const void *target;               /* [target_rows, vocab] dtype: raw logits of what follows a node */
   const int32_t *drafts;            /* [rows]: the token of a node; that of node 0 is not looked at */
-  const int32_t *paths_or_null;     /* [paths, depth]: nodes of each path, the first 0, then -1; null: one path, 0 to nodes - 1 */
+  const int32_t *paths_or_null;     /* [paths, depth]: nodes of each path, the first 0, then -1; null: 0 to nodes - 1 */
   const int32_t *row_index_or_null; /* [rows]: the row of target; null: the row of the step */
   const float *temperature_or_null; /* [batch]; null: 1 */
   const int64_t *seeds_or_null;     /* [batch] */
@@ -902,8 +902,8 @@ typedef struct nxs_confidence_rank_params {
 nxs_status nxs_confidence_rank(const nxs_confidence_rank_params *params, void *stream);
 
 /*
- * A token of each row of two heads, mixed by the row's gate before anything else: logit = second + gate * (first - second), and
- * -inf where either is. The rest is as in nxs_draft_sample.
+ * A token of each row of two heads, mixed by the row's gate before anything else: logit = second + gate * (first - second),
+ * and -inf where either is. The rest is as in nxs_draft_sample.
  */
 typedef struct nxs_gated_sample_params {
   const void *first, *second;       /* [rows, vocab] dtype */
@@ -963,8 +963,8 @@ typedef struct nxs_backspace_params {
 nxs_status nxs_backspace(const nxs_backspace_params *params, void *stream);
 
 /*
- * The best continuations of a request's beams: of all (beam, token), those of the greatest score + ln p(token), p the softmax of the
- * beam's row; of ties the lower beam, then the more probable token, then the lower one.
+ * The best continuations of a request's beams: of all (beam, token), those of the greatest score + ln p(token), p the
+ * softmax of the beam's row; of ties the lower beam, then the more probable token, then the lower one.
  */
 typedef struct nxs_beam_rank_params {
   const void *logits;          /* [batch * beams, vocab] dtype */

@@ -58,7 +58,7 @@ template <typename T> struct Beam {
     list_nearest<true>(row, best_first, head, width, shared + kBeamLists);
     block_sync();
     if (thread_index() < 32) {
-      const Summary summary = summarize(chunks, scale, [&](u32 chunk) { return load_global(partials + chunk); });
+      const Summary summary = summarize_few(chunks, scale, [&](u32 chunk) { return load_global(partials + chunk); });
       const u32 token = take_nearest<kMostWidth>(best_first, width, shared + kBeamLists, 0, kNothing);
       const float so_far = load_global_nc(p.scores + r);
       Continuation of = {-1, -INFINITY};

@@ -3,8 +3,8 @@
 // Who does what  gated_sample: a persistent grid of blocks of 8 warps, a row a block: a sweep, truncation, a draw by a warp.
 //                select: a block a request; a warp has all scores as one chunk of a row, all threads copy the sequence.
 //                backspace: a thread a request, token after token.
-// Bytes          gated_sample 2 * rows * vocab * sizeof(dtype) once, and the chunk that is drawn from again; the others what they
-//                read and write.
+// Bytes          gated_sample 2 * rows * vocab * sizeof(dtype) once, and the chunk that is drawn from again; the others what
+//                they read and write.
 // Determinism    bitwise.
 #include "common/check.h"
 #include "common/ptx/launch.cuh"
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 4) select_candidate_kernel(
     Logits<float> logits = load_logits(row, 0);
     const Partial partial = chunk_partial(logits, scale);
     const auto load = [&](u32) { return partial; };
-    const Summary summary = summarize(1, scale, load);
+    const Summary summary = summarize_few(1, scale, load);
     Uniforms u;
     if (p.uniforms_or_null) {
       for (u32 k = 0; k < 3; ++k) u.at[k] = load_global_nc(p.uniforms_or_null + i64{3} * b + k);

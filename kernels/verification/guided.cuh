@@ -78,6 +78,39 @@ NXS_DEVICE float weight_straight(const Summary& row, float logit) {
   return logit >= least ? multiply(p.fraction, p.whole) : 0.0f;
 }
 
+// summarize for rows of few chunks: one of a lane's partials at a time, which needs two registers instead of 16.
+template <typename Load> NXS_DEVICE Summary summarize_few(u32 chunks, const Scale& scale, Load load) {
+  Summary row = {kPeak, false, false, -INFINITY, 0, 0, -INFINITY, scale};
+  bool nan = false;
+  float top = -INFINITY;
+#pragma unroll 1
+  for (u32 chunk = lane_index(); chunk < chunks; chunk += 32) {
+    const Partial partial = load(chunk);
+    nan = nan || says_nan(partial);
+    top = maximum(top, partial.max);
+  }
+  warp_sync();
+  row.nan = warp_any(nan);
+  row.top = key_float(warp_reduce_max(key_of(top)));
+  if (row.top == -INFINITY) {
+    row.shape = kEmpty;
+  } else if (!scale.greedy()) {
+    if (has_reference(scale, row.top)) {
+      row.shape = kSpread;
+      row.reference = reference_of(scale, row.top);
+      float sum = 0;
+#pragma unroll 1
+      for (u32 chunk = lane_index(); chunk < chunks; chunk += 32)
+        sum = sum + share_of(load(chunk), scale, row.reference);
+      warp_sync();
+      row.sum = shuffle(scan(sum), 31);
+    } else {
+      row.beyond = true;
+    }
+  }
+  return row;
+}
+
 // The column of a lane's place of a chunk.
 NXS_DEVICE u32 column_of(u32 chunk, u32 lane, u32 place) {
   return chunk * kChunk + place / 8 * 256 + lane * 8 + place % 8;

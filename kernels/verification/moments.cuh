@@ -69,7 +69,7 @@ struct RowMoments {
 // From the moments of its chunks, by a warp.
 template <typename Load> NXS_DEVICE RowMoments summarize_moments(u32 chunks, const Scale& scale, Load load) {
   RowMoments row;
-  row.summary = summarize(chunks, scale, [&](u32 chunk) {
+  row.summary = summarize_few(chunks, scale, [&](u32 chunk) {
     const Moments of = load(chunk);
     return Partial{of.max, of.sum};
   });

@@ -166,7 +166,8 @@ template <typename E> struct Pooled {
         store_shared(shared + kPooledRoots + warp * 4, population_count(roots));
       }
       block_sync();
-      u32 at = positions + population_count(there & lanes_below()), number = islands + population_count(roots & lanes_below());
+      u32 at = positions + population_count(there & lanes_below());
+      u32 number = islands + population_count(roots & lanes_below());
       for (u32 w = 0; w < kWarps; ++w) {
         const u32 of_warp = load_shared<u32>(shared + kPooledTotals + w * 4);
         const u32 roots_of_warp = load_shared<u32>(shared + kPooledRoots + w * 4);

@@ -44,7 +44,7 @@ template <typename E>
 NXS_DEVICE RowOf<E> distribution_of(const Row<E>& row, u32 chunks, const Scale& scale, const Truncation& truncation,
                                     Partial* partials, u32 shared) {
   const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
-  RowOf<E> of = {row, summarize(chunks, scale, load), kNothing};
+  RowOf<E> of = {row, summarize_few(chunks, scale, load), kNothing};
   truncate_row(truncation, of.summary, row, chunks, partials, shared);
   if (of.summary.shape == kPeak) of.peak = find_peak(of.summary, row, chunks, load);
   return of;

@@ -2,7 +2,8 @@
 //
 //   lantern   u q(d) < p(d) + s, s the probability of as many of d's nearest codes as the bound allows; else those codes lose
 //             their probability, x ~ max(p - q, 0), or uniform if nothing is left
-//   grouped   u sum of q < sum of p over d's group: neighbours in the order of logits of like probability; else x ~ max(p - q, 0)
+//   grouped   u sum of q < sum of p over d's group: neighbours in the order of logits of like probability; else
+//             x ~ max(p - q, 0)
 //   jacobi    u q(d) < p(d), else x ~ max(p - q, 0)
 //   redraft   behind the step's end, of every row: x ~ p; or d if its own test passes, else its x; or the greatest of
 //             p(v) / E(v) with an exponential variate E of position and token (Gumbel noise)
@@ -209,7 +210,7 @@ template <typename E, typename O> struct VisualBlock {
     }
     block_sync();
     const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
-    target = summarize(chunks, r.scale, load);
+    target = summarize_few(chunks, r.scale, load);
     if (p.top_k_or_null || p.top_p_or_null || p.min_p_or_null) {
       const i32 top_k = given_or(p.top_k_or_null, r.b, 0);
       const Truncation truncation = {top_k > 0 ? static_cast<u32>(top_k) : 0, given_or(p.top_p_or_null, r.b, 1.0f),
@@ -220,7 +221,7 @@ template <typename E, typename O> struct VisualBlock {
     draft_peak = drafted;
     draft.sum = 1.0f;
     if (swept || (draft_index >= 0 && p.draft_stats_or_null)) {
-      draft = swept ? summarize(chunks, r.draft_scale, [&](u32 chunk) { return load_global(draft_partials + chunk); })
+      draft = swept ? summarize_few(chunks, r.draft_scale, [&](u32 chunk) { return load_global(draft_partials + chunk); })
                     : summary_of_draft(p.draft_stats_or_null + draft_index * 4);
       if (draft.shape == kSpread) draft_peak = kNothing;
     }

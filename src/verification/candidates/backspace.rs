@@ -47,8 +47,8 @@ pub struct BackspaceArgs<'a> {
 }
 
 impl Backspace {
-    /// A plan for `batch` sequences of up to `capacity` tokens, to which up to `most` are appended at once; `token` is the
-    /// backspace.
+    /// A plan for `batch` sequences of up to `capacity` tokens, to which up to `most` are appended at once; `token`
+    /// is the backspace.
     ///
     /// # Errors
     /// [`Error::Size`](crate::Error::Size) for a size or token of 2^31 and above;

@@ -18,11 +18,11 @@ const HERE: &str = "operands are on the stream's device";
 const BLOCKS_A_MULTIPROCESSOR: u64 = 3;
 const MOST_WIDTH: u64 = 32;
 
-/// A plan that ranks the continuations of beams and names their parents, for the cache to follow (beam search over ordered
-/// tokens and grids of images).
+/// A plan that ranks the continuations of beams and names their parents, for the cache to follow (beam search over
+/// ordered tokens and grids of images).
 ///
-/// Of all pairs of a beam and a token those `width` are taken whose `score + ln p(token)` is greatest, p being the softmax of the
-/// beam's row; of ties the lower beam, then the token of the greater logit, then the lower one.
+/// Of all pairs of a beam and a token those `width` are taken whose `score + ln p(token)` is greatest, p being the
+/// softmax of the beam's row; of ties the lower beam, then the token of the greater logit, then the lower one.
 ///
 /// | operand | shape | |
 /// |---|---|---|
@@ -83,8 +83,8 @@ impl<T: Float> BeamRank<T> {
     /// `logits` to the next, `vocab` if not given.
     ///
     /// # Errors
-    /// [`Error::Size`](crate::Error::Size) for `vocab` outside 1 to 2^24, `batch` above 2^20, `beams` or `width` outside 1 to
-    /// 32; [`Error::Stride`](crate::Error::Stride) for rows that overlap;
+    /// [`Error::Size`](crate::Error::Size) for `vocab` outside 1 to 2^24, `batch` above 2^20, `beams` or `width`
+    /// outside 1 to 32; [`Error::Stride`](crate::Error::Stride) for rows that overlap;
     /// [`Error::UnsupportedDevice`](crate::Error::UnsupportedDevice) below compute capability 8.0.
     pub fn new(
         batch: usize,

@@ -16,8 +16,8 @@ use crate::view::{In, Out};
 const HERE: &str = "operands are on the stream's device";
 const BLOCKS_A_MULTIPROCESSOR: u64 = 2;
 
-/// A plan that draws a token of each row of two heads, which a gate mixes before anything else (FlashAR's horizontal and
-/// vertical heads): `second + gate (first - second)`, in f32, and -inf where either is.
+/// A plan that draws a token of each row of two heads, which a gate mixes before anything else (FlashAR's horizontal
+/// and vertical heads): `second + gate (first - second)`, in f32, and -inf where either is.
 ///
 /// | operand | shape | |
 /// |---|---|---|

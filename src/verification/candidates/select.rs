@@ -9,8 +9,8 @@ use crate::view::{In, Out};
 
 const HERE: &str = "operands are on the stream's device";
 
-/// A plan that selects one of several candidate sequences of a request: importance resampling among parallel samples (energy-based
-/// diffusion, arXiv 2410.21357), or the best of n.
+/// A plan that selects one of several candidate sequences of a request: importance resampling among parallel samples
+/// (energy-based diffusion, arXiv 2410.21357), or the best of n.
 ///
 /// A candidate is drawn from the softmax of `score / temperature`; with logarithms of importance weights as scores and
 /// temperature 1 that is resampling. At temperature 0 it is the one of the greatest score, of ties the first.

@@ -17,13 +17,13 @@ use crate::plan::typed_plan;
 use crate::stream::AsStream;
 use crate::view::{In, Out};
 
-/// A plan that finds a candidate for each masked row and commits those of which the model is sure: confident decoding of
-/// Dimple (arXiv 2505.16990), and the ranking of MaskGIT (arXiv 2202.04200), which HMAR and Hi-MAR use. **Lossy.**
+/// A plan that finds a candidate for each masked row and commits those of which the model is sure: confident decoding
+/// of Dimple (arXiv 2505.16990), and the ranking of MaskGIT (arXiv 2202.04200), which HMAR and Hi-MAR use. **Lossy.**
 ///
-/// All masked rows whose [`Confidence`] is above the request's threshold are committed; where there are none, the `counts` of
-/// highest confidence, of ties the first; a negative count, as in a last step, means all. With noise the `counts` are drawn
-/// without replacement, with probabilities that are the softmax of confidence / noise: for [`Confidence::LogProbability`] that
-/// is MaskGIT's annealed ranking.
+/// All masked rows whose [`Confidence`] is above the request's threshold are committed; where there are none, the
+/// `counts` of highest confidence, of ties the first; a negative count, as in a last step, means all. With noise the
+/// `counts` are drawn without replacement, with probabilities that are the softmax of confidence / noise: for
+/// [`Confidence::LogProbability`] that is MaskGIT's annealed ranking.
 ///
 /// | operand | shape | |
 /// |---|---|---|
@@ -43,8 +43,8 @@ use crate::view::{In, Out};
 ///
 /// A masked row that allows no token has no candidate and is not committed.
 ///
-/// **Draws** are the words of the Philox blocks of (seed, position of the row, use | step << 8, 0): use 9 for the candidate, use
-/// 10 for the noise, which is the logarithm of an exponential variate with its sign changed.
+/// **Draws** are the words of the Philox blocks of (seed, position of the row, use | step << 8, 0): use 9 for the
+/// candidate, use 10 for the noise, which is the logarithm of an exponential variate with its sign changed.
 ///
 /// **Determinism.** Everything is the same bit for bit on the host and on every device, in any batch.
 ///
@@ -152,7 +152,8 @@ impl<T: Float> ConfidenceRank<T> {
         ConfidenceRankBuilder::new(batch, length, vocab)
     }
 
-    /// The bytes that any kernel must move if all rows are masked: each row once, and the outputs that are not optional.
+    /// The bytes that any kernel must move if all rows are masked: each row once, and the outputs that are not
+    /// optional.
     pub fn traffic(&self) -> Traffic {
         self.inner.traffic(size_of::<T>())
     }

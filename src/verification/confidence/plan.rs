@@ -78,9 +78,9 @@ impl<T: Float> ConfidenceRankBuilder<T> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `vocab` outside 1 to 2^24, `batch` above 2^20, `length` outside 1 to 2^20, 2^31 rows and more, a
-    /// step of 2^24 and above; [`Error::Stride`] for rows that overlap; [`Error::UnsupportedDevice`] below compute
-    /// capability 8.0.
+    /// [`Error::Size`] for `vocab` outside 1 to 2^24, `batch` above 2^20, `length` outside 1 to 2^20, 2^31 rows and
+    /// more, a step of 2^24 and above; [`Error::Stride`] for rows that overlap; [`Error::UnsupportedDevice`] below
+    /// compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<ConfidenceRank<T>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });

@@ -17,13 +17,13 @@ use crate::plan::typed_plan;
 use crate::stream::AsStream;
 use crate::view::{In, Out};
 
-/// A plan that accepts the tokens of whole images at once, and says which are to be drawn again. **Lossy.** Multi-scale local
-/// speculation (MuLo-SD, arXiv 2601.05149).
+/// A plan that accepts the tokens of whole images at once, and says which are to be drawn again. **Lossy.**
+/// Multi-scale local speculation (MuLo-SD, arXiv 2601.05149).
 ///
-/// The draft of token `t` is accepted if the target's probability of the draft and of the `neighbours` codes nearest to it is
-/// together at least the threshold; nothing is drawn. Around each rejected token those within `radius` rows and columns that
-/// come after it in raster order are drawn again too. What is drawn again falls into islands, 8-connected, which may be
-/// drawn side by side.
+/// The draft of token `t` is accepted if the target's probability of the draft and of the `neighbours` codes nearest
+/// to it is together at least the threshold; nothing is drawn. Around each rejected token those within `radius` rows
+/// and columns that come after it in raster order are drawn again too. What is drawn again falls into islands,
+/// 8-connected, which may be drawn side by side.
 ///
 /// | operand | shape | |
 /// |---|---|---|
@@ -43,8 +43,8 @@ use crate::view::{In, Out};
 ///
 /// A row that allows no token rejects its draft. Tokens that are no codes have no neighbours.
 ///
-/// **Determinism.** Everything is the same bit for bit on the host and on every device, in any batch. Neighbours are added up
-/// in groups of 32, those of a group by a scan.
+/// **Determinism.** Everything is the same bit for bit on the host and on every device, in any batch. Neighbours are
+/// added up in groups of 32, those of a group by a scan.
 ///
 /// **Workspace.** `workspace` may hold anything. `counters` must be all zero before the first run and is all zero after
 /// each: it is not to be shared by runs that may overlap.

@@ -17,14 +17,14 @@ use crate::plan::typed_plan;
 use crate::stream::AsStream;
 use crate::view::{In, Out};
 
-/// A plan that accepts what the model finds typical: typical acceptance of chains and of candidate paths. **Lossy.** Medusa
-/// (arXiv 2401.10774).
+/// A plan that accepts what the model finds typical: typical acceptance of chains and of candidate paths. **Lossy.**
+/// Medusa (arXiv 2401.10774).
 ///
-/// A request has `nodes` nodes: node 0 is the last token that is certain, the others are drafts. Row `b * nodes + n` is the
-/// target's distribution of the token after node `n` of request `b`. On a path, node `n` is accepted after node `m` if
-/// `p_m(d_n) > min(epsilon, alpha exp(-H_m))`, with `H_m` the entropy of `p_m` in nats, and all before it are. The path with the
-/// most accepted nodes is taken, of those the one with the greatest sum of `ln p`, of those the first. Then a token is drawn
-/// from the row of its last accepted node.
+/// A request has `nodes` nodes: node 0 is the last token that is certain, the others are drafts. Row `b * nodes + n`
+/// is the target's distribution of the token after node `n` of request `b`. On a path, node `n` is accepted after
+/// node `m` if `p_m(d_n) > min(epsilon, alpha exp(-H_m))`, with `H_m` the entropy of `p_m` in nats, and all before it
+/// are. The path with the most accepted nodes is taken, of those the one with the greatest sum of `ln p`, of those
+/// the first. Then a token is drawn from the row of its last accepted node.
 ///
 /// | operand | shape | |
 /// |---|---|---|
@@ -171,8 +171,8 @@ impl<T: Float> TypicalVerifier<T> {
     ///
     /// # Errors
     /// Nothing was launched or written: a buffer too short, misaligned, overlapping an output, on another device or
-    /// ordered on another stream; paths that the plan needs and that are missing, or that it does not take; on CUDA what
-    /// CUDA said.
+    /// ordered on another stream; paths that the plan needs and that are missing, or that it does not take; on CUDA
+    /// what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: TypicalVerifierArgs<'_, T>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;

@@ -49,8 +49,8 @@ impl<T: Float> TypicalVerifierBuilder<T> {
         }
     }
 
-    /// How many candidate paths there are, and of how many nodes the longest is, node 0 included. Not given: a chain, one path
-    /// of all nodes.
+    /// How many candidate paths there are, and of how many nodes the longest is, node 0 included. Not given: a chain,
+    /// one path of all nodes.
     pub fn paths(mut self, paths: usize, depth: usize) -> Self {
         self.paths = Some((paths as u64, depth as u64));
         self
@@ -89,9 +89,9 @@ impl<T: Float> TypicalVerifierBuilder<T> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `vocab` outside 1 to 2^24, `batch` above 2^20, `nodes`, `paths` or `depth` outside 1 to 1024, 2^31
-    /// rows and more; [`Error::Unsupported`] for an `epsilon` or `alpha` that is negative or NaN; [`Error::Stride`] for rows
-    /// that overlap; [`Error::UnsupportedDevice`] below compute capability 8.0.
+    /// [`Error::Size`] for `vocab` outside 1 to 2^24, `batch` above 2^20, `nodes`, `paths` or `depth` outside 1 to
+    /// 1024, 2^31 rows and more; [`Error::Unsupported`] for an `epsilon` or `alpha` that is negative or NaN;
+    /// [`Error::Stride`] for rows that overlap; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<TypicalVerifier<T>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });

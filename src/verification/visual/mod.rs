@@ -18,10 +18,11 @@ use crate::stream::AsStream;
 use crate::view::{In, Out};
 use plan::RuleOfPlan;
 
-/// A plan that decides chains of drafts of image tokens, by rules that know that neighbouring tokens look alike, or by the
-/// model's own guesses of the step before.
+/// A plan that decides chains of drafts of image tokens, by rules that know that neighbouring tokens look alike, or
+/// by the model's own guesses of the step before.
 ///
-/// Requests, rows and draws are those of [`Verifier`](super::Verifier), and so are all operands that are not named here.
+/// Requests, rows and draws are those of [`Verifier`](super::Verifier), and so are all operands that are not named
+/// here.
 ///
 /// | operand | shape | |
 /// |---|---|---|
@@ -37,20 +38,20 @@ use plan::RuleOfPlan;
 /// | `redrafts` | `[batch, max_drafts + 1]` i32, with a [`Redraft`] | behind row `accepted`: for row `i` a draft of the token that row `i` is of; else -1 |
 /// | `redraft_stats` | `[batch, max_drafts + 1, 4]` f32, optional, with a [`Redraft`] | beside them what the next step has to know of this row as its q; else NaN |
 ///
-/// **Guidance.** A logit is `free + s (target - free)`, in f32, and -inf where either is; temperature, truncation and rules see
-/// that. Rows without the condition lie as those with it do.
+/// **Guidance.** A logit is `free + s (target - free)`, in f32, and -inf where either is; temperature, truncation and
+/// rules see that. Rows without the condition lie as those with it do.
 ///
-/// **Order.** A row that allows no token ends the step with the fallback token; a draft that is none is no draft; a draft of
-/// `syntax` is accepted; a row with a peak (temperature 0, an infinite logit) accepts the peak and nothing else, whatever the
-/// rule; else the rule decides.
+/// **Order.** A row that allows no token ends the step with the fallback token; a draft that is none is no draft; a
+/// draft of `syntax` is accepted; a row with a peak (temperature 0, an infinite logit) accepts the peak and nothing
+/// else, whatever the rule; else the rule decides.
 ///
-/// **Lossy rules** accept tokens that the target would not have drawn as often. Only [`VisualRule::Jacobi`] without `syntax` is
-/// lossless.
+/// **Lossy rules** accept tokens that the target would not have drawn as often. Only [`VisualRule::Jacobi`] without
+/// `syntax` is lossless.
 ///
-/// **Arithmetic** is that of [`Verifier`](super::Verifier). Probabilities of neighbours are summed in groups of 32, those of a
-/// group by a scan over its members. A Gumbel race is run as the greatest weight over an exponential variate of 32 bits,
-/// 2^-32 being its finest uniform; the variate of token `v` is word `v % 4` of the Philox block of (seed, position, use 8, draw
-/// `v / 4`).
+/// **Arithmetic** is that of [`Verifier`](super::Verifier). Probabilities of neighbours are summed in groups of 32,
+/// those of a group by a scan over its members. A Gumbel race is run as the greatest weight over an exponential
+/// variate of 32 bits, 2^-32 being its finest uniform; the variate of token `v` is word `v % 4` of the Philox block
+/// of (seed, position, use 8, draw `v / 4`).
 ///
 /// **Determinism.** Everything is the same bit for bit on the host and on every device, in any batch.
 ///
@@ -239,8 +240,9 @@ impl<T: Float> VisualVerifier<T> {
         VisualVerifierBuilder::new(batch, max_drafts, vocab, rule)
     }
 
-    /// The bytes that any kernel must move if all drafts are accepted: each row once, with and without the condition, of the
-    /// draft where it is swept, and the outputs without `last_row` and `redraft_stats`. Tables are not counted.
+    /// The bytes that any kernel must move if all drafts are accepted: each row once, with and without the condition,
+    /// of the draft where it is swept, and the outputs without `last_row` and `redraft_stats`. Tables are not
+    /// counted.
     pub fn traffic(&self) -> Traffic {
         self.inner.traffic(size_of::<T>())
     }

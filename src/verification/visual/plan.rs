@@ -39,18 +39,19 @@ pub enum VisualRule {
 
 /// LANTERN (arXiv 2410.03355) and LANTERN++ (arXiv 2502.06352).
 ///
-/// With `s_n` the probability of the `n` codes nearest to the draft, and `n` the greatest one up to `accumulated` whose `s_n`
-/// is within the bound (that of [`Lantern::bound`]), the draft is accepted if `u q(d) < p(d) + s_n`. If it is not and
-/// `n > 0`, the `zeroed` nearest codes lose their probability; then a token is drawn from `max(p - q, 0)`; if nothing is left,
-/// uniformly from the codes that the row allows. A token that is no code is rejected, and p left as it is.
+/// With `s_n` the probability of the `n` codes nearest to the draft, and `n` the greatest one up to `accumulated`
+/// whose `s_n` is within the bound (that of [`Lantern::bound`]), the draft is accepted if `u q(d) < p(d) + s_n`. If
+/// it is not and `n > 0`, the `zeroed` nearest codes lose their probability; then a token is drawn from `max(p - q,
+/// 0)`; if nothing is left, uniformly from the codes that the row allows. A token that is no code is rejected, and p
+/// left as it is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Lantern {
     /// Neighbours whose probability may be added: k. 1000 as published.
     pub accumulated: usize,
     /// Neighbours that a rejection leaves without probability: k + 1 as published.
     pub zeroed: usize,
-    /// Up to 1: the most probability that is added (delta; 0.1 as published). Above 1: 1 more than the most that is added
-    /// for each unit of the draft's own probability (LANTERN++'s lambda).
+    /// Up to 1: the most probability that is added (delta; 0.1 as published). Above 1: 1 more than the most that is
+    /// added for each unit of the draft's own probability (LANTERN++'s lambda).
     pub bound: f32,
 }
 
@@ -62,11 +63,12 @@ impl Default for Lantern {
 
 /// Grouped speculative decoding (arXiv 2508.07747).
 ///
-/// In the order of the target's logits, ties by their index, the group is the draft, the `below` tokens before and the `above`
-/// after it; of these only those whose probability differs from the draft's by less than `probability_gap` and, with
-/// embeddings, whose embedding's squared distance from the draft's is below `distance`. The draft is accepted if `u` times the
-/// group's q is below the group's p; else a token of `max(p - q, 0)` is drawn. A draft with fewer than `below` tokens
-/// before it has no group but itself, nor has one that is no code where there are embeddings. NaNs are in the order as -inf.
+/// In the order of the target's logits, ties by their index, the group is the draft, the `below` tokens before and
+/// the `above` after it; of these only those whose probability differs from the draft's by less than
+/// `probability_gap` and, with embeddings, whose embedding's squared distance from the draft's is below `distance`.
+/// The draft is accepted if `u` times the group's q is below the group's p; else a token of `max(p - q, 0)` is drawn.
+/// A draft with fewer than `below` tokens before it has no group but itself, nor has one that is no code where there
+/// are embeddings. NaNs are in the order as -inf.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Grouped {
     /// 7 as published.
@@ -87,8 +89,8 @@ impl Default for Grouped {
     }
 }
 
-/// What is drawn for the positions behind the last token that a step emits: drafts of the next step, whose q is this step's
-/// row. All are lossless.
+/// What is drawn for the positions behind the last token that a step emits: drafts of the next step, whose q is this
+/// step's row. All are lossless.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[repr(i32)]
 #[non_exhaustive]
@@ -98,11 +100,11 @@ pub enum Redraft {
     None = 0,
     /// A token of each row, whatever was drafted.
     Independent = 1,
-    /// The draft, if its own test passes, else the token that its rejection draws: the coupling under which most drafts stay
-    /// as they are (arXiv 2510.24211).
+    /// The draft, if its own test passes, else the token that its rejection draws: the coupling under which most
+    /// drafts stay as they are (arXiv 2510.24211).
     Maximal = 2,
-    /// The greatest of logit plus Gumbel noise, noise that belongs to position and token and is the same in each step (arXiv
-    /// 2510.24211).
+    /// The greatest of logit plus Gumbel noise, noise that belongs to position and token and is the same in each step
+    /// (arXiv 2510.24211).
     Gumbel = 3,
 }
 
@@ -211,8 +213,8 @@ impl<T: Float> VisualVerifierBuilder<T> {
         self
     }
 
-    /// Classifier-free guidance: rows of `target` and, where there are any, of `draft` have rows without the condition beside
-    /// them.
+    /// Classifier-free guidance: rows of `target` and, where there are any, of `draft` have rows without the
+    /// condition beside them.
     pub fn guided(mut self) -> Self {
         self.guided = true;
         self
