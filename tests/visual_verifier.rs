@@ -719,6 +719,29 @@ fn rows_behind_a_rejection_are_not_read() {
     assert!(one < all * 3 / 4, "{one} {all}");
 }
 
+/// With all drafts accepted the sweep is all that reads rows, but for the chunk that a token is drawn from; and so it is for
+/// neighbours, one logit each.
+#[cfg(feature = "emulate")]
+#[test]
+fn accepted_rows_are_read_once() {
+    for rule in [0, 3] {
+        let case = Case { vocab: 16384, batch: 2, max_drafts: 3, kind: Drafts::Deterministic, ..plain(rule) };
+        let mut step = case.step::<bf16>();
+        step.cu_rows = vec![0, 4, 8];
+        step.drafts = vec![5, 6, 7, -1, 8, 9, 10, -1];
+        step.uniforms = Some(vec![0.0; 32]);
+        if rule == 0 {
+            step.rule = VisualRule::Lantern(Lantern { accumulated: 64, zeroed: 65, bound: 0.1 });
+            step.neighbours = (0..16384).flat_map(|code| (1..=65).map(move |n| (code + n * 37) % 16384)).collect();
+        }
+        let outcome = step.run(&TestDevice::Emulated);
+        assert_eq!(outcome.accepted, [Accepted(3); 2]);
+        let read = step.builder().build(&DeviceInfo::H200).unwrap().traffic().read as f64;
+        let counted = nextscale::emulator::counters().global_load_bytes as f64;
+        assert!(counted >= read && counted < read * 1.25, "{rule}: {counted} {read}");
+    }
+}
+
 // ---- the law ----
 
 /// A small image: logits of the next token by the last one, drawn by speculative Jacobi decoding.

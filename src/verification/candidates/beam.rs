@@ -192,7 +192,7 @@ impl<T: Float> BeamRank<T> {
                 };
                 let (of, said) = distribution(partials, scale.as_ref(), &off, 32, plan.vocab, logit);
                 statuses[b] |= said;
-                if !(scores[r] > f32::NEG_INFINITY) || of.summary.shape == Shape::Empty {
+                if scores[r].is_nan() || scores[r] == f32::NEG_INFINITY || of.summary.shape == Shape::Empty {
                     continue;
                 }
                 // The row's greatest logits, of ties the lower token, one after the other.
@@ -222,12 +222,12 @@ impl<T: Float> BeamRank<T> {
                     }
                 }
             }
-            for n in 0..width {
+            for (n, &(score, beam, token)) in kept[..width].iter().enumerate() {
                 let there = n < count;
                 let to = b * width + n;
-                parents[to] = if there { kept[n].1 as i32 } else { -1 };
-                tokens[to] = if there { kept[n].2 as i32 } else { -1 };
-                best[to] = if there { kept[n].0 } else { f32::NEG_INFINITY };
+                parents[to] = if there { beam as i32 } else { -1 };
+                tokens[to] = if there { token as i32 } else { -1 };
+                best[to] = if there { score } else { f32::NEG_INFINITY };
             }
         }
     }

@@ -104,7 +104,8 @@ impl<T: Float> Inputs<'_, T> {
                     (node.summary.weight(logit), logit.mul_add(scale.per_logit, -reference) - log2(sum))
                 }
             };
-            if !(weight > node.threshold) {
+            // Neither is NaN.
+            if weight <= node.threshold {
                 break;
             }
             log_sum += log;

@@ -109,7 +109,7 @@ impl<T: Float> TypicalVerifierBuilder<T> {
         size("target_rows", target_rows, 0, i32::MAX as u64)?;
         size("rows", self.batch * self.nodes, 0, i32::MAX as u64)?;
         for (arg, x) in [("epsilon", self.epsilon), ("alpha", self.alpha)] {
-            if !(x >= 0.0) {
+            if x < 0.0 || x.is_nan() {
                 return Err(Error::Unsupported { arg, what: "0 and above" });
             }
         }
