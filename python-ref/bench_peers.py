@@ -34,8 +34,10 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_keep import Compact, Drift, Select
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
+from peers_trees import TreeVerify
 from peers_verification import Verify
 from peers_visual import VisualVerify
 
@@ -316,6 +318,10 @@ OPS = {
     "attention_prepare": AttentionPrepare,
     "multi_scale": MultiScale,
     "verify": Verify,
+    "drift": Drift,
+    "select": Select,
+    "compact": Compact,
+    "tree_verify": TreeVerify,
     "visual_verify": VisualVerify,
 }
 

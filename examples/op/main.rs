@@ -11,8 +11,10 @@
 mod attention_merge;
 mod attention_prepare;
 mod candidates;
+mod compact;
 mod confidence_rank;
 mod draft_sample;
+mod drift;
 mod multi_scale;
 mod philox_fill;
 mod pooled_verify;
@@ -23,7 +25,10 @@ mod rvq_decode;
 mod rvq_encode;
 mod scalar_quantize;
 mod scale_attention;
+mod select;
 mod tensors;
+mod tree_build;
+mod tree_verify;
 mod typical_verify;
 mod verify;
 mod visual_verify;
@@ -58,8 +63,13 @@ static OPS: &[&Op] = &[
     &candidates::SELECT,
     &candidates::BEAMS,
     &candidates::BACKSPACE,
+    &tree_verify::OP,
+    &tree_build::OP,
     &draft_sample::OP,
     &row_stats::OP,
+    &drift::OP,
+    &select::OP,
+    &compact::OP,
     &philox_fill::OP,
 ];
 

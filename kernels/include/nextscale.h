@@ -611,6 +611,7 @@ nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 #define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
 #define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
 #define NXS_STATUS_SEQUENCE_FULL 1024u  /* tokens had no place in their sequence and were dropped */
+#define NXS_STATUS_TREE_BAD 4096u       /* a link of a tree of drafts leads nowhere, or a node comes before its parent */
 
 /* partials[r, c] = the partial of chunk c of logits[r]. */
 typedef struct nxs_row_stats_params {
@@ -985,6 +986,258 @@ typedef struct nxs_beam_rank_params {
 } nxs_beam_rank_params;
 
 nxs_status nxs_beam_rank(const nxs_beam_rank_params *params, void *stream);
+
+/* ---- compression: drift, select, compact -------------------------------------------------------------------- */
+
+/*
+ * Whether the features of a chunk have changed enough to be computed anew (FlowCache, arXiv 2602.10825; TeaCache,
+ * arXiv 2411.19108). For each chunk that is tested
+ *   change = mean|features - previous| / (mean|previous| + eps);  rescaled = polynomial(change), or change
+ *   accumulated + rescaled < threshold:  accumulated += rescaled, decision = 0 (reuse)
+ *   else                                 accumulated = 0,         decision = 1 (compute)
+ * Not tested, decision = 1: force is NXS_DRIFT_COMPUTE, or steps < compute_before, or steps >= compute_from (accumulated stays
+ * as it is, or becomes 0 with reset_forced); else steps < warmup (accumulated becomes 0). Every call adds 1 to steps.
+ */
+#define NXS_DRIFT_TEST 0
+#define NXS_DRIFT_COMPUTE 1
+#define NXS_DRIFT_LEAVE 2 /* nothing of the chunk is read or written */
+#define NXS_DRIFT_SLAB 16384 /* elements whose differences a block adds */
+#define NXS_DRIFT_TERMS 8
+
+typedef struct nxs_drift_params {
+  const void *features;         /* [chunks, elements] dtype */
+  void *previous;               /* [chunks, elements] dtype: the features of the step before; written over if keep */
+  float *accumulated;           /* [chunks], 0 before a chunk's first step */
+  int32_t *steps;               /* [chunks], 0 before a chunk's first step */
+  const int32_t *force_or_null; /* [chunks] NXS_DRIFT_*; null: NXS_DRIFT_TEST */
+  int32_t *decision;            /* [chunks] 1: compute, 0: reuse */
+  float *change_or_null;        /* [chunks], before the polynomial; NaN where nothing was tested */
+  void *workspace;              /* [chunks, ceil(elements / NXS_DRIFT_SLAB), 2] f32, 8-byte aligned */
+  uint32_t *counters;           /* [chunks], all 0 before the first run and after each */
+  int64_t features_stride_chunk, previous_stride_chunk;
+  int64_t chunks, elements;     /* chunks < 65536; fewer than 2^31 slabs a chunk */
+  double eps;
+  double polynomial[NXS_DRIFT_TERMS]; /* coefficients, of the highest power first */
+  int32_t polynomial_terms;     /* 0: none */
+  float threshold;
+  int32_t warmup;
+  int32_t compute_before, compute_from;
+  int32_t reset_forced;
+  int32_t keep;                 /* previous = features */
+  int32_t vector;               /* 16 bytes at a time: addresses and strides allow it */
+  nxs_dtype dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_drift_params;
+
+nxs_status nxs_drift(const nxs_drift_params *params, void *stream);
+
+/*
+ * The tokens to keep: score = lambda * importance - (1 - lambda) * redundancy, or the one that is given (redundancy negated), or 0;
+ * averaged over the heads of a set and added over sets, as the scope says; then averaged over blocks of `block` tokens. To an
+ * item (token or block): minus the least finite score of the list with `relative`, times its weight, minus `demotion` if it is
+ * one of the first `demoted`. The first `sink` and the last `recent` tokens of a list are kept, then the items of the
+ * greatest scores, until the budget is used; of equal ones the oldest, or the newest. NaN is less than every number. The
+ * `active` tokens after the list are kept too and do not count.
+ * A list is what shares one set of kept tokens: (set, head), set, or all. Lists are [sets, heads], [sets] or [1].
+ */
+#define NXS_SELECT_PER_HEAD 0
+#define NXS_SELECT_PER_SET 1
+#define NXS_SELECT_SHARED 2
+#define NXS_SELECT_ADA 3 /* lists are (set, head); the budget of a set is split over its heads by their scores */
+
+/* Bits of a list's status. */
+#define NXS_SELECT_NAN 1u     /* a score was NaN: its token is kept only where numbers do not fill the budget */
+#define NXS_SELECT_CLAMPED 2u /* a length or a budget was out of range, and was clamped */
+
+typedef struct nxs_select_params {
+  const float *importance_or_null; /* [sets, heads, tokens] */
+  const float *redundancy_or_null; /* [sets, heads, tokens] */
+  const float *weights_or_null;    /* [items], items being ceil(tokens / block); null: 1 */
+  const int32_t *lengths_or_null;  /* [lists], 0 to tokens; null: length */
+  const int32_t *budgets_or_null;  /* [lists], 0 to capacity - active; null: budget */
+  int32_t *indices;                /* [lists, capacity] ascending, -1 after them */
+  int32_t *counts;                 /* [lists] */
+  uint32_t *status_or_null;        /* [lists] NXS_SELECT_* */
+  void *workspace_or_null;         /* 16-byte aligned. If the scope is PER_SET or SHARED, or block > 1: [lists, items rounded up
+                                      to 4] f32; if block > 1: [lists, items] i32; with NXS_SELECT_ADA: [lists] i32 */
+  int64_t importance_stride_set, importance_stride_head;
+  int64_t redundancy_stride_set, redundancy_stride_head;
+  int64_t sets, heads, tokens;     /* tokens < 2^30, sets * heads < 2^31; with NXS_SELECT_ADA heads <= 1024, heads * tokens < 2^30 */
+  int64_t capacity;                /* fewer than 2^30 */
+  int32_t scope;                   /* NXS_SELECT_* */
+  int32_t length, budget;
+  int32_t sink, recent, active;
+  int32_t block;                   /* tokens that are kept or dropped together; 0 and 1: each for itself */
+  float lambda;
+  int32_t relative;
+  int32_t demoted;                 /* items */
+  float demotion;
+  int32_t newest;                  /* of equal scores the newest are kept */
+  int32_t floor_alpha;             /* with NXS_SELECT_ADA: of 65536, the part of the budget that is split evenly */
+  int32_t shared_bytes;            /* of shared memory that a block may have, 16384 or more: lists whose scores do not fit are
+                                      read several times */
+  int32_t threads;                 /* of a block: 128, 256 or 512 */
+} nxs_select_params;
+
+nxs_status nxs_select(const nxs_select_params *params, void *stream);
+
+/*
+ * Rows of K and V gathered by indices: out[s, r, h, :] = input[s, indices[s, h, r], h, :] for r < counts[s, h], converted, and
+ * with them 4-byte values that belong to rows. A row lies at place `row` of its tensor, or with a page table at place
+ * pages[s, row / page_rows] * page_rows + row % page_rows. Without an input a tensor is compacted where it lies: indices
+ * then ascend strictly. K may be turned to new positions: row r gets position first_position + r, and is rotated by the
+ * difference from its old one, which is positions[s, row, h], or the row where there are none.
+ */
+#define NXS_COMPACT_EXTRAS 4
+#define NXS_COMPACT_ROW_CLAMPED 1u      /* flags: an index was out of range, or in place less than its target */
+#define NXS_COMPACT_POSITION_CLAMPED 2u /* flags: a rotation was out of the table */
+#define NXS_COMPACT_COUNT_CLAMPED 4u    /* flags: a count was out of range */
+
+typedef struct nxs_compact_tensor {
+  const void *input_or_null;  /* [sets, rows, heads, dim] in_dtype; null: in place */
+  void *out_or_null;          /* [sets, rows, heads, dim] out_dtype; null: no such tensor */
+  int64_t input_stride_set, input_stride_row, input_stride_head;
+  int64_t out_stride_set, out_stride_row, out_stride_head;
+  int64_t dim;                /* 1 to 1024 */
+} nxs_compact_tensor;
+
+/* A value of 4 bytes for each row and head. */
+typedef struct nxs_compact_extra {
+  const void *input_or_null; /* [sets, rows, heads]; null: in place */
+  void *out_or_null;         /* [sets, rows, heads] */
+  int64_t input_stride_set, input_stride_row, input_stride_head;
+  int64_t out_stride_set, out_stride_row, out_stride_head;
+} nxs_compact_extra;
+
+typedef struct nxs_compact_params {
+  nxs_compact_tensor tensor[2];        /* K, V */
+  nxs_compact_extra positions;         /* i32; in place out is read too, else without input a row's position is the row */
+  nxs_compact_extra extra[NXS_COMPACT_EXTRAS];
+  const int32_t *indices;              /* [sets, heads, kept], contiguous along kept */
+  const int32_t *counts_or_null;       /* [sets, heads]; null: kept */
+  const int32_t *input_pages_or_null;  /* [sets, pages] */
+  const int32_t *out_pages_or_null;    /* [sets, pages] */
+  const float *cos_or_null;            /* [table_rows, rotary_dim / 2]: row p has the angles of position p */
+  const float *sin_or_null;
+  uint32_t *flags_or_null;             /* [1] NXS_COMPACT_* */
+  int64_t indices_stride_set, indices_stride_head; /* 0: shared */
+  int64_t counts_stride_set, counts_stride_head;
+  int64_t input_pages_stride_set, out_pages_stride_set;
+  int64_t table_stride_row, table_rows;
+  int64_t sets, heads, tokens, kept;   /* tokens < 2^31, kept <= tokens, heads * kept < 2^31 */
+  int64_t input_rows, out_rows;        /* places of a tensor, for each set; in place they are equal */
+  int64_t page_rows;                   /* with page tables */
+  int64_t first_position;
+  int32_t renumber;                    /* new positions from first_position on; with rotary_dim > 0 K is rotated */
+  int32_t rope;                        /* NXS_ROPE_INTERLEAVED or NXS_ROPE_HALF */
+  int32_t rotary_dim;
+  int32_t in_place;
+  int32_t slices;                      /* in place: blocks that share a (set, head, tensor), 1 to 64 */
+  int32_t unit;                        /* bytes of a move where dtypes are equal and nothing is rotated: 1, 2, 4, 8, 16; else
+                                          8, 2 or 1 elements (1: nothing is rotated) */
+  int32_t log2_lanes;                  /* threads that share a row: 0 to 5 */
+  nxs_dtype in_dtype, out_dtype;       /* equal, or each NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_compact_params;
+
+nxs_status nxs_compact(const nxs_compact_params *params, void *stream);
+
+/*
+ * Verification of trees of drafts. Node 0 of a request is its root, the last certain token; node n is row
+ * cu_rows[b] + n of the step, and comes after its parent. The walk begins at the root; at a node of depth d with the
+ * target's distribution p, s the sum of what is left and c 0:
+ *   NXS_RULE_GREEDY, NXS_RULE_MATCH   x = argmax p or x ~ p; on to the first child that is x, else x ends the step
+ *   NXS_RULE_REJECT                   each child in turn: u q(x) < max(p(x) - c q(x), 0) / s, and on to it; else c += s / l,
+ *                                     s = sum of max(p - c q, 0); after the last one a token of max(p - c q, 0) ends the step
+ * l is 1, or without replacement what q leaves beside the children tried. At a leaf a token of p ends the step. Where
+ * drafts are not random, or the drafter is greedy, NXS_RULE_REJECT is NXS_RULE_MATCH, which has the same law.
+ * `rows` below is batch * max_nodes.
+ */
+typedef struct nxs_tree_verify_params {
+  const void *target;                      /* [target_rows, vocab] target_dtype: raw logits */
+  const void *draft_or_null;               /* [draft_rows, draft_vocab] draft_dtype: raw logits; null: drafts are not random */
+  const int32_t *cu_rows_or_null;          /* [batch + 1], ascending; null: request b has rows b * max_nodes and on */
+  const int32_t *parents_or_null;          /* [rows]: each node's parent by its number in the tree; -1: root, or no node */
+  const int32_t *first_child_or_null;      /* [rows], with next_sibling_or_null in place of parents; -1: none */
+  const int32_t *next_sibling_or_null;     /* [rows] */
+  const int32_t *drafts;                   /* [rows]: each node's token; outside the vocabulary: no draft */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft that the node's children were drawn from; null: r */
+  const float *draft_stats_or_null;        /* [draft_rows, 4] of nxs_draft_sample: rows of draft are not swept for them */
+  const int32_t *target_to_draft_or_null;  /* [vocab] */
+  const float *target_stats_or_null;       /* [target_rows, chunks, 2]: partials; rows of target are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const int32_t *rules_or_null;            /* [batch] NXS_RULE_*; null, and what is none of three: rule */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after the root */
+  const float *uniforms_or_null;           /* [rows, 4] by request and node: the node's test, three for a token after it */
+  const int32_t *kv_start_or_null;         /* [batch]: node n lies in row kv_start + n of the cache; null: 0 */
+  const int32_t *kv_slots_or_null;         /* [rows]: where each node lies; in place of kv_start */
+  int32_t *tokens;                         /* [batch, max_depth + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch]: the row of the step that the walk ended at */
+  int32_t *path_or_null;                   /* [batch, max_depth + 1]: the root and the nodes accepted, then -1 */
+  int32_t *kv_source_or_null;              /* [batch, max_depth + 1]: the cache's row of each of them, then -1 */
+  int32_t *kv_destination_or_null;         /* [batch, max_depth + 1]: where nodes 0, 1, .. lie, then -1 */
+  float *log_probs_or_null;                /* [batch, max_depth + 1], NaN after what is emitted */
+  void *workspace;                         /* 16-byte aligned: [batch, NXS_TREE_STATE_BYTES], then [batch, 4, chunks of target and
+                                              of draft, 2] f32 */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row;
+  int64_t batch, vocab, draft_vocab;       /* vocabularies from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int32_t max_nodes;                       /* 1 to 1024, the root among them */
+  int32_t max_depth;                       /* 0 to 64 drafts on a path */
+  int32_t rule;                            /* NXS_RULE_GREEDY, NXS_RULE_MATCH or NXS_RULE_REJECT */
+  int32_t without_replacement;             /* 1: the children of a node are distinct draws */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t cluster;                         /* blocks that share a request: 1, on sm_90 also 2, 4, 8 or 16 */
+  int32_t shared_partials;                 /* 1: partials are passed on in shared memory; up to 1024 chunks of target and draft */
+  nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_tree_verify_params;
+
+#define NXS_TREE_STATE_BYTES 16
+
+nxs_status nxs_tree_verify(const nxs_tree_verify_params *params, void *stream);
+
+/*
+ * What the nodes of trees of drafts need, from their parents; and before it the choice of `nodes` of them by scores
+ * (EAGLE-2). A candidate that is chosen brings its parent; the order is kept. The root is always chosen.
+ *   value(i) = score[i], or with `cumulative` 0 value(parent) + score[i]; the root's is 0
+ *   rank by min(value(i), that of the parent), greatest first, the lower number at ties; NaN as -inf
+ */
+typedef struct nxs_tree_build_params {
+  const int32_t *cu_rows_or_null;   /* [batch + 1], ascending; null: request b has rows b * candidates and on */
+  const int32_t *parents;           /* [batch * candidates]: by number in the tree; -1: root, or no node */
+  const int32_t *drafts_or_null;    /* [batch * candidates]: tokens */
+  const float *scores_or_null;      /* [batch * candidates]; null: all candidates are nodes, candidates = nodes */
+  const int64_t *positions_or_null; /* [batch]: of the root; null: 0 */
+  int32_t *counts_or_null;          /* [batch]: nodes of each tree */
+  int32_t *selected_or_null;        /* [batch, nodes]: the candidate that each node is; these and below -1 where no node is */
+  int32_t *parents_or_null;         /* [batch, nodes] */
+  int32_t *drafts_out_or_null;      /* [batch, nodes]; with drafts_or_null */
+  int32_t *first_child_or_null;     /* [batch, nodes] */
+  int32_t *next_sibling_or_null;    /* [batch, nodes] */
+  int32_t *depths_or_null;          /* [batch, nodes] */
+  int64_t *node_positions_or_null;  /* [batch, nodes]: position of the root + depth; where no node is, that of the root */
+  uint32_t *mask_or_null;           /* [batch, nodes, ceil(nodes / 32)]: bit j % 32 of word j / 32: whether j is the node or on
+                                       the path to it; 0 where no node is */
+  int32_t *paths_or_null;           /* [batch, leaves, max_depth + 1]: nodes from the root to each leaf, in order of trial */
+  int32_t *leaf_counts_or_null;     /* [batch] */
+  uint32_t *status;                 /* [batch]: NXS_STATUS_TREE_BAD, NXS_STATUS_DRAFTS_IGNORED */
+  int64_t batch;                    /* up to 2^20 */
+  int32_t candidates;               /* 1 to 2048 */
+  int32_t nodes;                    /* 1 to 1024, at most candidates */
+  int32_t leaves;                   /* 1 to nodes */
+  int32_t max_depth;                /* 0 to 64; deeper candidates are ignored */
+  int32_t cumulative;               /* 1: scores are sums over the path already */
+} nxs_tree_build_params;
+
+nxs_status nxs_tree_build(const nxs_tree_build_params *params, void *stream);
 
 #ifdef __cplusplus
 }
