@@ -40,6 +40,7 @@ from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
 from peers_trees import TreeVerify
 from peers_verification import Verify
+from peers_visual import VisualVerify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
@@ -324,6 +325,7 @@ OPS = {
     "tree_verify": TreeVerify,
     "importance": Importance,
     "redundancy": Redundancy,
+    "visual_verify": VisualVerify,
 }
 
 
