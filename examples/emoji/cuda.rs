@@ -43,7 +43,7 @@ impl Cuda {
             return Err(Failure::failed(format!("--device cuda: {name} is not on the library path")));
         }
         let module = context.load_module(compile_ptx(include_str!("pointwise.cu"))?)?;
-        let kernels = KERNELS.map(|name| Ok((name, module.load_function(name)?)));
+        let kernels = KERNELS.map(|name| Ok((name, module.load_function(&format!("emoji_{name}"))?)));
         let blas = CudaBlas::new(stream.clone())?;
         Ok(Cuda { stream, blas, kernels: kernels.into_iter().collect::<Result<_>>()? })
     }

@@ -21,7 +21,7 @@ __device__ float sum_of_warp(float x) {
 __device__ long long thread() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 
 // A thread an element of x [rows, width].
-extern "C" __global__ void embed(float* x, const float* table_or_null, const int* index, const float* positions, const int* place,
+extern "C" __global__ void emoji_embed(float* x, const float* table_or_null, const int* index, const float* positions, const int* place,
                                  int rows, int width) {
     long long at = thread();
     if (at >= (long long)rows * width) return;
@@ -31,7 +31,7 @@ extern "C" __global__ void embed(float* x, const float* table_or_null, const int
 }
 
 // A warp a row.
-extern "C" __global__ void norm(float* x, const float* y_or_null, const float* gate_or_null, const float* scale, const float* shift,
+extern "C" __global__ void emoji_norm(float* x, const float* y_or_null, const float* gate_or_null, const float* scale, const float* shift,
                                 f16* h, int rows, int width, int rows_a_group, int silu) {
     long long row = thread() / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;
@@ -52,7 +52,7 @@ extern "C" __global__ void norm(float* x, const float* y_or_null, const float* g
 }
 
 // A thread an element.
-extern "C" __global__ void gelu(const float* x, f16* h, int count) {
+extern "C" __global__ void emoji_gelu(const float* x, f16* h, int count) {
     long long at = thread();
     if (at >= count) return;
     float v = x[at];
@@ -60,7 +60,7 @@ extern "C" __global__ void gelu(const float* x, f16* h, int count) {
 }
 
 // A thread an element of out [images, side * up, side * up, 9, channels].
-extern "C" __global__ void unfold(const f16* h, f16* out, int images, int side, int channels, int up) {
+extern "C" __global__ void emoji_unfold(const f16* h, f16* out, int images, int side, int channels, int up) {
     int to = side * up;
     long long at = thread();
     if (at >= (long long)images * to * to * 9 * channels) return;
@@ -73,7 +73,7 @@ extern "C" __global__ void unfold(const f16* h, f16* out, int images, int side, 
 }
 
 // A thread an element of out [images, pixels, channels].
-extern "C" __global__ void to_rows(const float* map, f16* out, int images, int channels, int pixels) {
+extern "C" __global__ void emoji_to_rows(const float* map, f16* out, int images, int channels, int pixels) {
     long long at = thread();
     if (at >= (long long)images * channels * pixels) return;
     int c = at % channels, pixel = at / channels % pixels;
@@ -82,7 +82,7 @@ extern "C" __global__ void to_rows(const float* map, f16* out, int images, int c
 }
 
 // A thread an element of out.
-extern "C" __global__ void guide(const float* logits, float* out, int count, float guidance) {
+extern "C" __global__ void emoji_guide(const float* logits, float* out, int count, float guidance) {
     long long at = thread();
     if (at < count) out[at] = (1.f + guidance) * logits[at] - guidance * logits[at + count];
 }

@@ -2,7 +2,7 @@
 
 One GPU, some minutes; --smoke: a tiny model and a few steps on the CPU, and the same files. Phases share --seconds out and follow the
 clock, so the end is known and the number of steps is not; the card has it. Writes tokenizer, var, ar and draft.safetensors, golden.safetensors,
-card.md, and sheets of samples and reconstructions.
+card.md, and sheets of samples and reconstructions; and in `best` the same from the transformers' weights of the least held-out loss.
 """
 
 import argparse
@@ -108,15 +108,20 @@ def compiled(function, device, clock):
     """Compiled where that works: a call that fails is repeated without."""
     if device == "cpu":
         return function
-    fast = torch.compile(function, dynamic=False)
+    fast, tried = torch.compile(function, dynamic=False), False
 
     def call(*args):
-        nonlocal fast
+        nonlocal fast, tried
         try:
+            if not tried:
+                # Backwards is compiled when it is first run.
+                made = fast(*args)
+                (made[0] if isinstance(made, tuple) else made).backward()
+                tried = True
             return fast(*args)
         except Exception as error:  # No C compiler, no Triton: slower, but it trains.
             clock.say(f"not compiled: {type(error).__name__}: {str(error)[:200]}")
-            fast = function
+            fast, tried = function, True
             return fast(*args)
 
     return call
@@ -127,9 +132,10 @@ def autocast(device):
 
 
 def fit(name, modules, loss_of, clock, until, rate, device, steps=None, warm=0.02, decay=0.05, check=None, after=None, ema=None):
-    """Steps of AdamW until the clock says `until`, or so many; loss_of(progress) gives a loss. Returns their number.
+    """Steps of AdamW until the clock says `until`, or so many; loss_of(progress) gives a loss.
 
-    ema: (module, decay): what `check` sees is its average, the best by `check` is what it ends with."""
+    ema: (module, decay): what `check` sees is the average of steps, and what the module ends with. Returns the number of steps and
+    the average that `check` liked best: (score, step, state)."""
     parameters = [p for module in modules for p in module.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
@@ -137,7 +143,7 @@ def fit(name, modules, loss_of, clock, until, rate, device, steps=None, warm=0.0
     ]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=device != "cpu")
     average = copy.deepcopy(ema[0]).requires_grad_(False) if ema else None
-    best, checked, said, step, begun = (math.inf, None), 0.0, 0.0, 0, clock.now()
+    best, checked, said, step, begun = (math.inf, 0, None), 0.0, 0.0, 0, clock.now()
     while True:
         progress = step / steps if steps else (clock.now() - begun) / max(until - begun, 1e-9)
         if progress >= 1:
@@ -167,15 +173,15 @@ def fit(name, modules, loss_of, clock, until, rate, device, steps=None, warm=0.0
         if check and progress >= checked + 0.05:
             checked, score = progress, check(average)
             if score < best[0]:
-                best = (score, {key: value.clone() for key, value in average.state_dict().items()})
+                best = (score, step, {key: value.clone() for key, value in average.state_dict().items()})
     if check:
         score = check(average)
-        clock.say(f"{name}: held out {score:.4f} at the end, {best[0]:.4f} at best")
+        clock.say(f"{name}: held out {score:.4f} at the end, {best[0]:.4f} at best (step {best[1]})")
         if score < best[0]:
-            best = (score, average.state_dict())
-        ema[0].load_state_dict(best[1])
+            best = (score, step, average.state_dict())
+        ema[0].load_state_dict(average.state_dict())
     clock.say(f"{name}: {step} steps")
-    return step
+    return step, best
 
 
 def train_tokenizer(model, data, clock, until, batch, steps, device):
@@ -215,7 +221,7 @@ def train_tokenizer(model, data, clock, until, batch, steps, device):
                 if moment.ndim == 2:
                     moment[unused] = 0
 
-    done = fit("tokenizer", [model.encoder, quantizer, model.decoder], loss_of, clock, until, 1.0e-3, device, steps, after=after, decay=0.01)
+    done, _ = fit("tokenizer", [model.encoder, quantizer, model.decoder], loss_of, clock, until, 1.0e-3, device, steps, after=after, decay=0.01)
     clock.say(f"tokenizer: {int((usage > 0.02 * usage.mean()).sum())} of {len(usage)} codes in use")
     return done
 
@@ -227,7 +233,9 @@ def tokens_of(model, data, index, variants, device):
     for i, variant in enumerate(variants):
         for part in torch.arange(len(index), device=device).split(1024):
             images = data.take(index[part], torch.full_like(part, variant))
-            out[part, i] = model.quantizer.encode(model.encoder(images))[0].short()
+            with autocast(device):
+                f = model.encoder(images)
+            out[part, i] = model.quantizer.encode(f.float())[0].short()
     return out
 
 
@@ -249,7 +257,8 @@ def train_transformer(name, model, data, tokens, held_out, clock, until, batch, 
                 right = teacher(teacher.condition(label, keep_class, keep_category), rest).softmax(-1)
         return F.cross_entropy(logits.flatten(0, 1), right.flatten(0, 1))
 
-    fast = compiled(loss_of_batch, device, clock)
+    # The draft is done before a compiler would be.
+    fast = compiled(loss_of_batch, device, clock) if teacher is None else loss_of_batch
 
     def loss_of(progress):
         at, variant = data.draw(batch)
@@ -318,7 +327,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=480, help="for everything; 480")
     parser.add_argument("--steps", type=int, nargs=4, help="of tokenizer, var, ar and draft, in place of the clock")
     parser.add_argument("--batch", type=int, nargs=4, default=(128, 256, 256, 256))
-    parser.add_argument("--ends", type=float, nargs=4, default=(0.30, 0.73, 0.87, 0.92), help="of the phases, in parts of --seconds")
+    parser.add_argument("--ends", type=float, nargs=4, default=(0.30, 0.72, 0.86, 0.93), help="of the phases, in parts of --seconds")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--smoke", action="store_true")
@@ -345,10 +354,9 @@ def main():
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     clock.say(f"{name}, torch {torch.__version__}: {len(data.train)} images, {len(data.held_out)} held out, {len(data.class_names)} classes")
 
-    done = [train_tokenizer(model, data, clock, args.ends[0], args.batch[0], steps[0], device)]
+    done, best = [train_tokenizer(model, data, clock, args.ends[0], args.batch[0], steps[0], device)], {}
     model.requires_grad_(False)
     variants = range(data.variants()) if not (args.smoke or args.narrow) else [PLAIN, PLAIN + 1]
-    # Tokens of what is not mirrored are those of its twin.
     tokens = tokens_of(model, data, data.train, variants, device)
     held_out = tokens_of(model, data, data.held_out, [PLAIN], device)[:, 0].long()
     clock.say(f"tokens of {len(tokens)} images in {tokens.shape[1]} variants")
@@ -357,9 +365,10 @@ def main():
         getattr(model, part).requires_grad_(True)
         teacher = model.ar if part == "draft" else None
         dropout = args.dropout if part != "draft" else 0.0
-        done.append(
-            train_transformer(part, model, data, tokens, held_out, clock, args.ends[i], args.batch[i], rate, steps[i], device, dropout, teacher)
+        count, best[part] = train_transformer(
+            part, model, data, tokens, held_out, clock, args.ends[i], args.batch[i], rate, steps[i], device, dropout, teacher
         )
+        done.append(count)
         getattr(model, part).requires_grad_(False)
 
     if args.smoke:
@@ -367,6 +376,19 @@ def main():
         torch.manual_seed(args.seed)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim < 4 else 0.02))
+    finish(args, args.out, config, model, data, done, device, name, clock)
+    if not args.smoke:
+        # The same once more from the weights of the least held-out loss: less like the images that were trained on, and less well drawn.
+        for part in ("var", "ar"):
+            done[1 + ("var", "ar").index(part)] = best[part][1]
+            getattr(model, part).load_state_dict(best[part][2])
+        (args.out / "best").mkdir(exist_ok=True)
+        finish(args, args.out / "best", config, model, data, done, device, name, clock)
+
+
+@torch.no_grad()
+def finish(args, out, config, model, data, done, device, name, clock):
+    """Rounds, measures and writes everything."""
     round_weights(model)
     held_out = tokens_of(model, data, data.held_out, [PLAIN], device)[:, 0].long()
     numbers, originals, made = measure(model, data, held_out, device)
@@ -375,22 +397,19 @@ def main():
     metadata = {"format": "nextscale-emoji-1", "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.dict().items()}}
     metadata["licence"] = "trained on Noto emoji (Google, Apache-2.0)"
     classes = {"categories": data.categories, "names": data.class_names, "category_of": data.class_categories, "counts": data.class_counts}
-    sizes = {
-        "tokenizer": write(args.out / "tokenizer.safetensors", tokenizer_tensors(model), {**metadata, "part": "tokenizer", "classes": classes})
-    }
+    sizes = {"tokenizer": write(out / "tokenizer.safetensors", tokenizer_tensors(model), {**metadata, "part": "tokenizer", "classes": classes})}
     for part in ("var", "ar", "draft"):
-        sizes[part] = write(args.out / f"{part}.safetensors", transformer_tensors(getattr(model, part)), {**metadata, "part": part})
-    assert sum(sizes.values()) <= MOST_BYTES, sizes
+        sizes[part] = write(out / f"{part}.safetensors", transformer_tensors(getattr(model, part)), {**metadata, "part": part})
     on_cpu = copy.deepcopy(model).cpu()
     rows = sorted({0, 1, 4, config.tokens // 2, config.tokens - 2, config.tokens - 1})
     index = data.held_out[:1]
-    sizes["golden"] = write(
-        args.out / "golden.safetensors", goldens(on_cpu, data.plain(index)[0].cpu().float(), int(data.labels[index]), rows), {**metadata, "part": "golden"}
-    )
+    golden = goldens(on_cpu, data.plain(index)[0].cpu().float(), int(data.labels[index]), rows)
+    sizes["golden"] = write(out / "golden.safetensors", golden, {**metadata, "part": "golden"})
+    assert sum(sizes.values()) <= MOST_BYTES, sizes
     clock.say(f"written: {sizes}")
 
     pairs = torch.stack([originals[:12], made[:12], originals[12:24], made[12:24]]).flatten(0, 1) if len(made) >= 24 else made
-    sheet(pairs, 12 if len(made) >= 24 else len(made), args.out / "reconstructions.png")
+    sheet(pairs, 12 if len(made) >= 24 else len(made), out / "reconstructions.png")
     generator, chosen = torch.Generator(device).manual_seed(args.seed), torch.Generator().manual_seed(args.seed)
     labels = torch.cat([labels_of(data, category, 12, chosen) for category in range(len(data.categories))])
     drawn = {}
@@ -398,14 +417,14 @@ def main():
         with autocast(device):
             f_hat = sampler(model, labels, guidance=guidance, top_k=min(200, config.vocab), generator=generator)[1]
         drawn[f"{title}-{guidance}"] = images = model.decoder(f_hat.float()).clamp(-1, 1)
-        sheet(images, 12, args.out / f"{title}-guidance-{guidance}.png")
+        sheet(images, 12, out / f"{title}-guidance-{guidance}.png")
     novelty = {title: nearest(images, data).median().item() for title, images in drawn.items()}
     novelty["held out"] = nearest(originals, data).median().item()
     clock.say(f"samples drawn; median L2 to the nearest image that was trained on: {novelty}")
-    write_card(args, config, data, done, sizes, numbers, novelty, name, clock)
+    write_card(args, out, config, data, done, sizes, numbers, novelty, name, clock)
 
 
-def write_card(args, config, data, done, sizes, numbers, novelty, device, clock):
+def write_card(args, out, config, data, done, sizes, numbers, novelty, device, clock):
     row = lambda *cells: "| " + " | ".join(str(cell) for cell in cells) + " |"
     shape = lambda shape: f"width {shape[0]}, {shape[1]} layers"
     parts = (
@@ -427,10 +446,10 @@ def write_card(args, config, data, done, sizes, numbers, novelty, device, clock)
         f"- Seed {args.seed}; {device}, torch {torch.__version__}, bf16 autocast; {clock.now() * clock.seconds:.0f} s in all. Training follows the"
         f" clock; `--steps {' '.join(map(str, done))}` takes the same number of steps.",
         f"- Data: `emoji-datasource-google` 16.0.0 from npm, {len(data.train)} images trained on, {len(data.held_out)} held out (whole emoji with all skin"
-        " tones). Weights are those of the least held-out loss (average of steps, decay 0.999), rounded to f16.",
+        " tones). Weights are averages over steps (decay 0.999), rounded to f16.",
         "- Licence of the images: Apache-2.0, Google's Noto emoji. Weights: MIT or Apache-2.0, as the project.",
     ]
-    (args.out / "card.md").write_text("\n".join(text) + "\n")
+    (out / "card.md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
