@@ -905,6 +905,7 @@ pub struct nxs_multi_scale_params {
     pub group: i32,
     pub band: i32,
     pub plane_shared: i32,
+    pub blocks: i32,
     pub programmatic: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -991,8 +992,10 @@ const _: () = {
     ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
     ["Offset of field: nxs_multi_scale_params::plane_shared"]
         [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+    ["Offset of field: nxs_multi_scale_params::blocks"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, blocks) - 384usize];
     ["Offset of field: nxs_multi_scale_params::programmatic"]
-        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 384usize];
+        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 388usize];
 };
 impl Default for nxs_multi_scale_params {
     fn default() -> Self {
@@ -1375,6 +1378,7 @@ pub struct nxs_verify_params {
     pub fallback: i32,
     pub chunks_per_item: i32,
     pub blocks: i32,
+    pub cluster: i32,
     pub target_dtype: nxs_dtype,
     pub draft_dtype: nxs_dtype,
 }
@@ -1450,10 +1454,11 @@ const _: () = {
     ["Offset of field: nxs_verify_params::chunks_per_item"]
         [::core::mem::offset_of!(nxs_verify_params, chunks_per_item) - 300usize];
     ["Offset of field: nxs_verify_params::blocks"][::core::mem::offset_of!(nxs_verify_params, blocks) - 304usize];
+    ["Offset of field: nxs_verify_params::cluster"][::core::mem::offset_of!(nxs_verify_params, cluster) - 308usize];
     ["Offset of field: nxs_verify_params::target_dtype"]
-        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 308usize];
+        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 312usize];
     ["Offset of field: nxs_verify_params::draft_dtype"]
-        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 312usize];
+        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 316usize];
 };
 impl Default for nxs_verify_params {
     fn default() -> Self {

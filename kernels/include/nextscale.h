@@ -370,8 +370,8 @@ nxs_status nxs_codebook_prepare(const nxs_codebook_prepare_params *params, void 
  * NXS_FLAG_ROW_NOT_FINITE is OR-ed into *flags_or_null. Norms are sqrt of an f32 fma chain, k ascending.
  *
  * With latent > 0 (DAC) input, residual and quantized have `latent` elements a row, and each level searches
- *   e[j] = fma over k ascending of in_weight[l, j, k] r[k], from in_bias[l, j], in four chains: of k % 4 = 0, 1, 2, 3, the first
- *          from in_bias, the others from 0, added as (0 + 1) + (2 + 3)
+ *   e[j] = in_bias[l, j] + sum over k of in_weight[l, j, k] r[k], in 32 chains of fma from 0, k ascending, element k in chain
+ *          k / 4 % 32; chains are added in pairs that are 16 apart, then 8, 4, 2 and 1
  * instead of r, and takes y[k] = fma over j ascending of out_weight[l, k, j] values[l, code, j], from out_bias[l, k], from r.
  */
 typedef struct nxs_rvq_encode_params {
@@ -476,6 +476,8 @@ typedef struct nxs_multi_scale_params {
   int32_t group;                /* rows 0: channels of a block, a multiple of 4 */
   int32_t band;                 /* rows 0: rows of the map that are worked on at a time; even */
   int32_t plane_shared;         /* rows 0: 1: what the next is made from is kept in shared memory */
+  int32_t blocks;               /* rows 0: blocks that take turns at the bands of the same channels, a cluster: 1 to 8;
+                                   beyond 1 on sm_90, without plane_shared */
   int32_t programmatic;         /* 1, on sm_90: may be started before the kernel before it on the stream has ended, for which it
                                    then waits: programmatic dependent launch */
 } nxs_multi_scale_params;
@@ -702,6 +704,8 @@ typedef struct nxs_verify_params {
   int32_t fallback;                        /* the token where none can be drawn */
   int32_t chunks_per_item;                 /* a multiple of 8 */
   int32_t blocks;                          /* of the persistent grid */
+  int32_t cluster;                         /* 0, or without may_block 1 to 8: each request by a cluster of so many blocks,
+                                              beyond 1 on sm_90; neither counters nor chunks_per_item and blocks are used */
   nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
 } nxs_verify_params;
 

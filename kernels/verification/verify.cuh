@@ -19,6 +19,7 @@
 //              partials, q is read at one column); the lowest trial that is kept wins. After `trials` of them the block
 //              sweeps both rows for max(p - q, 0).
 //              Counters return to zero by themselves: every item of a row arrives, also those that are passed over.
+//              Requests of few chunks have a kernel of their own, a cluster each: rows are decided at once, a warp a row.
 //              Block verification reads the rows again, in a second kernel of the same shape whose partials are the chunks'
 //              sums of max(P_i p - q, 0).
 // Bytes        (rows up to the one that stops) * vocab * sizeof(target), and as many of the draft where it is swept; 8 a
@@ -27,7 +28,10 @@
 //              fails is the first whatever the order in which they are known.
 // Limits       vocabularies up to 2^24, batch up to 2^20, 1023 drafts a request.
 #pragma once
+#include <type_traits>
+
 #include "common/ptx/atomic.cuh"
+#include "common/ptx/cluster.cuh"
 #include "common/ptx/launch.cuh"
 #include "verification/sample.cuh"
 
@@ -354,85 +358,110 @@ NXS_DEVICE void sweep_item(const Step<P, Q>& step, const Request& r, u32 i, u32 
   }
 }
 
-// All of the block, with all partials of row i at hand: decides about its draft, or draws its token.
+// What a decision about a row is made from.
+template <typename P> struct Sight {
+  Target<P> target;  // its peak is found by judge_row
+  Summary measured;
+  u32 drafted;       // or kNothing
+  float p_logit, q_logit;
+};
+
+// Any warps, with all partials of row i at hand.
+template <typename P, typename Q> NXS_DEVICE Sight<P> look_at_row(const Step<P, Q>& step, const Request& r, u32 i) {
+  const nxs_verify_params& p = step.p;
+  Sight<P> sight;
+  sight.target.row = step.target_row(r, i);
+  // The draft's logits are fetched while the partials are.
+  sight.drafted = kNothing;
+  if (i + 1 < r.rows) {
+    const i32 id = load_global_nc(p.drafts + r.row + i);
+    if (id >= 0 && id < p.vocab) sight.drafted = static_cast<u32>(id);
+  }
+  sight.p_logit = sight.q_logit = -INFINITY;
+  if (sight.drafted != kNothing) {
+    sight.p_logit = logit_at(sight.target.row, sight.drafted);
+    if (p.draft_or_null) sight.q_logit = draft_logit(step, step.draft_row(step.draft_index(r, i)), sight.drafted);
+  }
+  sight.target.summary = step.target_summary(r, i, r.scale);
+  sight.measured = sight.target.summary;
+  if (r.scale.greedy() && p.log_probs_or_null) sight.measured = step.target_summary(r, i, r.measure);
+  return sight;
+}
+
+// One warp: decides about the draft of row i, or draws its token, and keeps what is to be kept.
+template <typename P, typename Q>
+NXS_DEVICE u32 judge_row(const Step<P, Q>& step, const Request& r, u32 i, Sight<P>& sight) {
+  const nxs_verify_params& p = step.p;
+  const Partial* partials = step.partials(step.slot(r.b, i));
+  const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
+  Target<P>& target = sight.target;
+  const u32 drafted = sight.drafted;
+  RowState state = {};
+  u32 kind = kToken;
+  if (target.row.columns == 0) state.said |= NXS_STATUS_ROW_OUT_OF_RANGE;
+  if (target.summary.nan) state.said |= NXS_STATUS_TARGET_NAN;
+  if (target.summary.beyond || target.summary.top == INFINITY) state.said |= NXS_STATUS_TARGET_BEYOND;
+  if (target.summary.shape == kEmpty) state.said |= NXS_STATUS_TARGET_EMPTY;
+  target.peak = target.summary.shape == kPeak ? find_peak(target.summary, target.row, step.of_target, load) : kNothing;
+  const bool ratio_rule = r.rule == NXS_RULE_BLOCK || (r.rule == NXS_RULE_REJECT && target.peak == kNothing);
+  bool draw_token = true;
+  if (target.summary.shape == kEmpty) {
+    draw_token = false;
+    state.token = -1;
+  } else if (drafted != kNothing && ratio_rule) {
+    const Draft<Q> q = draft_of(step, r, i, drafted, state.said);
+    if (q.good) {
+      draw_token = false;
+      const float p_weight = target.weight(drafted, sight.p_logit), q_weight = draft_weight(q, drafted, sight.q_logit);
+      if (q_weight == 0) state.said |= NXS_STATUS_DRAFT_IMPOSSIBLE;
+      state.p_weight = p_weight;
+      state.q_weight = q_weight;
+      state.p_sum = target.sum();
+      state.q_sum = q.sum();
+      state.p_top = target.summary.top;
+      state.q_top = q.summary.top;
+      state.p_peak = target.peak;
+      state.q_peak = q.peak;
+      if (r.rule == NXS_RULE_BLOCK) {
+        kind = kOpen;
+      } else {
+        const float u = step.draws(r, i, kUseAccept, 0).at[0];
+        const bool accepted = multiply(multiply(u, q_weight), target.sum()) < multiply(p_weight, q.sum());
+        kind = accepted ? kAccepted : kResidual;
+      }
+    }
+  }
+  if (draw_token) {
+    const Uniforms u = step.draws(r, i, kUseSample, 0);
+    const u32 token = target.peak != kNothing
+                          ? target.peak
+                          : sample_row(target.summary, target.row, step.of_target, u.at[0], u.at[1], u.at[2], load);
+    state.token = static_cast<i32>(token);
+    if (token == drafted && token != kNothing && !ratio_rule) kind = kAccepted;
+  }
+  if (p.log_probs_or_null && drafted != kNothing) state.log_prob = log_probability(sight.measured, sight.p_logit);
+  state.kind = kind;
+  // Its token may be drawn by another block, from the partials as they are now.
+  state.cut = target.summary.cut;
+  if (lane_index() == 0) store_state(step.state(step.slot(r.b, i)), state);
+  return kind;
+}
+
+// All of the block, with all partials of row i at hand.
 template <typename P, typename Q>
 NXS_DEVICE u32 decide_row(const Step<P, Q>& step, const Request& r, u32 i, u32 shared) {
   const nxs_verify_params& p = step.p;
-  Partial* partials = step.partials(step.slot(r.b, i));
-  const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
-  RowState state = {};
-  Target<P> target;
-  target.row = step.target_row(r, i);
-  // The draft's logits are fetched while the partials are.
-  u32 drafted = kNothing;
-  if (i + 1 < r.rows) {
-    const i32 id = load_global_nc(p.drafts + r.row + i);
-    if (id >= 0 && id < p.vocab) drafted = static_cast<u32>(id);
-  }
-  float p_logit = -INFINITY, q_logit = -INFINITY;
-  if (drafted != kNothing) {
-    p_logit = logit_at(target.row, drafted);
-    if (p.draft_or_null) q_logit = draft_logit(step, step.draft_row(step.draft_index(r, i)), drafted);
-  }
-  target.summary = step.target_summary(r, i, r.scale);
-  Summary measured = target.summary;
-  if (r.scale.greedy() && p.log_probs_or_null) measured = step.target_summary(r, i, r.measure);
+  Sight<P> sight = look_at_row(step, r, i);
   if (p.top_k_or_null || p.top_p_or_null || p.min_p_or_null) {
     const i32 top_k = or_else(p.top_k_or_null, r.b, 0);
     const Truncation truncation = {top_k > 0 ? static_cast<u32>(top_k) : 0, or_else(p.top_p_or_null, r.b, 1.0f),
                                    or_else(p.min_p_or_null, r.b, 0.0f)};
-    truncate_row(truncation, target.summary, target.row, step.of_target, partials, shared + kSharedSum);
-    if (!r.scale.greedy()) measured = target.summary;
+    truncate_row(truncation, sight.target.summary, sight.target.row, step.of_target, step.partials(step.slot(r.b, i)),
+                 shared + kSharedSum);
+    if (!r.scale.greedy()) sight.measured = sight.target.summary;
   }
   u32 kind = kToken;
-  if (thread_index() < 32) {
-    if (target.row.columns == 0) state.said |= NXS_STATUS_ROW_OUT_OF_RANGE;
-    if (target.summary.nan) state.said |= NXS_STATUS_TARGET_NAN;
-    if (target.summary.beyond || target.summary.top == INFINITY) state.said |= NXS_STATUS_TARGET_BEYOND;
-    if (target.summary.shape == kEmpty) state.said |= NXS_STATUS_TARGET_EMPTY;
-    target.peak = target.summary.shape == kPeak ? find_peak(target.summary, target.row, step.of_target, load) : kNothing;
-    const bool ratio_rule = r.rule == NXS_RULE_BLOCK || (r.rule == NXS_RULE_REJECT && target.peak == kNothing);
-    bool draw_token = true;
-    if (target.summary.shape == kEmpty) {
-      draw_token = false;
-      state.token = -1;
-    } else if (drafted != kNothing && ratio_rule) {
-      const Draft<Q> q = draft_of(step, r, i, drafted, state.said);
-      if (q.good) {
-        draw_token = false;
-        const float p_weight = target.weight(drafted, p_logit), q_weight = draft_weight(q, drafted, q_logit);
-        if (q_weight == 0) state.said |= NXS_STATUS_DRAFT_IMPOSSIBLE;
-        state.p_weight = p_weight;
-        state.q_weight = q_weight;
-        state.p_sum = target.sum();
-        state.q_sum = q.sum();
-        state.p_top = target.summary.top;
-        state.q_top = q.summary.top;
-        state.p_peak = target.peak;
-        state.q_peak = q.peak;
-        if (r.rule == NXS_RULE_BLOCK) {
-          kind = kOpen;
-        } else {
-          const float u = step.draws(r, i, kUseAccept, 0).at[0];
-          const bool accepted = multiply(multiply(u, q_weight), target.sum()) < multiply(p_weight, q.sum());
-          kind = accepted ? kAccepted : kResidual;
-        }
-      }
-    }
-    if (draw_token) {
-      const Uniforms u = step.draws(r, i, kUseSample, 0);
-      const u32 token = target.peak != kNothing
-                            ? target.peak
-                            : sample_row(target.summary, target.row, step.of_target, u.at[0], u.at[1], u.at[2], load);
-      state.token = static_cast<i32>(token);
-      if (token == drafted && token != kNothing && !ratio_rule) kind = kAccepted;
-    }
-    if (p.log_probs_or_null && drafted != kNothing) state.log_prob = log_probability(measured, p_logit);
-    state.kind = kind;
-    // Its token may be drawn by another block, from the partials as they are now.
-    state.cut = target.summary.cut;
-    if (lane_index() == 0) store_state(step.state(step.slot(r.b, i)), state);
-  }
+  if (thread_index() < 32) kind = judge_row(step, r, i, sight);
   return broadcast(shared, thread_index() == 0, kind);
 }
 
@@ -566,9 +595,9 @@ template <typename P, typename Q> NXS_DEVICE void write_ratios(const Step<P, Q>&
 // All of the block that came last at row i: decides about it if it is of use, and if all rows of the request are known
 // then, writes what the request gets. Also for a request without rows.
 template <typename P, typename Q>
-NXS_DEVICE_CALL void settle_row(const nxs_verify_params& p, u32 b, u32 i, bool of_use) {
+NXS_DEVICE_CALL void settle_row(const nxs_verify_params& p, const Request& r, u32 i, bool of_use) {
   const Step<P, Q> step(p);
-  const Request r = request_of(p, b);
+  const u32 b = r.b;
   if (r.rows == 0) return write_request<P, Q>(p, r, 0, kNothing, 0);
   const u32 shared = dynamic_shared();
   u32* stop_word = step.stop_word(b);
@@ -622,7 +651,8 @@ __global__ void __launch_bounds__(kThreads, 3) verify_kernel(const __grid_consta
     const u32 stop = load_relaxed_global(step.stop_word(b));
     const Request r = request_of(p, b);
     if (i >= r.rows) {
-      if (r.rows == 0 && i == 0 && item.slice == 0) settle_row<P, Q>(p, b, 0, false);
+      const Request copied = r;  // r itself stays in registers
+      if (r.rows == 0 && i == 0 && item.slice == 0) settle_row<P, Q>(p, copied, 0, false);
       continue;
     }
     const u32 chunks = step.of_target + (step.swept(r, i) ? step.of_draft : 0);
@@ -633,14 +663,17 @@ __global__ void __launch_bounds__(kThreads, 3) verify_kernel(const __grid_consta
     block_sync();
     const u32 arrivals = (chunks + an_item - 1) / an_item;
     u32 word = 0;
+    // A block that has all of the row need not ask whether it is the last.
     if (thread_index() == 0 &&
-        atomic_inc_acq_rel_global(step.row_counter(step.slot(b, i)), arrivals - 1) == arrivals - 1) {
+        (arrivals == 1 ||
+         atomic_inc_acq_rel_global(step.row_counter(step.slot(b, i)), arrivals - 1) == arrivals - 1)) {
       const u32 stopped = load_relaxed_global(step.stop_word(b));
       word = stopped == 0 || i <= step.most_rows() - stopped ? 1 : 2;
     }
     word = broadcast(shared, thread_index() == 0, word);
     if (word == 0) continue;
-    settle_row<P, Q>(p, b, i, word == 1);
+    const Request copied = r;
+    settle_row<P, Q>(p, copied, i, word == 1);
     block_sync();
   }
 }
@@ -715,14 +748,131 @@ __global__ void __launch_bounds__(kThreads, 3) verify_blocks_kernel(const __grid
   }
 }
 
+// The first block of a request's cluster, with all partials at hand.
+template <typename P, typename Q> NXS_DEVICE_CALL void settle_request(const nxs_verify_params& p, const Request& r) {
+  const Step<P, Q> step(p);
+  if (r.rows == 0) return write_request<P, Q>(p, r, 0, kNothing, 0);
+  if (p.top_k_or_null || p.top_p_or_null || p.min_p_or_null) {
+    const u32 shared = dynamic_shared();
+    for (u32 i = 0; i < r.rows; ++i) decide_row(step, r, i, shared);
+  } else {
+    // A warp a row.
+#pragma unroll 1
+    for (u32 i = thread_index() / 32; i < r.rows; i += kWarps) {
+      Sight<P> sight = look_at_row(step, r, i);
+      judge_row(step, r, i, sight);
+    }
+  }
+  block_sync();
+  // The first row that ends the step; the last one does.
+  u32 at = 0;
+  for (u32 first = 0;; first += 32) {
+    const u32 i = first + lane_index();
+    const u32 kind = i < r.rows ? load_global(&step.state(step.slot(r.b, i))->kind) : u32{kAccepted};
+    const u32 ends = warp_ballot(kind == kToken || kind == kResidual);
+    if (ends == 0) continue;
+    at = first + 31 - leading_zeros(ends & -ends);
+    break;
+  }
+  const RowState* state = step.state(step.slot(r.b, at));
+  u32 last = static_cast<u32>(load_global(&state->token));
+  if (load_global(&state->kind) == kResidual) last = residual_token<P, Q>(p, r, at, 1.0f, false);
+  write_request<P, Q>(p, r, at, last, at);
+}
+
+// A chunk of a pair of rows of a request that is to be swept.
+template <typename T> struct Swept {
+  Row<T> row;
+  u32 chunk;
+  Scale scale;
+  Partial* to;
+};
+
+// Requests of few chunks: each by a cluster of p.cluster blocks, whose warps share out the chunks of all of its rows; then
+// the first block decides. No counter is needed, and no row is passed over.
+template <typename P, typename Q>
+__global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __grid_constant__ nxs_verify_params p) {
+  const Step<P, Q> step(p);
+  const u32 ranks = static_cast<u32>(p.cluster), rank = ranks > 1 ? cluster_rank() : 0;
+  const Request r = request_of(p, block_index_x() / ranks);
+  const u32 chunks = step.of_target + step.of_draft, all = r.rows * chunks, stride = ranks * kWarps;
+  if (p.target_stats_or_null)
+    for (u32 i = rank; i < r.rows; i += ranks) copy_partials<P, Q>(p, r.b, i, 0, step.of_target);
+  const auto of_draft = [&](u32 at, u32& i, u32& chunk) {
+    i = at / chunks;
+    chunk = at - i * chunks;
+    return chunk >= step.of_target;
+  };
+  if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
+    // From `at` on, the first chunk that is this warp's to sweep.
+    Swept<P> now, then;
+    const auto find = [&](u32& at, Swept<P>& chunk) {
+      for (; at < all; at += stride) {
+        u32 i, number;
+        const bool draft = of_draft(at, i, number);
+        if (draft ? !step.swept(r, i) : p.target_stats_or_null != nullptr) continue;
+        chunk.to = step.partials(step.slot(r.b, i)) + number;
+        chunk.row = draft ? step.draft_row(step.draft_index(r, i)) : step.target_row(r, i);
+        chunk.chunk = draft ? number - step.of_target : number;
+        chunk.scale = draft ? r.draft_scale : r.measure;
+        return true;
+      }
+      return false;
+    };
+    u32 at = rank * kWarps + thread_index() / 32;
+    bool more = find(at, now);
+    Logits<P> next;
+    if (more) next = load_logits(now.row, now.chunk);
+#pragma unroll 1
+    while (more) {
+      Logits<P> logits = next;
+      at += stride;
+      more = find(at, then);
+      if (more) next = load_logits(then.row, then.chunk);
+      const Partial partial = chunk_partial(logits, now.scale);
+      if (lane_index() == 0) store_global(now.to, partial);
+      now = then;
+    }
+  } else {
+#pragma unroll 1
+    for (u32 at = rank * kWarps + thread_index() / 32; at < all; at += stride) {
+      u32 i, number;
+      Partial partial;
+      if (of_draft(at, i, number)) {
+        if (!step.swept(r, i)) continue;
+        Logits<Q> logits = load_logits(step.draft_row(step.draft_index(r, i)), number - step.of_target);
+        partial = chunk_partial(logits, r.draft_scale);
+      } else {
+        if (p.target_stats_or_null) continue;
+        Logits<P> logits = load_logits(step.target_row(r, i), number);
+        partial = chunk_partial(logits, r.measure);
+      }
+      if (lane_index() == 0) store_global(step.partials(step.slot(r.b, i)) + number, partial);
+    }
+  }
+  if (ranks > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    block_sync();
+  }
+  const Request copied = r;
+  if (rank == 0) settle_request<P, Q>(p, copied);
+}
+
 // One instantiation file a dtype of the target (verify_<dtype>.cu) picks the draft's.
 template <typename P> nxs_status verify_target(const nxs_verify_params& p, void* stream);
 
 template <typename P, typename Q> nxs_status verify_launch(const nxs_verify_params& p, void* stream) {
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(p.blocks));
   shape.block = kThreads;
   shape.dynamic_smem = kSharedBytes;
+  if (p.cluster > 0) {
+    shape.grid = dim3(static_cast<unsigned>(p.batch * p.cluster));
+    shape.cluster = static_cast<unsigned>(p.cluster);
+    return launch(verify_requests_kernel<P, Q>, shape, stream, p);
+  }
+  shape.grid = dim3(static_cast<unsigned>(p.blocks));
   const nxs_status status = launch(verify_kernel<P, Q>, shape, stream, p);
   if (status != NXS_OK || !p.may_block) return status;
   return launch(verify_blocks_kernel<P, Q>, shape, stream, p);

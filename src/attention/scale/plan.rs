@@ -263,9 +263,12 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let row_index = Layout::contiguous(row_index_shape);
 
         let hopper_can = device.arch == (Arch { major: 9, minor: 0 });
+        // Of one tile a head, the portable kernel has several blocks a multiprocessor: measured, it ends first, and where
+        // there are many heads also with a few more keys.
+        let many = self.dim <= 64 && self.batch * self.heads >= 4 * device.sm_count.max(1) as u64;
+        let small = rows <= 64 && keys <= if many { 160 } else { 64 } && self.groups.is_none();
         let variant = match self.variant {
-            // Of one tile a head, the portable kernel has several blocks a multiprocessor: measured, it ends first.
-            Variant::Auto if hopper_can && (rows > 64 || keys > 64 || self.groups.is_some()) => Variant::Hopper,
+            Variant::Auto if hopper_can && !small => Variant::Hopper,
             Variant::Auto => Variant::Portable,
             Variant::Hopper if !hopper_can => {
                 return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_90 for Variant::Hopper" });
