@@ -7,7 +7,7 @@
 //!
 //! Read it in this order: `device` (memory and a stream), `dense` and `pointwise` (what is not the library's), `transformer` (attention
 //! by `Prepare` and `ScaleAttention`), `tokenizer` (`MultiScale`, and a decoder to pixels), `var` (a scale at a time), `ar` (a token at a
-//! time, or drafted and verified), `program` (the command line). `python-ref/emoji` trains the models.
+//! time, or drafted and verified), `options` and `program`. `python-ref/emoji` trains the models.
 
 mod ar;
 mod compress;
@@ -16,6 +16,7 @@ mod cuda;
 mod dense;
 mod device;
 mod failure;
+mod options;
 mod pointwise;
 mod program;
 mod sampling;

@@ -1,142 +1,26 @@
-//! The command line, and what it makes happen.
+//! What the program does: classes, a device, batches of images, a sheet, and where time went.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use lexopt::prelude::*;
 use nextscale::dtype::Float;
-use nextscale::verification::Rule;
 use nextscale::{f16, philox};
 
 use crate::ar::{Counts, Sequential};
 use crate::device::Device;
 use crate::failure::{Failure, Result};
-use crate::sampling::{Image, Settings, Stages};
+use crate::options::{HELP, How, Options, parse};
+use crate::sampling::{Image, Stages};
+use crate::sheet;
 use crate::tokenizer::Tokenizer;
 use crate::var::Var;
 use crate::weights::{Classes, Weights};
-use crate::{compress, sheet};
 
 /// Images that are made at once.
 const BATCH: usize = 16;
 /// The Philox domain of the choice of classes: none of the library's.
 const CLASS_DOMAIN: u32 = 255;
-
-const HELP: &str = "\
-usage: emoji [--out emoji.png] [--category NAME] [--count 16] [--seed 0] [--sampler var|ar|speculative] [--device DEVICE]
-
-  --out FILE          the contact sheet, a PNG; emoji.png
-  --category NAME     a category or class; --list names them; all in turn if not given
-  --count N           images; 16
-  --seed N            image i has the seed N + i; 0
-  --sampler NAME      var: scale by scale; ar: token by token; speculative: token by token, drafted and verified
-  --device DEVICE     host, cuda or cuda:ordinal; host
-  --guidance G        classifier-free guidance; 2
-  --temperature T     1
-  --top-k K           200
-  --top-p P           0.95
-  --drafts N          of a speculative step; 4
-  --rule NAME         reject or match: when drafts are accepted; both are lossless; reject
-  --kv-budget B       the part of the cache that is kept between scales; 1
-  --repeat N          makes the first batch N times more and prints the median time: for benches
-  --weights FOLDER    where training has left its files
-  --list              names of categories and classes
-  --quiet             no progress bar";
-
-#[derive(Clone, Copy, PartialEq)]
-enum How {
-    Var,
-    Ar,
-    Speculative,
-}
-
-struct Options {
-    out: PathBuf,
-    category: Option<String>,
-    count: usize,
-    seed: u64,
-    how: How,
-    device: String,
-    settings: Settings,
-    drafts: usize,
-    rule: Rule,
-    repeat: usize,
-    weights: PathBuf,
-    list: bool,
-    quiet: bool,
-}
-
-/// `None`: help was asked for.
-fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Options>> {
-    let mut options = Options {
-        out: "emoji.png".into(),
-        category: None,
-        count: 16,
-        seed: 0,
-        how: How::Var,
-        device: "host".into(),
-        settings: Settings { guidance: 2.0, temperature: 1.0, top_k: 200, top_p: 0.95 },
-        drafts: 4,
-        rule: Rule::Reject,
-        repeat: 0,
-        weights: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/emoji/weights").into(),
-        list: false,
-        quiet: false,
-    };
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(argument) = parser.next()? {
-        match argument {
-            Short('h') | Long("help") => return Ok(None),
-            Long("out") => options.out = parser.value()?.into(),
-            Long("category") => options.category = Some(parser.value()?.string()?),
-            Long("count") => options.count = parser.value()?.parse()?,
-            Long("seed") => options.seed = parser.value()?.parse()?,
-            Long("sampler") => {
-                options.how = match parser.value()?.string()?.as_str() {
-                    "var" => How::Var,
-                    "ar" => How::Ar,
-                    "speculative" => How::Speculative,
-                    other => {
-                        return Err(Failure::request(format!("--sampler {other}: not one of var, ar, speculative")));
-                    }
-                }
-            }
-            Long("device") => options.device = parser.value()?.string()?,
-            Long("guidance") => options.settings.guidance = parser.value()?.parse()?,
-            Long("temperature") => options.settings.temperature = parser.value()?.parse()?,
-            Long("top-k") => options.settings.top_k = parser.value()?.parse()?,
-            Long("top-p") => options.settings.top_p = parser.value()?.parse()?,
-            Long("drafts") => options.drafts = parser.value()?.parse()?,
-            Long("rule") => {
-                options.rule = match parser.value()?.string()?.as_str() {
-                    "reject" => Rule::Reject,
-                    "match" => Rule::Match,
-                    other => return Err(Failure::request(format!("--rule {other}: not one of reject, match"))),
-                }
-            }
-            Long("kv-budget") => compress::check(parser.value()?.parse()?)?,
-            Long("repeat") => options.repeat = parser.value()?.parse()?,
-            Long("weights") => options.weights = parser.value()?.into(),
-            Long("list") => options.list = true,
-            Long("quiet") => options.quiet = true,
-            _ => return Err(argument.unexpected().into()),
-        }
-    }
-    let within = |name: &str, fits: bool, what: &str| match fits {
-        true => Ok(()),
-        false => Err(Failure::request(format!("{name}: {what}"))),
-    };
-    let settings = &options.settings;
-    within("--count", (1..=4096).contains(&options.count), "from 1 to 4096")?;
-    within("--drafts", (1..=32).contains(&options.drafts), "from 1 to 32")?;
-    within("--guidance", settings.guidance.is_finite() && settings.guidance >= 0.0, "0 or more")?;
-    within("--temperature", settings.temperature.is_finite() && settings.temperature >= 0.0, "0 or more")?;
-    within("--top-k", settings.top_k >= 0, "0 (off) or more")?;
-    within("--top-p", settings.top_p > 0.0 && settings.top_p <= 1.0, "above 0 and at most 1")?;
-    Ok(Some(options))
-}
 
 /// Which classes the images are of: of what was asked for, or of each category in turn; within a category as often as the square root
 /// of a class's size says.
@@ -226,9 +110,9 @@ fn make<A: Float>(
     };
     let mut pixels = Tokenizer::<A>::load(device, tokenizer, batch)?;
     let mut maker = match options.how {
-        How::Var => Maker::Var(Var::<A>::load(device, &open("var")?, batch, &options.settings)?),
+        How::Var => Maker::Var(Box::new(Var::<A>::load(device, &open("var")?, batch, &options.settings)?)),
         How::Ar => {
-            Maker::Sequential(Sequential::<A>::load(device, &open("ar")?, None, batch, &options.settings)?, None)
+            Maker::Sequential(Box::new(Sequential::load(device, &open("ar")?, None, batch, &options.settings)?), None)
         }
         How::Speculative => {
             let (ar, draft) = (open("ar")?, open("draft")?);
@@ -236,7 +120,7 @@ fn make<A: Float>(
             let drafted = Sequential::<A>::load(device, &ar, draft, batch, &options.settings)?;
             // What it is compared with.
             let plain = Sequential::<A>::load(device, &ar, None, batch, &options.settings)?;
-            Maker::Sequential(drafted, Some(plain))
+            Maker::Sequential(Box::new(drafted), Some(Box::new(plain)))
         }
     };
     stages.count("loading", begun.elapsed());
@@ -297,9 +181,9 @@ fn tell((counts, _): &(Counts, f64), options: &Options) -> String {
 
 /// What makes the map of tokens.
 enum Maker<A> {
-    Var(Var<A>),
+    Var(Box<Var<A>>),
     /// And the same without drafts, if it has them.
-    Sequential(Sequential<A>, Option<Sequential<A>>),
+    Sequential(Box<Sequential<A>>, Option<Box<Sequential<A>>>),
 }
 
 impl<A: Float> Maker<A> {

@@ -162,6 +162,10 @@ def fit(name, modules, loss_of, clock, until, rate, device, steps=None, warm=0.0
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(ema[0].parameters()), 1 - keep)
         step += 1
+        if step == 1:
+            # What compiling took is not training.
+            loss.item()
+            begun = clock.now()
         if step == 1 or step % 16 == 0:
             # The host must not run far ahead: the clock is that of the GPU.
             value = loss.item()

@@ -250,7 +250,10 @@ impl<P: Float, Q: Float> VerifierBuilder<P, Q> {
         let small = self.vocab <= 16384 && draft_vocab <= 16384 && chunks <= 512;
         let by_request = self.by_request.unwrap_or(small && !plan.may_block());
         if by_request && plan.may_block() {
-            return Err(Error::Unsupported { arg: "by_request", what: "block verification goes through the rows twice" });
+            return Err(Error::Unsupported {
+                arg: "by_request",
+                what: "block verification goes through the rows twice",
+            });
         }
         let plan = Plan { by_request, ..plan };
         Ok(Verifier { inner: plan, types: PhantomData })
