@@ -58,8 +58,8 @@ impl<A: Float> Causal<A> {
         self.transformer.say(device, &self.conditions, &mut self.said)
     }
 
-    /// Logits after each of `inputs [batch, rows]`, of which entry b's first stands at place `at[b]`; the token there is the one
-    /// before the place, and at place 0 the class. With the class said, then without.
+    /// Logits after each of `inputs [batch, rows]`, of which entry b's first stands at place `at[b]`; the token there
+    /// is the one before the place, and at place 0 the class. With the class said, then without.
     pub(crate) fn logits(&mut self, device: &Device, inputs: &[i32], at: &[usize]) -> Result<&Buffer<f32>> {
         let (rows, vocab, width) = (self.rows, self.transformer.shape.vocab, self.transformer.shape.width);
         let entries = 2 * at.len();
@@ -93,7 +93,8 @@ impl<A: Float> Causal<A> {
 pub(crate) struct Counts {
     /// Calls of the target.
     pub(crate) calls: usize,
-    /// Over images that were not finished: steps, tokens that they emitted, drafts that could have been and were accepted.
+    /// Over images that were not finished: steps, tokens that they emitted, drafts that could have been and were
+    /// accepted.
     pub(crate) steps: usize,
     pub(crate) emitted: usize,
     pub(crate) drafted: usize,

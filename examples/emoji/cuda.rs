@@ -1,4 +1,5 @@
-//! CUDA through cudarc: a stream, memory, cuBLAS, and the pointwise kernels of `pointwise.cu`, compiled when the program starts.
+//! CUDA through cudarc: a stream, memory, cuBLAS, and the pointwise kernels of `pointwise.cu`, compiled when the
+//! program starts.
 
 use std::sync::Arc;
 

@@ -54,7 +54,8 @@ fn as_f32<A: Float>(values: &[A]) -> Cow<'_, [f32]> {
 /// `y = x weight^T`, on all cores.
 pub(crate) fn multiply([rows, inputs, outputs]: [usize; 3], x: &[f32], weight: &[f32], y: &mut [f32]) {
     assert!(x.len() >= rows * inputs && weight.len() >= outputs * inputs && y.len() >= rows * outputs);
-    // SAFETY: the slices hold the matrices that the sizes and strides (columns, rows) speak of; y is not among the others.
+    // SAFETY: the slices hold the matrices that the sizes and strides (columns, rows) speak of; y is not among the
+    // others.
     unsafe {
         gemm::gemm(
             rows,

@@ -1,6 +1,7 @@
 //! Where it runs: memory, a stream, and what a launch needs. The host, the emulator (a feature of maintainers) or CUDA.
 //!
-//! Models are written once, for any activation type `A`: f32 on the host, f16 on CUDA. They see buffers and views alone.
+//! Models are written once, for any activation type `A`: f32 on the host, f16 on CUDA. They see buffers and views
+//! alone.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -162,7 +163,8 @@ impl<T: Element> Buffer<T> {
             #[cfg(feature = "cudarc-0_19")]
             Memory::Cuda(bytes) => {
                 assert!(part.start <= part.end && part.end <= self.len);
-                // SAFETY: the part lies in an allocation that the view borrows; there is one stream, which orders all accesses.
+                // SAFETY: the part lies in an allocation that the view borrows; there is one stream, which orders all
+                // accesses.
                 unsafe { In::from_raw(bytes.address(part.start * size_of::<T>()), part.len(), bytes.ordinal()) }
             }
         }

@@ -5,9 +5,10 @@
 //! cargo run --release --features cuda,cudarc-0_19 --example emoji -- --device cuda --category animals --count 64
 //! ```
 //!
-//! Read it in this order: `device` (memory and a stream), `dense` and `pointwise` (what is not the library's), `transformer` (attention
-//! by `Prepare` and `ScaleAttention`), `tokenizer` (`MultiScale`, and a decoder to pixels), `var` (a scale at a time), `ar` (a token at a
-//! time, or drafted and verified), `options` and `program`. `python-ref/emoji` trains the models.
+//! Read it in this order: `device` (memory and a stream), `dense` and `pointwise` (what is not the library's),
+//! `transformer` (attention by `Prepare` and `ScaleAttention`), `tokenizer` (`MultiScale`, and a decoder to pixels),
+//! `var` (a scale at a time), `ar` (a token at a time, or drafted and verified), `options` and `program`.
+//! `python-ref/emoji` trains the models.
 
 mod ar;
 mod compress;

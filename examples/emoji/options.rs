@@ -11,14 +11,14 @@ use crate::failure::{Failure, Result};
 use crate::sampling::Settings;
 
 pub(crate) const HELP: &str = "\
-usage: emoji [--out emoji.png] [--category NAME] [--count 16] [--seed 0] [--sampler var|ar|speculative] [--device DEVICE]
+usage: emoji [--out emoji.png] [--category NAME] [--count 16] [--seed 0] [--sampler NAME] [--device NAME] ...
 
   --out FILE          the contact sheet, a PNG; emoji.png
   --category NAME     a category or class; --list names them; all in turn if not given
   --count N           images; 16
   --seed N            image i has the seed N + i; 0
   --sampler NAME      var: scale by scale; ar: token by token; speculative: token by token, drafted and verified
-  --device DEVICE     host, cuda or cuda:ordinal; host
+  --device NAME       host, cuda or cuda:ordinal; host
   --guidance G        classifier-free guidance; 2
   --temperature T     1
   --top-k K           200

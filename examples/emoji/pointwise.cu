@@ -1,5 +1,5 @@
-// What is left between dense layers and the library's ops. `pointwise.rs` has the same functions for the host, and says what they do.
-// Compiled by NVRTC, without headers: f16 is its bits.
+// What is left between dense layers and the library's ops. `pointwise.rs` has the same functions for the host, and
+// says what they do. Compiled by NVRTC, without headers: f16 is its bits.
 
 typedef unsigned short f16;
 
@@ -21,8 +21,8 @@ __device__ float sum_of_warp(float x) {
 __device__ long long thread() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 
 // A thread an element of x [rows, width].
-extern "C" __global__ void emoji_embed(float* x, const float* table_or_null, const int* index, const float* positions, const int* place,
-                                 int rows, int width) {
+extern "C" __global__ void emoji_embed(float* x, const float* table_or_null, const int* index, const float* positions,
+                                       const int* place, int rows, int width) {
     long long at = thread();
     if (at >= (long long)rows * width) return;
     long long row = at / width, column = at % width;
@@ -31,8 +31,8 @@ extern "C" __global__ void emoji_embed(float* x, const float* table_or_null, con
 }
 
 // A warp a row.
-extern "C" __global__ void emoji_norm(float* x, const float* y_or_null, const float* gate_or_null, const float* scale, const float* shift,
-                                f16* h, int rows, int width, int rows_a_group, int silu) {
+extern "C" __global__ void emoji_norm(float* x, const float* y_or_null, const float* gate_or_null, const float* scale,
+                                      const float* shift, f16* h, int rows, int width, int rows_a_group, int silu) {
     long long row = thread() / 32, lane = threadIdx.x % 32;
     if (row >= rows) return;
     x += row * width, h += row * width;

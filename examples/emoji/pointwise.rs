@@ -98,8 +98,9 @@ pub(crate) fn gelu<A: Float>(device: &Device, count: usize, x: &Buffer<f32>, h: 
     Ok(())
 }
 
-/// The 3 x 3 neighbourhood of each pixel of `h [images, side, side, channels]`, which first becomes `up` times as large by
-/// repetition: `out [images, side * up, side * up, 9, channels]`, zero beyond the edge. A convolution is a dense layer of it.
+/// The 3 x 3 neighbourhood of each pixel of `h [images, side, side, channels]`, which first becomes `up` times as
+/// large by repetition: `out [images, side * up, side * up, 9, channels]`, zero beyond the edge. A convolution is a
+/// dense layer of it.
 pub(crate) fn unfold<A: Float>(
     device: &Device,
     h: &Buffer<A>,

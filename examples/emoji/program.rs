@@ -22,8 +22,8 @@ const BATCH: usize = 16;
 /// The Philox domain of the choice of classes: none of the library's.
 const CLASS_DOMAIN: u32 = 255;
 
-/// Which classes the images are of: of what was asked for, or of each category in turn; within a category as often as the square root
-/// of a class's size says.
+/// Which classes the images are of: of what was asked for, or of each category in turn; within a category as often as
+/// the square root of a class's size says.
 fn images(options: &Options, classes: &Classes) -> Result<Vec<Image>> {
     let all = classes.categories.len();
     let named = |names: &[String], name: &str| names.iter().position(|known| known == name);

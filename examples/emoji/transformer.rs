@@ -1,4 +1,5 @@
-//! The transformer that all samplers share: l2-normed attention through `Prepare` and `ScaleAttention`, modulated by the class.
+//! The transformer that all samplers share: l2-normed attention through `Prepare` and `ScaleAttention`, modulated by
+//! the class.
 
 use nextscale::attention::{AppendAt, Norm as QkNorm, Prepare, PrepareArgs, Rule, ScaleAttention, ScaleAttentionArgs};
 use nextscale::attention::{Segment, Visibility};
@@ -271,8 +272,8 @@ impl<A: Float> Pass<A> {
         Self::new(device, shape, batch, &visibility, config.tokens(), config.first(scale), false)
     }
 
-    /// `rows` tokens in a line, each of which sees those before it and the past of its batch entry. The cache has the rows of
-    /// the call first, then those of the past: where they lie in the past depends on the entry.
+    /// `rows` tokens in a line, each of which sees those before it and the past of its batch entry. The cache has the
+    /// rows of the call first, then those of the past: where they lie in the past depends on the entry.
     pub(crate) fn of_tokens(device: &Device, shape: Shape, batch: usize, rows: usize, past: usize) -> Result<Self> {
         let new = Segment::tokens(rows as u32);
         let keys = [new, Segment::tokens(past as u32).with_length(0)];

@@ -1,8 +1,8 @@
-"""Packs the emoji images of npm's emoji-datasource-google 16.0.0 into one file: python3 data.py emoji.npz [--tarball FILE]
+"""Packs the emoji images of npm's emoji-datasource-google 16.0.0 into one file: data.py emoji.npz [--tarball FILE]
 
-Images are Google's Noto emoji, Apache-2.0; the package around them is MIT. The pack holds 64-pixel images on white, a class for each
-(the package's subcategory), the names of classes and categories, and which images are held out: whole emoji with all their skin tones, so
-that what is held out has no twin among what is trained on.
+Images are Google's Noto emoji, Apache-2.0; the package around them is MIT. The pack holds 64-pixel images on white, a
+class for each (the package's subcategory), the names of classes and categories, and which images are held out: whole
+emoji with all their skin tones, so that what is held out has no twin among what is trained on.
 """
 
 import argparse
@@ -66,11 +66,15 @@ def on_white(png):
 
 def pack(emoji, files):
     emoji = sorted((e for e in emoji if e["category"] in CATEGORIES), key=lambda e: e["sort_order"])
-    classes = sorted({(list(CATEGORIES).index(e["category"]), e["subcategory"].replace(" & ", "-").replace(" ", "-")) for e in emoji})
+    classes = sorted(
+        {(list(CATEGORIES).index(e["category"]), e["subcategory"].replace(" & ", "-").replace(" ", "-")) for e in emoji}
+    )
     held_out = np.random.default_rng(SPLIT_SEED).random(len(emoji)) < HELD_OUT
     images, labels, out = [], [], []
     for at, e in enumerate(emoji):
-        label = classes.index((list(CATEGORIES).index(e["category"]), e["subcategory"].replace(" & ", "-").replace(" ", "-")))
+        label = classes.index(
+            (list(CATEGORIES).index(e["category"]), e["subcategory"].replace(" & ", "-").replace(" ", "-"))
+        )
         for entry in [e, *e.get("skin_variations", {}).values()]:
             if entry["has_img_google"] and entry["image"] in files:
                 images.append(on_white(files[entry["image"]]))
@@ -94,7 +98,14 @@ def main():
     packed = pack(*read(args.tarball.read_bytes() if args.tarball else fetch()))
     np.savez_compressed(args.out, **packed)
     counts = np.bincount(packed["class_categories"][packed["labels"]])
-    print(len(packed["images"]), "images,", int(packed["held_out"].sum()), "held out;", len(packed["class_names"]), "classes")
+    print(
+        len(packed["images"]),
+        "images,",
+        int(packed["held_out"].sum()),
+        "held out;",
+        len(packed["class_names"]),
+        "classes",
+    )
     print(dict(zip(packed["categories"].tolist(), counts.tolist())))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 

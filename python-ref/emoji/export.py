@@ -1,4 +1,4 @@
-"""From models to what the engine loads: safetensors in f16 with a checksum, and goldens computed from exactly those weights."""
+"""From models to what the engine loads: safetensors in f16 with a checksum, and goldens of exactly those weights."""
 
 import json
 import struct
@@ -61,7 +61,7 @@ def transformer_tensors(transformer):
 
 
 def round_weights(model):
-    """To what f16 holds, so that PyTorch and the engine have the same weights. The class table is a sum: its rounding is the engine's alone."""
+    """To what f16 holds, so that PyTorch and the engine have the same weights (but for classes, which are sums)."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith("multiplier"):
@@ -69,7 +69,7 @@ def round_weights(model):
 
 
 def write(path, tensors, metadata):
-    """safetensors, in f16 but for multipliers, goldens and integers; a checksum of all after the header is among the metadata.
+    """safetensors, in f16 but for multipliers, goldens and integers, with a checksum of all after the header.
 
     By hand, since the library puts metadata in an order that changes from run to run."""
     header, data = {}, b""
@@ -78,7 +78,11 @@ def write(path, tensors, metadata):
             tensor = tensor.float() if name.endswith("multiplier") or name.startswith("golden.") else tensor.half()
         values = tensor.detach().cpu().contiguous().numpy()
         dtype = {"int32": "I32", "float32": "F32", "float16": "F16"}[str(values.dtype)]
-        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [len(data), len(data) + values.nbytes]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(values.shape),
+            "data_offsets": [len(data), len(data) + values.nbytes],
+        }
         data += values.tobytes()
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     header = {"__metadata__": {**text, "checksum": f"crc32={zlib.crc32(data):08x}"}, **header}
@@ -99,7 +103,9 @@ def goldens(model, image, label, rows):
         transformer = getattr(model, name)
         # The engine's table of classes is rounded after the sum.
         condition = transformer.table()[transformer.classes_from + said].half().float()
-        logits[f"golden.{name}.logits"] = transformer(condition, tokens[:, :-1] if transformer.causal else inputs)[0, rows]
+        logits[f"golden.{name}.logits"] = transformer(condition, tokens[:, :-1] if transformer.causal else inputs)[
+            0, rows
+        ]
     return {
         "golden.tokens": tokens[0].int(),
         "golden.class": said.int(),

@@ -1,8 +1,9 @@
 """The emoji models: a multi-scale residual tokenizer and three class-conditional transformers over its tokens.
 
-What the library computes is written here as the library defines it: resizing, phi and adding up as `quantization::MultiScale`, l2-normed
-attention over scales as `attention::{Prepare, ScaleAttention}` (VAR, arXiv 2404.02905). Resizes are dense matrices: torch's bicubic is
-slow backwards. Tokens are [batch, all scales], maps [batch, channels, side, side], images [batch, 3, size, size] from -1 to 1.
+What the library computes is written here as the library defines it: resizing, phi and adding up as
+`quantization::MultiScale`, l2-normed attention over scales as `attention::{Prepare, ScaleAttention}` (VAR, arXiv
+2404.02905). Resizes are dense matrices: torch's bicubic is slow backwards. Tokens are [batch, all scales], maps
+[batch, channels, side, side], images [batch, 3, size, size] from -1 to 1.
 """
 
 import math
@@ -51,8 +52,19 @@ class Config:
 
 # Every part of the real one, small enough for a test's fixture.
 TINY = Config(
-    size=16, scales=(1, 2, 3, 4), phi_table=(0, 0, 1, 1), channels=8, vocab=32, decoder=(16, 12, 8), decoder_blocks=(1, 1, 1),
-    encoder=(16, 12, 8), head_dim=16, mlp=2, var=(32, 2), ar=(32, 2), draft=(16, 1),
+    size=16,
+    scales=(1, 2, 3, 4),
+    phi_table=(0, 0, 1, 1),
+    channels=8,
+    vocab=32,
+    decoder=(16, 12, 8),
+    decoder_blocks=(1, 1, 1),
+    encoder=(16, 12, 8),
+    head_dim=16,
+    mlp=2,
+    var=(32, 2),
+    ar=(32, 2),
+    draft=(16, 1),
 )
 
 
@@ -114,7 +126,7 @@ class Quantizer(nn.Module):
         return distance.argmin(-1)
 
     def encode(self, f):
-        """Tokens; the map that they add up to, as straight-through; the loss of codebook and encoder; what was searched for."""
+        """Tokens; the map that they add up to, straight-through; codebook and encoder loss; what was searched for."""
         f_hat, loss, tokens, searched = torch.zeros_like(f), 0.0, [], []
         target = f.detach()
         for k in range(len(self.config.scales)):
@@ -214,7 +226,12 @@ class Layer(nn.Module):
         # Of gate, scale, shift before attention, then of those before the MLP: added to what the class says.
         self.modulation = nn.Parameter(torch.tensor([1.0, 0, 0, 1, 0, 0])[:, None].repeat(1, width))
         self.multiplier = nn.Parameter(torch.full((self.heads,), math.log(4.0)))
-        for weight, std in ((self.qkv, 1), (self.up, 1), (self.out, 0.7 / math.sqrt(depth)), (self.down, 0.7 / math.sqrt(depth))):
+        for weight, std in (
+            (self.qkv, 1),
+            (self.up, 1),
+            (self.out, 0.7 / math.sqrt(depth)),
+            (self.down, 0.7 / math.sqrt(depth)),
+        ):
             nn.init.trunc_normal_(weight.weight, std=std * 0.6 / math.sqrt(weight.in_features))
 
     def attend(self, h, mask, cache=None):

@@ -1,7 +1,8 @@
-"""Times the emoji model in PyTorch, in f16 on one GPU, for comparison with the engine: python3 peer.py [--batch 1 16] [--repeat 50]
+"""Times the emoji model in PyTorch, in f16 on one GPU, beside the engine: peer.py [--batch 1 16] [--repeat 50]
 
-The same work as `emoji --repeat`: classes to pixels, with guidance, top-k and top-p. Weights are random, which costs the same time.
-Prints medians: eager, with stages timed apart (each waited for), and compiled, with and without CUDA graphs.
+The same work as `emoji --repeat`: classes to pixels, with guidance, top-k and top-p. Weights are random, which costs
+the same time. Prints medians: eager, with stages timed apart (each waited for), and compiled, with and without CUDA
+graphs.
 """
 
 import argparse
@@ -82,7 +83,10 @@ def main():
         for name, way in ways.items():
             try:
                 ms = median(way(), labels)
-                print(f"{name}: {ms:.3f} ms a batch of {batch}, {ms / batch:.3f} ms an image (median of {args.repeat})", flush=True)
+                print(
+                    f"{name}: {ms:.3f} ms a batch of {batch}, {ms / batch:.3f} ms an image (median of {args.repeat})",
+                    flush=True,
+                )
             except Exception as error:  # A way that this torch does not go is said, not hidden.
                 print(f"{name}, batch {batch}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         runs = []
@@ -90,7 +94,11 @@ def main():
             stages = Stages()
             by_stage(model, labels, stages)
             runs.append(stages.took)
-        print("eager by stage:", ", ".join(f"{name} {statistics.median(r[name] for r in runs):.3f} ms" for name in runs[0]), flush=True)
+        print(
+            "eager by stage:",
+            ", ".join(f"{name} {statistics.median(r[name] for r in runs):.3f} ms" for name in runs[0]),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

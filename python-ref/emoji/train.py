@@ -1,8 +1,9 @@
 """Trains the emoji generator: python3 train.py --data emoji.npz --out weights [--seconds 480] [--smoke]
 
-One GPU, some minutes; --smoke: a tiny model and a few steps on the CPU, and the same files. Phases share --seconds out and follow the
-clock, so the end is known and the number of steps is not; the card has it. Writes tokenizer, var, ar and draft.safetensors, golden.safetensors,
-card.md, and sheets of samples and reconstructions; and in `best` the same from the transformers' weights of the least held-out loss.
+One GPU, some minutes; --smoke: a tiny model and a few steps on the CPU, and the same files. Phases share --seconds
+out and follow the clock, so the end is known and the number of steps is not; the card has it. Writes tokenizer, var,
+ar and draft.safetensors, golden.safetensors, card.md, and sheets of samples and reconstructions; and in `best` the
+same from the transformers' weights of the least held-out loss.
 """
 
 import argparse
@@ -51,7 +52,11 @@ class Data:
             images = F.avg_pool2d(images.float(), images.shape[-1] // config.size).round().byte()
         if smoke:
             keep = np.random.default_rng(0).permutation(len(images))[:256]
-            images, packed["labels"], packed["held_out"] = images[keep], packed["labels"][keep], packed["held_out"][keep]
+            images, packed["labels"], packed["held_out"] = (
+                images[keep],
+                packed["labels"][keep],
+                packed["held_out"][keep],
+            )
         self.images = F.pad(images, (SHIFT,) * 4, value=255).to(device)
         self.size, self.device = config.size, device
         self.labels = torch.from_numpy(packed["labels"]).to(device)
@@ -98,9 +103,12 @@ def made_up(config):
         inside = (np.abs(x) + np.abs(y) if label % 2 else np.hypot(x, y) * 1.3) < random.uniform(0.2, 0.5)
         images.append(np.where(inside[..., None], random.integers(0, 255, 3), 255).astype(np.uint8))
     return {
-        "images": np.stack(images), "labels": labels.astype(np.int64), "held_out": np.arange(128) % 8 == 0,
+        "images": np.stack(images),
+        "labels": labels.astype(np.int64),
+        "held_out": np.arange(128) % 8 == 0,
         "class_names": np.array(["disc", "diamond", "ball", "tile", "coin", "kite"]),
-        "class_categories": np.array([0, 0, 0, 1, 1, 1]), "categories": np.array(["shapes", "things"]),
+        "class_categories": np.array([0, 0, 0, 1, 1, 1]),
+        "categories": np.array(["shapes", "things"]),
     }
 
 
@@ -131,11 +139,25 @@ def autocast(device):
     return torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu")
 
 
-def fit(name, modules, loss_of, clock, until, rate, device, steps=None, warm=0.02, decay=0.05, check=None, after=None, ema=None):
+def fit(
+    name,
+    modules,
+    loss_of,
+    clock,
+    until,
+    rate,
+    device,
+    steps=None,
+    warm=0.02,
+    decay=0.05,
+    check=None,
+    after=None,
+    ema=None,
+):
     """Steps of AdamW until the clock says `until`, or so many; loss_of(progress) gives a loss.
 
-    ema: (module, decay): what `check` sees is the average of steps, and what the module ends with. Returns the number of steps and
-    the average that `check` liked best: (score, step, state)."""
+    ema: (module, decay): what `check` sees is the average of steps, and what the module ends with. Returns the number
+    of steps and the average that `check` liked best: (score, step, state)."""
     parameters = [p for module in modules for p in module.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
@@ -149,7 +171,11 @@ def fit(name, modules, loss_of, clock, until, rate, device, steps=None, warm=0.0
         if progress >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100, progress / warm + 0.02) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = (
+                rate
+                * min(1.0, (step + 1) / 100, progress / warm + 0.02)
+                * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+            )
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(progress)
         loss.backward()
@@ -225,7 +251,18 @@ def train_tokenizer(model, data, clock, until, batch, steps, device):
                 if moment.ndim == 2:
                     moment[unused] = 0
 
-    done, _ = fit("tokenizer", [model.encoder, quantizer, model.decoder], loss_of, clock, until, 1.0e-3, device, steps, after=after, decay=0.01)
+    done, _ = fit(
+        "tokenizer",
+        [model.encoder, quantizer, model.decoder],
+        loss_of,
+        clock,
+        until,
+        1.0e-3,
+        device,
+        steps,
+        after=after,
+        decay=0.01,
+    )
     clock.say(f"tokenizer: {int((usage > 0.02 * usage.mean()).sum())} of {len(usage)} codes in use")
     return done
 
@@ -243,7 +280,9 @@ def tokens_of(model, data, index, variants, device):
     return out
 
 
-def train_transformer(name, model, data, tokens, held_out, clock, until, batch, rate, steps, device, dropout, teacher=None):
+def train_transformer(
+    name, model, data, tokens, held_out, clock, until, batch, rate, steps, device, dropout, teacher=None
+):
     transformer, quantizer = getattr(model, name), model.quantizer
     labels, label_held_out = data.labels[data.train], data.labels[data.held_out]
 
@@ -267,7 +306,9 @@ def train_transformer(name, model, data, tokens, held_out, clock, until, batch, 
     def loss_of(progress):
         at, variant = data.draw(batch)
         chance = torch.rand(batch, 2, device=device)
-        return fast(tokens[at, variant % tokens.shape[1]].long(), labels[at], (chance[:, 0] > 0.15).float(), chance[:, 1] > 0.1)
+        return fast(
+            tokens[at, variant % tokens.shape[1]].long(), labels[at], (chance[:, 0] > 0.15).float(), chance[:, 1] > 0.1
+        )
 
     @torch.no_grad()
     def check(average):
@@ -275,9 +316,7 @@ def train_transformer(name, model, data, tokens, held_out, clock, until, batch, 
             logits = average(average.condition(label_held_out), rest_of(average, held_out))
         return F.cross_entropy(logits.flatten(0, 1), held_out.flatten()).item()
 
-    return fit(
-        name, [transformer], loss_of, clock, until, rate, device, steps, check=check, ema=(transformer, 0.999)
-    )
+    return fit(name, [transformer], loss_of, clock, until, rate, device, steps, check=check, ema=(transformer, 0.999))
 
 
 @torch.no_grad()
@@ -314,7 +353,12 @@ def sheet(images, columns, path):
     images = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     rows = len(images) // columns
     size = images.shape[1]
-    grid = images[: rows * columns].reshape(rows, columns, size, size, 3).swapaxes(1, 2).reshape(rows * size, columns * size, 3)
+    grid = (
+        images[: rows * columns]
+        .reshape(rows, columns, size, size, 3)
+        .swapaxes(1, 2)
+        .reshape(rows * size, columns * size, 3)
+    )
     Image.fromarray(grid).save(path)
 
 
@@ -331,11 +375,17 @@ def main():
     parser.add_argument("--seconds", type=float, default=480, help="for everything; 480")
     parser.add_argument("--steps", type=int, nargs=4, help="of tokenizer, var, ar and draft, in place of the clock")
     parser.add_argument("--batch", type=int, nargs=4, default=(128, 256, 256, 256))
-    parser.add_argument("--ends", type=float, nargs=4, default=(0.30, 0.72, 0.86, 0.93), help="of the phases, in parts of --seconds")
+    parser.add_argument(
+        "--ends", type=float, nargs=4, default=(0.30, 0.72, 0.86, 0.93), help="of the phases, in parts of --seconds"
+    )
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--narrow", action="store_true", help="the real shape with a quarter of the tokenizer's channels: to try training on a CPU")
+    parser.add_argument(
+        "--narrow",
+        action="store_true",
+        help="the real shape with a quarter of the tokenizer's channels: to try training on a CPU",
+    )
     args = parser.parse_args()
     if args.data is None and not args.smoke:
         parser.error("--data is missing")
@@ -356,7 +406,10 @@ def main():
     for part in (model.encoder, model.decoder):
         part.to(memory_format=torch.channels_last)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    clock.say(f"{name}, torch {torch.__version__}: {len(data.train)} images, {len(data.held_out)} held out, {len(data.class_names)} classes")
+    clock.say(
+        f"{name}, torch {torch.__version__}: {len(data.train)} images, {len(data.held_out)} held out,"
+        f" {len(data.class_names)} classes"
+    )
 
     done, best = [train_tokenizer(model, data, clock, args.ends[0], args.batch[0], steps[0], device)], {}
     model.requires_grad_(False)
@@ -370,7 +423,19 @@ def main():
         teacher = model.ar if part == "draft" else None
         dropout = args.dropout if part != "draft" else 0.0
         count, best[part] = train_transformer(
-            part, model, data, tokens, held_out, clock, args.ends[i], args.batch[i], rate, steps[i], device, dropout, teacher
+            part,
+            model,
+            data,
+            tokens,
+            held_out,
+            clock,
+            args.ends[i],
+            args.batch[i],
+            rate,
+            steps[i],
+            device,
+            dropout,
+            teacher,
         )
         done.append(count)
         getattr(model, part).requires_grad_(False)
@@ -382,7 +447,7 @@ def main():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim < 4 else 0.02))
     finish(args, args.out, config, model, data, done, device, name, clock)
     if not args.smoke:
-        # The same once more from the weights of the least held-out loss: less like the images that were trained on, and less well drawn.
+        # Once more from the weights of the least held-out loss: less like what was trained on, and less well drawn.
         for part in ("var", "ar"):
             done[1 + ("var", "ar").index(part)] = best[part][1]
             getattr(model, part).load_state_dict(best[part][2])
@@ -398,12 +463,28 @@ def finish(args, out, config, model, data, done, device, name, clock):
     numbers, originals, made = measure(model, data, held_out, device)
     clock.say(json.dumps(numbers))
 
-    metadata = {"format": "nextscale-emoji-1", "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.dict().items()}}
+    metadata = {
+        "format": "nextscale-emoji-1",
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in config.dict().items()},
+    }
     metadata["licence"] = "trained on Noto emoji (Google, Apache-2.0)"
-    classes = {"categories": data.categories, "names": data.class_names, "category_of": data.class_categories, "counts": data.class_counts}
-    sizes = {"tokenizer": write(out / "tokenizer.safetensors", tokenizer_tensors(model), {**metadata, "part": "tokenizer", "classes": classes})}
+    classes = {
+        "categories": data.categories,
+        "names": data.class_names,
+        "category_of": data.class_categories,
+        "counts": data.class_counts,
+    }
+    sizes = {
+        "tokenizer": write(
+            out / "tokenizer.safetensors",
+            tokenizer_tensors(model),
+            {**metadata, "part": "tokenizer", "classes": classes},
+        )
+    }
     for part in ("var", "ar", "draft"):
-        sizes[part] = write(out / f"{part}.safetensors", transformer_tensors(getattr(model, part)), {**metadata, "part": part})
+        sizes[part] = write(
+            out / f"{part}.safetensors", transformer_tensors(getattr(model, part)), {**metadata, "part": part}
+        )
     on_cpu = copy.deepcopy(model).cpu()
     rows = sorted({0, 1, 4, config.tokens // 2, config.tokens - 2, config.tokens - 1})
     index = data.held_out[:1]
@@ -412,12 +493,21 @@ def finish(args, out, config, model, data, done, device, name, clock):
     assert sum(sizes.values()) <= MOST_BYTES, sizes
     clock.say(f"written: {sizes}")
 
-    pairs = torch.stack([originals[:12], made[:12], originals[12:24], made[12:24]]).flatten(0, 1) if len(made) >= 24 else made
+    pairs = (
+        torch.stack([originals[:12], made[:12], originals[12:24], made[12:24]]).flatten(0, 1)
+        if len(made) >= 24
+        else made
+    )
     sheet(pairs, 12 if len(made) >= 24 else len(made), out / "reconstructions.png")
     generator, chosen = torch.Generator(device).manual_seed(args.seed), torch.Generator().manual_seed(args.seed)
     labels = torch.cat([labels_of(data, category, 12, chosen) for category in range(len(data.categories))])
     drawn = {}
-    for title, sampler, guidance in (("var", sample_var, 1.0), ("var", sample_var, 2.0), ("var", sample_var, 3.5), ("ar", sample_ar, 2.0)):
+    for title, sampler, guidance in (
+        ("var", sample_var, 1.0),
+        ("var", sample_var, 2.0),
+        ("var", sample_var, 3.5),
+        ("ar", sample_ar, 2.0),
+    ):
         with autocast(device):
             f_hat = sampler(model, labels, guidance=guidance, top_k=min(200, config.vocab), generator=generator)[1]
         drawn[f"{title}-{guidance}"] = images = model.decoder(f_hat.float()).clamp(-1, 1)
@@ -432,7 +522,12 @@ def write_card(args, out, config, data, done, sizes, numbers, novelty, device, c
     row = lambda *cells: "| " + " | ".join(str(cell) for cell in cells) + " |"
     shape = lambda shape: f"width {shape[0]}, {shape[1]} layers"
     parts = (
-        ("tokenizer", f"{config.size} px to {config.side} x {config.side}, {config.vocab} codes of {config.channels}, scales {config.scales}", ""),
+        (
+            "tokenizer",
+            f"{config.size} px to {config.side} x {config.side}, {config.vocab} codes of {config.channels},"
+            f" scales {config.scales}",
+            "",
+        ),
         ("var", shape(config.var), f"{numbers['var cross-entropy']:.3f}"),
         ("ar", shape(config.ar), f"{numbers['ar cross-entropy']:.3f}"),
         ("draft", shape(config.draft), f"{numbers['draft cross-entropy']:.3f}"),
@@ -444,12 +539,18 @@ def write_card(args, out, config, data, done, sizes, numbers, novelty, device, c
         row(*["---"] * 6),
         *(row(part, what, done[i], args.batch[i], sizes[part], loss) for i, (part, what, loss) in enumerate(parts)),
         "",
-        f"- Reconstruction of {len(data.held_out)} held-out images: {numbers['psnr']:.2f} dB PSNR (mean over images), {numbers['codes']} codes in use.",
-        f"- The draft is accepted with probability {numbers['acceptance']:.3f} a token on held-out images (temperature 1, no truncation, no guidance).",
-        "- Median L2 (pixels from -1 to 1) to the nearest training image: " + ", ".join(f"{k} {v:.1f}" for k, v in novelty.items()) + ".",
-        f"- Seed {args.seed}; {device}, torch {torch.__version__}, bf16 autocast; {clock.now() * clock.seconds:.0f} s in all. Training follows the"
+        f"- Reconstruction of {len(data.held_out)} held-out images: {numbers['psnr']:.2f} dB PSNR (mean over images),"
+        f" {numbers['codes']} codes in use.",
+        f"- The draft is accepted with probability {numbers['acceptance']:.3f} a token on held-out images (temperature 1,"
+        " no truncation, no guidance).",
+        "- Median L2 (pixels from -1 to 1) to the nearest training image: "
+        + ", ".join(f"{k} {v:.1f}" for k, v in novelty.items())
+        + ".",
+        f"- Seed {args.seed}; {device}, torch {torch.__version__}, bf16 autocast; {clock.now() * clock.seconds:.0f} s in"
+        " all. Training follows the"
         f" clock; `--steps {' '.join(map(str, done))}` takes the same number of steps.",
-        f"- Data: `emoji-datasource-google` 16.0.0 from npm, {len(data.train)} images trained on, {len(data.held_out)} held out (whole emoji with all skin"
+        f"- Data: `emoji-datasource-google` 16.0.0 from npm, {len(data.train)} images trained on,"
+        f" {len(data.held_out)} held out (whole emoji with all skin"
         " tones). Weights are averages over steps (decay 0.999), rounded to f16.",
         "- Licence of the images: Apache-2.0, Google's Noto emoji. Weights: MIT or Apache-2.0, as the project.",
     ]
