@@ -54,7 +54,7 @@ fn tamed(x: f32, most: f32) -> f32 {
 /// The greatest magnitude of what is not beyond, and whether something is, or NaN.
 fn greatest(row: &[f32]) -> (f32, bool) {
     let there = row.iter().map(|x| x.abs()).filter(|x| *x < BEYOND);
-    (there.fold(0.0, f32::max), row.iter().any(|x| !(x.abs() < BEYOND)))
+    (there.fold(0.0, f32::max), row.iter().any(|x| x.is_nan() || x.abs() >= BEYOND))
 }
 
 /// Sums as a warp does: eight neighbours after each other, then pairs, pairs of pairs.

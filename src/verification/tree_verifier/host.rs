@@ -522,7 +522,10 @@ pub(super) fn run<P: Float, Q: Float>(plan: &Plan, args: &mut TreeVerifierArgs<'
             log_probs[of_step.clone()].fill(f32::NAN);
         }
         let mut at = At { node: 0, depth: 0 };
-        while nodes > 0 {
+        loop {
+            if nodes == 0 {
+                break;
+            }
             let place = of_step.start + at.depth;
             if let Some(path) = &mut path {
                 path[place] = at.node as i32;
