@@ -35,8 +35,10 @@ import torch.nn.functional as F
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_keep import Compact, Drift, Select
+from peers_importance import Importance, Redundancy
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
+from peers_trees import TreeVerify
 from peers_verification import Verify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
@@ -319,6 +321,9 @@ OPS = {
     "drift": Drift,
     "select": Select,
     "compact": Compact,
+    "tree_verify": TreeVerify,
+    "importance": Importance,
+    "redundancy": Redundancy,
 }
 
 

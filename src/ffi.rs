@@ -70,6 +70,7 @@ pub const NXS_STATUS_TARGET_BEYOND: u32 = 8;
 pub const NXS_STATUS_DRAFT_IMPOSSIBLE: u32 = 16;
 pub const NXS_STATUS_ROW_OUT_OF_RANGE: u32 = 32;
 pub const NXS_STATUS_DRAFTS_IGNORED: u32 = 64;
+pub const NXS_STATUS_TREE_BAD: u32 = 4096;
 pub const NXS_RULE_GREEDY: u32 = 0;
 pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
@@ -90,6 +91,18 @@ pub const NXS_COMPACT_EXTRAS: u32 = 4;
 pub const NXS_COMPACT_ROW_CLAMPED: u32 = 1;
 pub const NXS_COMPACT_POSITION_CLAMPED: u32 = 2;
 pub const NXS_COMPACT_COUNT_CLAMPED: u32 = 4;
+pub const NXS_TREE_STATE_BYTES: u32 = 16;
+pub const NXS_IMPORTANCE_MAX_LOGIT: u32 = 0;
+pub const NXS_IMPORTANCE_MEAN_PROB: u32 = 1;
+pub const NXS_IMPORTANCE_MAX_PROB: u32 = 2;
+pub const NXS_IMPORTANCE_LOGIT: u32 = 3;
+pub const NXS_POOL_NONE: u32 = 0;
+pub const NXS_POOL_MAX: u32 = 1;
+pub const NXS_POOL_AVERAGE: u32 = 2;
+pub const NXS_REDUNDANCY_COSINE: u32 = 0;
+pub const NXS_REDUNDANCY_SOFTMAX: u32 = 1;
+pub const NXS_REDUNDANCY_SIMILAR: u32 = 2;
+pub const NXS_REDUNDANCY_SIMILAR_TOKENS: u32 = 8192;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -1849,6 +1862,591 @@ impl Default for nxs_compact_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_tree_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub cu_rows_or_null: *const i32,
+    pub parents_or_null: *const i32,
+    pub first_child_or_null: *const i32,
+    pub next_sibling_or_null: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub target_to_draft_or_null: *const i32,
+    pub target_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub rules_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub kv_start_or_null: *const i32,
+    pub kv_slots_or_null: *const i32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub path_or_null: *mut i32,
+    pub kv_source_or_null: *mut i32,
+    pub kv_destination_or_null: *mut i32,
+    pub log_probs_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub draft_vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub max_nodes: i32,
+    pub max_depth: i32,
+    pub rule: i32,
+    pub without_replacement: i32,
+    pub fallback: i32,
+    pub cluster: i32,
+    pub shared_partials: i32,
+    pub target_dtype: nxs_dtype,
+    pub draft_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_tree_verify_params"][::core::mem::size_of::<nxs_tree_verify_params>() - 376usize];
+    ["Alignment of nxs_tree_verify_params"][::core::mem::align_of::<nxs_tree_verify_params>() - 8usize];
+    ["Offset of field: nxs_tree_verify_params::target"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target) - 0usize];
+    ["Offset of field: nxs_tree_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_or_null) - 8usize];
+    ["Offset of field: nxs_tree_verify_params::cu_rows_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, cu_rows_or_null) - 16usize];
+    ["Offset of field: nxs_tree_verify_params::parents_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, parents_or_null) - 24usize];
+    ["Offset of field: nxs_tree_verify_params::first_child_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, first_child_or_null) - 32usize];
+    ["Offset of field: nxs_tree_verify_params::next_sibling_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, next_sibling_or_null) - 40usize];
+    ["Offset of field: nxs_tree_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, drafts) - 48usize];
+    ["Offset of field: nxs_tree_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, row_index_or_null) - 56usize];
+    ["Offset of field: nxs_tree_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_row_or_null) - 64usize];
+    ["Offset of field: nxs_tree_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_stats_or_null) - 72usize];
+    ["Offset of field: nxs_tree_verify_params::target_to_draft_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_to_draft_or_null) - 80usize];
+    ["Offset of field: nxs_tree_verify_params::target_stats_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_stats_or_null) - 88usize];
+    ["Offset of field: nxs_tree_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, allow_or_null) - 96usize];
+    ["Offset of field: nxs_tree_verify_params::rules_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, rules_or_null) - 104usize];
+    ["Offset of field: nxs_tree_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, temperature_or_null) - 112usize];
+    ["Offset of field: nxs_tree_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_temperature_or_null) - 120usize];
+    ["Offset of field: nxs_tree_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, top_k_or_null) - 128usize];
+    ["Offset of field: nxs_tree_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, top_p_or_null) - 136usize];
+    ["Offset of field: nxs_tree_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, min_p_or_null) - 144usize];
+    ["Offset of field: nxs_tree_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, seeds_or_null) - 152usize];
+    ["Offset of field: nxs_tree_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, positions_or_null) - 160usize];
+    ["Offset of field: nxs_tree_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, uniforms_or_null) - 168usize];
+    ["Offset of field: nxs_tree_verify_params::kv_start_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_start_or_null) - 176usize];
+    ["Offset of field: nxs_tree_verify_params::kv_slots_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_slots_or_null) - 184usize];
+    ["Offset of field: nxs_tree_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, tokens) - 192usize];
+    ["Offset of field: nxs_tree_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, emitted) - 200usize];
+    ["Offset of field: nxs_tree_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, accepted) - 208usize];
+    ["Offset of field: nxs_tree_verify_params::status"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, status) - 216usize];
+    ["Offset of field: nxs_tree_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, last_row_or_null) - 224usize];
+    ["Offset of field: nxs_tree_verify_params::path_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, path_or_null) - 232usize];
+    ["Offset of field: nxs_tree_verify_params::kv_source_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_source_or_null) - 240usize];
+    ["Offset of field: nxs_tree_verify_params::kv_destination_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_destination_or_null) - 248usize];
+    ["Offset of field: nxs_tree_verify_params::log_probs_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, log_probs_or_null) - 256usize];
+    ["Offset of field: nxs_tree_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, workspace) - 264usize];
+    ["Offset of field: nxs_tree_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_stride_row) - 272usize];
+    ["Offset of field: nxs_tree_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_stride_row) - 280usize];
+    ["Offset of field: nxs_tree_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, allow_stride_row) - 288usize];
+    ["Offset of field: nxs_tree_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, batch) - 296usize];
+    ["Offset of field: nxs_tree_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, vocab) - 304usize];
+    ["Offset of field: nxs_tree_verify_params::draft_vocab"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_vocab) - 312usize];
+    ["Offset of field: nxs_tree_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_rows) - 320usize];
+    ["Offset of field: nxs_tree_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_rows) - 328usize];
+    ["Offset of field: nxs_tree_verify_params::max_nodes"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, max_nodes) - 336usize];
+    ["Offset of field: nxs_tree_verify_params::max_depth"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, max_depth) - 340usize];
+    ["Offset of field: nxs_tree_verify_params::rule"][::core::mem::offset_of!(nxs_tree_verify_params, rule) - 344usize];
+    ["Offset of field: nxs_tree_verify_params::without_replacement"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, without_replacement) - 348usize];
+    ["Offset of field: nxs_tree_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, fallback) - 352usize];
+    ["Offset of field: nxs_tree_verify_params::cluster"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, cluster) - 356usize];
+    ["Offset of field: nxs_tree_verify_params::shared_partials"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, shared_partials) - 360usize];
+    ["Offset of field: nxs_tree_verify_params::target_dtype"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_dtype) - 364usize];
+    ["Offset of field: nxs_tree_verify_params::draft_dtype"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_dtype) - 368usize];
+};
+impl Default for nxs_tree_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_tree_build_params {
+    pub cu_rows_or_null: *const i32,
+    pub parents: *const i32,
+    pub drafts_or_null: *const i32,
+    pub scores_or_null: *const f32,
+    pub positions_or_null: *const i64,
+    pub counts_or_null: *mut i32,
+    pub selected_or_null: *mut i32,
+    pub parents_or_null: *mut i32,
+    pub drafts_out_or_null: *mut i32,
+    pub first_child_or_null: *mut i32,
+    pub next_sibling_or_null: *mut i32,
+    pub depths_or_null: *mut i32,
+    pub node_positions_or_null: *mut i64,
+    pub mask_or_null: *mut u32,
+    pub paths_or_null: *mut i32,
+    pub leaf_counts_or_null: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub candidates: i32,
+    pub nodes: i32,
+    pub leaves: i32,
+    pub max_depth: i32,
+    pub cumulative: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_tree_build_params"][::core::mem::size_of::<nxs_tree_build_params>() - 168usize];
+    ["Alignment of nxs_tree_build_params"][::core::mem::align_of::<nxs_tree_build_params>() - 8usize];
+    ["Offset of field: nxs_tree_build_params::cu_rows_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, cu_rows_or_null) - 0usize];
+    ["Offset of field: nxs_tree_build_params::parents"]
+        [::core::mem::offset_of!(nxs_tree_build_params, parents) - 8usize];
+    ["Offset of field: nxs_tree_build_params::drafts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, drafts_or_null) - 16usize];
+    ["Offset of field: nxs_tree_build_params::scores_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, scores_or_null) - 24usize];
+    ["Offset of field: nxs_tree_build_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, positions_or_null) - 32usize];
+    ["Offset of field: nxs_tree_build_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, counts_or_null) - 40usize];
+    ["Offset of field: nxs_tree_build_params::selected_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, selected_or_null) - 48usize];
+    ["Offset of field: nxs_tree_build_params::parents_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, parents_or_null) - 56usize];
+    ["Offset of field: nxs_tree_build_params::drafts_out_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, drafts_out_or_null) - 64usize];
+    ["Offset of field: nxs_tree_build_params::first_child_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, first_child_or_null) - 72usize];
+    ["Offset of field: nxs_tree_build_params::next_sibling_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, next_sibling_or_null) - 80usize];
+    ["Offset of field: nxs_tree_build_params::depths_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, depths_or_null) - 88usize];
+    ["Offset of field: nxs_tree_build_params::node_positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, node_positions_or_null) - 96usize];
+    ["Offset of field: nxs_tree_build_params::mask_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, mask_or_null) - 104usize];
+    ["Offset of field: nxs_tree_build_params::paths_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, paths_or_null) - 112usize];
+    ["Offset of field: nxs_tree_build_params::leaf_counts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, leaf_counts_or_null) - 120usize];
+    ["Offset of field: nxs_tree_build_params::status"]
+        [::core::mem::offset_of!(nxs_tree_build_params, status) - 128usize];
+    ["Offset of field: nxs_tree_build_params::batch"][::core::mem::offset_of!(nxs_tree_build_params, batch) - 136usize];
+    ["Offset of field: nxs_tree_build_params::candidates"]
+        [::core::mem::offset_of!(nxs_tree_build_params, candidates) - 144usize];
+    ["Offset of field: nxs_tree_build_params::nodes"][::core::mem::offset_of!(nxs_tree_build_params, nodes) - 148usize];
+    ["Offset of field: nxs_tree_build_params::leaves"]
+        [::core::mem::offset_of!(nxs_tree_build_params, leaves) - 152usize];
+    ["Offset of field: nxs_tree_build_params::max_depth"]
+        [::core::mem::offset_of!(nxs_tree_build_params, max_depth) - 156usize];
+    ["Offset of field: nxs_tree_build_params::cumulative"]
+        [::core::mem::offset_of!(nxs_tree_build_params, cumulative) - 160usize];
+};
+impl Default for nxs_tree_build_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_importance_params {
+    pub q: *const ::core::ffi::c_void,
+    pub k: *const ::core::ffi::c_void,
+    pub scores: *mut f32,
+    pub rows_or_null: *const i32,
+    pub masked_or_null: *const i32,
+    pub lengths_or_null: *const i32,
+    pub lse_or_null: *const f32,
+    pub stats_or_null: *mut f32,
+    pub sums_or_null: *mut f32,
+    pub q_stride_set: i64,
+    pub q_stride_row: i64,
+    pub q_stride_head: i64,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub scores_stride_set: i64,
+    pub scores_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub lse_stride_set: i64,
+    pub lse_stride_head: i64,
+    pub lse_stride_query: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub queries: i64,
+    pub q_rows: i64,
+    pub heads: i32,
+    pub groups: i32,
+    pub dim: i32,
+    pub aggregation: i32,
+    pub causal: i32,
+    pub excluded: i32,
+    pub unscored: i32,
+    pub pool: i32,
+    pub pool_width: i32,
+    pub masked: i32,
+    pub accumulate: i32,
+    pub dtype: nxs_dtype,
+    pub variant: i32,
+    pub scale: f32,
+    pub factor: f32,
+    pub stat_rows: i32,
+    pub stat_span: i32,
+    pub stat_splits: i32,
+    pub sum_rows: i32,
+    pub sum_span: i32,
+    pub sum_rows_split: i32,
+    pub sum_splits: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_importance_params"][::core::mem::size_of::<nxs_importance_params>() - 296usize];
+    ["Alignment of nxs_importance_params"][::core::mem::align_of::<nxs_importance_params>() - 8usize];
+    ["Offset of field: nxs_importance_params::q"][::core::mem::offset_of!(nxs_importance_params, q) - 0usize];
+    ["Offset of field: nxs_importance_params::k"][::core::mem::offset_of!(nxs_importance_params, k) - 8usize];
+    ["Offset of field: nxs_importance_params::scores"]
+        [::core::mem::offset_of!(nxs_importance_params, scores) - 16usize];
+    ["Offset of field: nxs_importance_params::rows_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, rows_or_null) - 24usize];
+    ["Offset of field: nxs_importance_params::masked_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, masked_or_null) - 32usize];
+    ["Offset of field: nxs_importance_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_or_null) - 40usize];
+    ["Offset of field: nxs_importance_params::lse_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_or_null) - 48usize];
+    ["Offset of field: nxs_importance_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, stats_or_null) - 56usize];
+    ["Offset of field: nxs_importance_params::sums_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, sums_or_null) - 64usize];
+    ["Offset of field: nxs_importance_params::q_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_set) - 72usize];
+    ["Offset of field: nxs_importance_params::q_stride_row"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_row) - 80usize];
+    ["Offset of field: nxs_importance_params::q_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_head) - 88usize];
+    ["Offset of field: nxs_importance_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_set) - 96usize];
+    ["Offset of field: nxs_importance_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_token) - 104usize];
+    ["Offset of field: nxs_importance_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_head) - 112usize];
+    ["Offset of field: nxs_importance_params::scores_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_set) - 120usize];
+    ["Offset of field: nxs_importance_params::scores_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_head) - 128usize];
+    ["Offset of field: nxs_importance_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_set) - 136usize];
+    ["Offset of field: nxs_importance_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_head) - 144usize];
+    ["Offset of field: nxs_importance_params::lse_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_set) - 152usize];
+    ["Offset of field: nxs_importance_params::lse_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_head) - 160usize];
+    ["Offset of field: nxs_importance_params::lse_stride_query"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_query) - 168usize];
+    ["Offset of field: nxs_importance_params::sets"][::core::mem::offset_of!(nxs_importance_params, sets) - 176usize];
+    ["Offset of field: nxs_importance_params::tokens"]
+        [::core::mem::offset_of!(nxs_importance_params, tokens) - 184usize];
+    ["Offset of field: nxs_importance_params::queries"]
+        [::core::mem::offset_of!(nxs_importance_params, queries) - 192usize];
+    ["Offset of field: nxs_importance_params::q_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, q_rows) - 200usize];
+    ["Offset of field: nxs_importance_params::heads"][::core::mem::offset_of!(nxs_importance_params, heads) - 208usize];
+    ["Offset of field: nxs_importance_params::groups"]
+        [::core::mem::offset_of!(nxs_importance_params, groups) - 212usize];
+    ["Offset of field: nxs_importance_params::dim"][::core::mem::offset_of!(nxs_importance_params, dim) - 216usize];
+    ["Offset of field: nxs_importance_params::aggregation"]
+        [::core::mem::offset_of!(nxs_importance_params, aggregation) - 220usize];
+    ["Offset of field: nxs_importance_params::causal"]
+        [::core::mem::offset_of!(nxs_importance_params, causal) - 224usize];
+    ["Offset of field: nxs_importance_params::excluded"]
+        [::core::mem::offset_of!(nxs_importance_params, excluded) - 228usize];
+    ["Offset of field: nxs_importance_params::unscored"]
+        [::core::mem::offset_of!(nxs_importance_params, unscored) - 232usize];
+    ["Offset of field: nxs_importance_params::pool"][::core::mem::offset_of!(nxs_importance_params, pool) - 236usize];
+    ["Offset of field: nxs_importance_params::pool_width"]
+        [::core::mem::offset_of!(nxs_importance_params, pool_width) - 240usize];
+    ["Offset of field: nxs_importance_params::masked"]
+        [::core::mem::offset_of!(nxs_importance_params, masked) - 244usize];
+    ["Offset of field: nxs_importance_params::accumulate"]
+        [::core::mem::offset_of!(nxs_importance_params, accumulate) - 248usize];
+    ["Offset of field: nxs_importance_params::dtype"][::core::mem::offset_of!(nxs_importance_params, dtype) - 252usize];
+    ["Offset of field: nxs_importance_params::variant"]
+        [::core::mem::offset_of!(nxs_importance_params, variant) - 256usize];
+    ["Offset of field: nxs_importance_params::scale"][::core::mem::offset_of!(nxs_importance_params, scale) - 260usize];
+    ["Offset of field: nxs_importance_params::factor"]
+        [::core::mem::offset_of!(nxs_importance_params, factor) - 264usize];
+    ["Offset of field: nxs_importance_params::stat_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_rows) - 268usize];
+    ["Offset of field: nxs_importance_params::stat_span"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_span) - 272usize];
+    ["Offset of field: nxs_importance_params::stat_splits"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_splits) - 276usize];
+    ["Offset of field: nxs_importance_params::sum_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows) - 280usize];
+    ["Offset of field: nxs_importance_params::sum_span"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_span) - 284usize];
+    ["Offset of field: nxs_importance_params::sum_rows_split"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows_split) - 288usize];
+    ["Offset of field: nxs_importance_params::sum_splits"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_splits) - 292usize];
+};
+impl Default for nxs_importance_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_key_norms_params {
+    pub k: *const ::core::ffi::c_void,
+    pub inverse_norms: *mut f32,
+    pub unit_sum: *mut f32,
+    pub lengths_or_null: *const i32,
+    pub parts: *mut f32,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub norms_stride_set: i64,
+    pub norms_stride_head: i64,
+    pub sum_stride_set: i64,
+    pub sum_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub span: i32,
+    pub accumulate: i32,
+    pub dtype: nxs_dtype,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_key_norms_params"][::core::mem::size_of::<nxs_key_norms_params>() - 152usize];
+    ["Alignment of nxs_key_norms_params"][::core::mem::align_of::<nxs_key_norms_params>() - 8usize];
+    ["Offset of field: nxs_key_norms_params::k"][::core::mem::offset_of!(nxs_key_norms_params, k) - 0usize];
+    ["Offset of field: nxs_key_norms_params::inverse_norms"]
+        [::core::mem::offset_of!(nxs_key_norms_params, inverse_norms) - 8usize];
+    ["Offset of field: nxs_key_norms_params::unit_sum"]
+        [::core::mem::offset_of!(nxs_key_norms_params, unit_sum) - 16usize];
+    ["Offset of field: nxs_key_norms_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_or_null) - 24usize];
+    ["Offset of field: nxs_key_norms_params::parts"][::core::mem::offset_of!(nxs_key_norms_params, parts) - 32usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_set) - 40usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_token) - 48usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_head) - 56usize];
+    ["Offset of field: nxs_key_norms_params::norms_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_set) - 64usize];
+    ["Offset of field: nxs_key_norms_params::norms_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_head) - 72usize];
+    ["Offset of field: nxs_key_norms_params::sum_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_set) - 80usize];
+    ["Offset of field: nxs_key_norms_params::sum_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_head) - 88usize];
+    ["Offset of field: nxs_key_norms_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_set) - 96usize];
+    ["Offset of field: nxs_key_norms_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_head) - 104usize];
+    ["Offset of field: nxs_key_norms_params::sets"][::core::mem::offset_of!(nxs_key_norms_params, sets) - 112usize];
+    ["Offset of field: nxs_key_norms_params::tokens"][::core::mem::offset_of!(nxs_key_norms_params, tokens) - 120usize];
+    ["Offset of field: nxs_key_norms_params::heads"][::core::mem::offset_of!(nxs_key_norms_params, heads) - 128usize];
+    ["Offset of field: nxs_key_norms_params::dim"][::core::mem::offset_of!(nxs_key_norms_params, dim) - 132usize];
+    ["Offset of field: nxs_key_norms_params::span"][::core::mem::offset_of!(nxs_key_norms_params, span) - 136usize];
+    ["Offset of field: nxs_key_norms_params::accumulate"]
+        [::core::mem::offset_of!(nxs_key_norms_params, accumulate) - 140usize];
+    ["Offset of field: nxs_key_norms_params::dtype"][::core::mem::offset_of!(nxs_key_norms_params, dtype) - 144usize];
+    ["Offset of field: nxs_key_norms_params::eps"][::core::mem::offset_of!(nxs_key_norms_params, eps) - 148usize];
+};
+impl Default for nxs_key_norms_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_redundancy_params {
+    pub k: *const ::core::ffi::c_void,
+    pub inverse_norms: *const f32,
+    pub unit_sum: *const f32,
+    pub scores: *mut f32,
+    pub lengths_or_null: *const i32,
+    pub parts_or_null: *mut f32,
+    pub retained_or_null: *mut ::core::ffi::c_void,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub norms_stride_set: i64,
+    pub norms_stride_head: i64,
+    pub sum_stride_set: i64,
+    pub sum_stride_head: i64,
+    pub scores_stride_set: i64,
+    pub scores_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub form: i32,
+    pub span: i32,
+    pub nth: i32,
+    pub nth_of_length: i32,
+    pub first: i32,
+    pub lonely: i32,
+    pub dtype: nxs_dtype,
+    pub threshold: f32,
+    pub ratio: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_redundancy_params"][::core::mem::size_of::<nxs_redundancy_params>() - 208usize];
+    ["Alignment of nxs_redundancy_params"][::core::mem::align_of::<nxs_redundancy_params>() - 8usize];
+    ["Offset of field: nxs_redundancy_params::k"][::core::mem::offset_of!(nxs_redundancy_params, k) - 0usize];
+    ["Offset of field: nxs_redundancy_params::inverse_norms"]
+        [::core::mem::offset_of!(nxs_redundancy_params, inverse_norms) - 8usize];
+    ["Offset of field: nxs_redundancy_params::unit_sum"]
+        [::core::mem::offset_of!(nxs_redundancy_params, unit_sum) - 16usize];
+    ["Offset of field: nxs_redundancy_params::scores"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores) - 24usize];
+    ["Offset of field: nxs_redundancy_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_or_null) - 32usize];
+    ["Offset of field: nxs_redundancy_params::parts_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, parts_or_null) - 40usize];
+    ["Offset of field: nxs_redundancy_params::retained_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, retained_or_null) - 48usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_set) - 56usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_token) - 64usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_head) - 72usize];
+    ["Offset of field: nxs_redundancy_params::norms_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_set) - 80usize];
+    ["Offset of field: nxs_redundancy_params::norms_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_head) - 88usize];
+    ["Offset of field: nxs_redundancy_params::sum_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_set) - 96usize];
+    ["Offset of field: nxs_redundancy_params::sum_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_head) - 104usize];
+    ["Offset of field: nxs_redundancy_params::scores_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_set) - 112usize];
+    ["Offset of field: nxs_redundancy_params::scores_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_head) - 120usize];
+    ["Offset of field: nxs_redundancy_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_set) - 128usize];
+    ["Offset of field: nxs_redundancy_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_head) - 136usize];
+    ["Offset of field: nxs_redundancy_params::sets"][::core::mem::offset_of!(nxs_redundancy_params, sets) - 144usize];
+    ["Offset of field: nxs_redundancy_params::tokens"]
+        [::core::mem::offset_of!(nxs_redundancy_params, tokens) - 152usize];
+    ["Offset of field: nxs_redundancy_params::heads"][::core::mem::offset_of!(nxs_redundancy_params, heads) - 160usize];
+    ["Offset of field: nxs_redundancy_params::dim"][::core::mem::offset_of!(nxs_redundancy_params, dim) - 164usize];
+    ["Offset of field: nxs_redundancy_params::form"][::core::mem::offset_of!(nxs_redundancy_params, form) - 168usize];
+    ["Offset of field: nxs_redundancy_params::span"][::core::mem::offset_of!(nxs_redundancy_params, span) - 172usize];
+    ["Offset of field: nxs_redundancy_params::nth"][::core::mem::offset_of!(nxs_redundancy_params, nth) - 176usize];
+    ["Offset of field: nxs_redundancy_params::nth_of_length"]
+        [::core::mem::offset_of!(nxs_redundancy_params, nth_of_length) - 180usize];
+    ["Offset of field: nxs_redundancy_params::first"][::core::mem::offset_of!(nxs_redundancy_params, first) - 184usize];
+    ["Offset of field: nxs_redundancy_params::lonely"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lonely) - 188usize];
+    ["Offset of field: nxs_redundancy_params::dtype"][::core::mem::offset_of!(nxs_redundancy_params, dtype) - 192usize];
+    ["Offset of field: nxs_redundancy_params::threshold"]
+        [::core::mem::offset_of!(nxs_redundancy_params, threshold) - 196usize];
+    ["Offset of field: nxs_redundancy_params::ratio"][::core::mem::offset_of!(nxs_redundancy_params, ratio) - 200usize];
+};
+impl Default for nxs_redundancy_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -1884,4 +2482,9 @@ unsafe extern "C" {
     pub fn nxs_drift(params: *const nxs_drift_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_select(params: *const nxs_select_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_compact(params: *const nxs_compact_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_tree_verify(params: *const nxs_tree_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_tree_build(params: *const nxs_tree_build_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_importance(params: *const nxs_importance_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_key_norms(params: *const nxs_key_norms_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_redundancy(params: *const nxs_redundancy_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

@@ -111,6 +111,7 @@ fn rules_and_status_bits_have_the_numbers_of_the_header() {
         ("NXS_STATUS_DRAFT_IMPOSSIBLE", status::DRAFT_IMPOSSIBLE),
         ("NXS_STATUS_ROW_OUT_OF_RANGE", status::ROW_OUT_OF_RANGE),
         ("NXS_STATUS_DRAFTS_IGNORED", status::DRAFTS_IGNORED),
+        ("NXS_STATUS_TREE_BAD", status::TREE_BAD),
     ];
     let mut source = String::from("#include \"nextscale.h\"\n#include <stdio.h>\nint main(void) {\n");
     let mut expected = String::new();

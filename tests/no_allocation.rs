@@ -342,3 +342,61 @@ fn drift_select_and_compact_allocate_nothing() {
         });
     }
 }
+
+#[cfg(feature = "verification")]
+#[test]
+fn verification_of_trees_allocates_nothing() {
+    use nextscale::verification::{
+        Accepted, Drafts, Emitted, TreeBuilder, TreeBuilderArgs, TreeBuilderOut, TreeLinks, TreeVerifier,
+        TreeVerifierArgs, TreeVerifierOptions, TreeVerifierOut,
+    };
+    for device in TestDevice::all() {
+        let info = &DeviceInfo::A100;
+        let verifier = TreeVerifier::<f32, f32>::builder(1, 4, 2, 3000).drafts(Drafts::Logits).build(info).unwrap();
+        let builder = TreeBuilder::builder(1, 3).candidates(4).max_depth(2).build(info).unwrap();
+        let logits = Buffer::of(&device, &[0.5f32; 4 * 3000], 0);
+        let (parents, drafts) = (Buffer::of(&device, &[-1, 0, 0, 1], 0), Buffer::of(&device, &[-1, 5, 6, 7], 0));
+        let (top_k, seeds) = (Buffer::of(&device, &[9], 0), Buffer::of(&device, &[1i64], 0));
+        let scores = Buffer::of(&device, &[0f32, -1.0, -2.0, -0.5], 0);
+        let [mut tokens, mut path, mut selected] = [0; 3].map(|_| Buffer::<i32>::poisoned(&device, 3, 0));
+        let mut emitted = Buffer::<Emitted>::poisoned(&device, 1, 0);
+        let mut accepted = Buffer::<Accepted>::poisoned(&device, 1, 0);
+        let mut status = Buffer::<u32>::poisoned(&device, 1, 0);
+        let mut log_probs = Buffer::<f32>::poisoned(&device, 3, 0);
+        let mut paths = Buffer::<i32>::poisoned(&device, 9, 0);
+        let mut workspace = Buffer::<u8>::poisoned(&device, verifier.workspace_bytes() as usize, 0);
+        assert_allocates_nothing(&device, || {
+            let args = TreeVerifierArgs {
+                target: logits.input(),
+                tree: TreeLinks::Parents(parents.input()),
+                drafts: drafts.input(),
+                options: TreeVerifierOptions {
+                    draft: Some(logits.input()),
+                    top_k: Some(top_k.input()),
+                    seeds: Some(seeds.input()),
+                    ..TreeVerifierOptions::default()
+                },
+                out: TreeVerifierOut {
+                    path: Some(path.output()),
+                    log_probs: Some(log_probs.output()),
+                    ..TreeVerifierOut::new(tokens.output(), emitted.output(), accepted.output(), status.output())
+                },
+                workspace: workspace.output(),
+            };
+            verifier.run(&device.stream(), args).unwrap();
+            let args = TreeBuilderArgs {
+                parents: parents.input(),
+                cu_rows: None,
+                drafts: None,
+                scores: Some(scores.input()),
+                positions: None,
+                out: TreeBuilderOut {
+                    selected: Some(selected.output()),
+                    paths: Some(paths.output()),
+                    ..TreeBuilderOut::new(status.output())
+                },
+            };
+            builder.run(&device.stream(), args).unwrap();
+        });
+    }
+}

@@ -13,8 +13,10 @@ mod attention_prepare;
 mod compact;
 mod draft_sample;
 mod drift;
+mod importance;
 mod multi_scale;
 mod philox_fill;
+mod redundancy;
 mod request;
 mod row_stats;
 mod runner;
@@ -24,6 +26,8 @@ mod scalar_quantize;
 mod scale_attention;
 mod select;
 mod tensors;
+mod tree_build;
+mod tree_verify;
 mod verify;
 
 use std::path::PathBuf;
@@ -48,11 +52,16 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &tree_verify::OP,
+    &tree_build::OP,
     &draft_sample::OP,
     &row_stats::OP,
     &drift::OP,
     &select::OP,
     &compact::OP,
+    &importance::OP,
+    &redundancy::NORMS,
+    &redundancy::OP,
     &philox_fill::OP,
 ];
 

@@ -610,6 +610,7 @@ nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 #define NXS_STATUS_DRAFT_IMPOSSIBLE 16u /* q is 0 for a draft */
 #define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
 #define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
+#define NXS_STATUS_TREE_BAD 4096u       /* a link of a tree of drafts leads nowhere, or a node comes before its parent */
 
 /* partials[r, c] = the partial of chunk c of logits[r]. */
 typedef struct nxs_row_stats_params {
@@ -865,6 +866,241 @@ typedef struct nxs_compact_params {
 } nxs_compact_params;
 
 nxs_status nxs_compact(const nxs_compact_params *params, void *stream);
+
+/*
+ * Verification of trees of drafts. Node 0 of a request is its root, the last certain token; node n is row
+ * cu_rows[b] + n of the step, and comes after its parent. The walk begins at the root; at a node of depth d with the
+ * target's distribution p, s the sum of what is left and c 0:
+ *   NXS_RULE_GREEDY, NXS_RULE_MATCH   x = argmax p or x ~ p; on to the first child that is x, else x ends the step
+ *   NXS_RULE_REJECT                   each child in turn: u q(x) < max(p(x) - c q(x), 0) / s, and on to it; else c += s / l,
+ *                                     s = sum of max(p - c q, 0); after the last one a token of max(p - c q, 0) ends the step
+ * l is 1, or without replacement what q leaves beside the children tried. At a leaf a token of p ends the step. Where
+ * drafts are not random, or the drafter is greedy, NXS_RULE_REJECT is NXS_RULE_MATCH, which has the same law.
+ * `rows` below is batch * max_nodes.
+ */
+typedef struct nxs_tree_verify_params {
+  const void *target;                      /* [target_rows, vocab] target_dtype: raw logits */
+  const void *draft_or_null;               /* [draft_rows, draft_vocab] draft_dtype: raw logits; null: drafts are not random */
+  const int32_t *cu_rows_or_null;          /* [batch + 1], ascending; null: request b has rows b * max_nodes and on */
+  const int32_t *parents_or_null;          /* [rows]: each node's parent by its number in the tree; -1: root, or no node */
+  const int32_t *first_child_or_null;      /* [rows], with next_sibling_or_null in place of parents; -1: none */
+  const int32_t *next_sibling_or_null;     /* [rows] */
+  const int32_t *drafts;                   /* [rows]: each node's token; outside the vocabulary: no draft */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft that the node's children were drawn from; null: r */
+  const float *draft_stats_or_null;        /* [draft_rows, 4] of nxs_draft_sample: rows of draft are not swept for them */
+  const int32_t *target_to_draft_or_null;  /* [vocab] */
+  const float *target_stats_or_null;       /* [target_rows, chunks, 2]: partials; rows of target are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const int32_t *rules_or_null;            /* [batch] NXS_RULE_*; null, and what is none of three: rule */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after the root */
+  const float *uniforms_or_null;           /* [rows, 4] by request and node: the node's test, three for a token after it */
+  const int32_t *kv_start_or_null;         /* [batch]: node n lies in row kv_start + n of the cache; null: 0 */
+  const int32_t *kv_slots_or_null;         /* [rows]: where each node lies; in place of kv_start */
+  int32_t *tokens;                         /* [batch, max_depth + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch]: the row of the step that the walk ended at */
+  int32_t *path_or_null;                   /* [batch, max_depth + 1]: the root and the nodes accepted, then -1 */
+  int32_t *kv_source_or_null;              /* [batch, max_depth + 1]: the cache's row of each of them, then -1 */
+  int32_t *kv_destination_or_null;         /* [batch, max_depth + 1]: where nodes 0, 1, .. lie, then -1 */
+  float *log_probs_or_null;                /* [batch, max_depth + 1], NaN after what is emitted */
+  void *workspace;                         /* 16-byte aligned: [batch, NXS_TREE_STATE_BYTES], then [batch, 4, chunks of target and
+                                              of draft, 2] f32 */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row;
+  int64_t batch, vocab, draft_vocab;       /* vocabularies from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int32_t max_nodes;                       /* 1 to 1024, the root among them */
+  int32_t max_depth;                       /* 0 to 64 drafts on a path */
+  int32_t rule;                            /* NXS_RULE_GREEDY, NXS_RULE_MATCH or NXS_RULE_REJECT */
+  int32_t without_replacement;             /* 1: the children of a node are distinct draws */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t cluster;                         /* blocks that share a request: 1, on sm_90 also 2, 4, 8 or 16 */
+  int32_t shared_partials;                 /* 1: partials are passed on in shared memory; up to 1024 chunks of target and draft */
+  nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_tree_verify_params;
+
+#define NXS_TREE_STATE_BYTES 16
+
+nxs_status nxs_tree_verify(const nxs_tree_verify_params *params, void *stream);
+
+/*
+ * What the nodes of trees of drafts need, from their parents; and before it the choice of `nodes` of them by scores
+ * (EAGLE-2). A candidate that is chosen brings its parent; the order is kept. The root is always chosen.
+ *   value(i) = score[i], or with `cumulative` 0 value(parent) + score[i]; the root's is 0
+ *   rank by min(value(i), that of the parent), greatest first, the lower number at ties; NaN as -inf
+ */
+typedef struct nxs_tree_build_params {
+  const int32_t *cu_rows_or_null;   /* [batch + 1], ascending; null: request b has rows b * candidates and on */
+  const int32_t *parents;           /* [batch * candidates]: by number in the tree; -1: root, or no node */
+  const int32_t *drafts_or_null;    /* [batch * candidates]: tokens */
+  const float *scores_or_null;      /* [batch * candidates]; null: all candidates are nodes, candidates = nodes */
+  const int64_t *positions_or_null; /* [batch]: of the root; null: 0 */
+  int32_t *counts_or_null;          /* [batch]: nodes of each tree */
+  int32_t *selected_or_null;        /* [batch, nodes]: the candidate that each node is; these and below -1 where no node is */
+  int32_t *parents_or_null;         /* [batch, nodes] */
+  int32_t *drafts_out_or_null;      /* [batch, nodes]; with drafts_or_null */
+  int32_t *first_child_or_null;     /* [batch, nodes] */
+  int32_t *next_sibling_or_null;    /* [batch, nodes] */
+  int32_t *depths_or_null;          /* [batch, nodes] */
+  int64_t *node_positions_or_null;  /* [batch, nodes]: position of the root + depth; where no node is, that of the root */
+  uint32_t *mask_or_null;           /* [batch, nodes, ceil(nodes / 32)]: bit j % 32 of word j / 32: whether j is the node or on
+                                       the path to it; 0 where no node is */
+  int32_t *paths_or_null;           /* [batch, leaves, max_depth + 1]: nodes from the root to each leaf, in order of trial */
+  int32_t *leaf_counts_or_null;     /* [batch] */
+  uint32_t *status;                 /* [batch]: NXS_STATUS_TREE_BAD, NXS_STATUS_DRAFTS_IGNORED */
+  int64_t batch;                    /* up to 2^20 */
+  int32_t candidates;               /* 1 to 2048 */
+  int32_t nodes;                    /* 1 to 1024, at most candidates */
+  int32_t leaves;                   /* 1 to nodes */
+  int32_t max_depth;                /* 0 to 64; deeper candidates are ignored */
+  int32_t cumulative;               /* 1: scores are sums over the path already */
+} nxs_tree_build_params;
+
+nxs_status nxs_tree_build(const nxs_tree_build_params *params, void *stream);
+
+/* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
+
+/*
+ * Importance of cached keys: column scores of softmax(scale * Q K^T) over the keys of a set, one set (a layer of a
+ * sequence) and KV head at a time; no matrix is ever stored. With s[g, i, j] = scale * q[i, h * groups + g, :] . k[j, h, :]
+ * for the visible keys j of query i, that is j < length - excluded, and with `causal` also j <= length - queries + i:
+ *   NXS_IMPORTANCE_MAX_LOGIT  x[i, j] = softmax over j of (max over g of s[g, i, j])
+ *   NXS_IMPORTANCE_MEAN_PROB  x[i, j] = sum over g of softmax over j of s[g, i, j]
+ *   NXS_IMPORTANCE_MAX_PROB   x[i, j] = max over g of softmax over j of s[g, i, j]
+ *   NXS_IMPORTANCE_LOGIT      x[i, j] = sum over g of s[g, i, j]
+ * and 0 where j is not visible:
+ *   raw[j] = factor * sum over i of x[i, j]          for j < scored = length - excluded - unscored
+ *   scores[set, h, j] = pool(raw)[j], plus the old scores[set, h, j] with `accumulate`; 0 (nothing) for j >= scored
+ * pool: maximum or average over pool_width columns around j; an average counts columns beyond either end as 0 and divides
+ * by pool_width. Columns listed in `masked` are -inf before the pooling. A query that sees no key adds nothing.
+ * A NaN makes the scores of its set and head NaN and no other's.
+ *
+ * Schedule: two passes, each a grid of blocks over all sets and heads. Statistics: tiles of stat_rows queries (MAX_LOGIT) or
+ * rows, a row being (query, group), times stat_splits spans of stat_span keys. Columns: spans of sum_span keys times sum_splits
+ * spans of sum_rows_split queries or rows, taken sum_rows at a time. Then, if needed, a pass that adds splits, masks and pools.
+ */
+#define NXS_IMPORTANCE_MAX_LOGIT 0
+#define NXS_IMPORTANCE_MEAN_PROB 1
+#define NXS_IMPORTANCE_MAX_PROB 2
+#define NXS_IMPORTANCE_LOGIT 3
+#define NXS_POOL_NONE 0
+#define NXS_POOL_MAX 1
+#define NXS_POOL_AVERAGE 2
+
+typedef struct nxs_importance_params {
+  const void *q;                  /* [sets, q_rows, heads * groups, dim] dtype; 16-byte aligned, as is k */
+  const void *k;                  /* [sets, tokens, heads, dim] dtype */
+  float *scores;                  /* [sets, heads, tokens], tokens contiguous */
+  const int32_t *rows_or_null;    /* [queries]: the row of q that query i is; null: i. Clamped into q */
+  const int32_t *masked_or_null;  /* [masked]: columns; those outside a set are ignored */
+  const int32_t *lengths_or_null; /* [sets, heads]: keys there are, clamped into 0 to tokens; null: tokens */
+  const float *lse_or_null;       /* [sets, heads * groups, queries]: natural log of each row's sum of exponentials over the
+                                     visible keys, every dimension strided; takes the place of the first pass. Not with LOGIT, with
+                                     MAX_LOGIT only where groups are 1 */
+  float *stats_or_null;           /* workspace, 16-byte aligned: [sets, heads, rows] log2 of sums where stat_splits are 1, else
+                                     [stat_splits, sets, heads, rows, 2] maxima and sums; rows: queries (MAX_LOGIT) or
+                                     queries * groups. Not read with LOGIT or lse */
+  float *sums_or_null;            /* workspace, 16-byte aligned: [sum_splits, sets, heads, tokens]; null: the second pass writes
+                                     scores itself (sum_splits 1, no pool, nothing masked) */
+  int64_t q_stride_set, q_stride_row, q_stride_head;   /* multiples of 8, as are those of k */
+  int64_t k_stride_set, k_stride_token, k_stride_head;
+  int64_t scores_stride_set, scores_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t lse_stride_set, lse_stride_head, lse_stride_query;
+  int64_t sets, tokens, queries, q_rows; /* tokens, and queries * groups, below 2^31 - 2^16 */
+  int32_t heads, groups, dim;     /* KV heads; query heads of each, up to 16 but with MEAN_PROB any; dim: 64, 96 or 128 */
+  int32_t aggregation;            /* NXS_IMPORTANCE_ */
+  int32_t causal;                 /* 1: query i sees keys up to length - queries + i: the queries are those of the last keys */
+  int32_t excluded, unscored;     /* trailing keys that are left out; that are seen but not scored */
+  int32_t pool, pool_width;       /* NXS_POOL_; width: odd, 1 to 63 */
+  int32_t masked;                 /* 0 to 1024 */
+  int32_t accumulate;             /* 1: adds to the scores there are; then nothing may be masked */
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  int32_t variant;                /* 0: portable (sm_80); 1: Hopper (sm_90a) */
+  float scale;                    /* of the logits; > 0 */
+  float factor;                   /* of the sums: 1, or 1 over what a mean divides by */
+  int32_t stat_rows, stat_span, stat_splits; /* see NXS_IMPORTANCE_ limits in the launcher: multiples of 8, 256 and 1 */
+  int32_t sum_rows, sum_span, sum_rows_split, sum_splits;
+} nxs_importance_params;
+
+nxs_status nxs_importance(const nxs_importance_params *params, void *stream);
+
+/*
+ * Norms of keys, as they are appended: with u[j] = k[j] / (|k[j]| + eps), for j < length
+ *   inverse_norms[set, h, j] = 1 / (|k[j]| + eps);  unit_sum[set, h, :] = sum over j of u[j], plus what it was with `accumulate`
+ * in f32; the sum in a fixed order: spans of `span` keys, then the spans ascending. A zero key has a unit vector of 0.
+ */
+typedef struct nxs_key_norms_params {
+  const void *k;                  /* [sets, tokens, heads, dim] dtype, the keys that are new; 16-byte aligned */
+  float *inverse_norms;           /* [sets, heads, tokens], tokens contiguous; 0 for j >= length */
+  float *unit_sum;                /* [sets, heads, dim] */
+  const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
+  float *parts;                   /* workspace, 16-byte aligned: [sets, heads, spans, dim] */
+  int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
+  int64_t norms_stride_set, norms_stride_head;
+  int64_t sum_stride_set, sum_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t sets, tokens;
+  int32_t heads, dim;             /* dim: 64, 96 or 128 */
+  int32_t span;                   /* a multiple of 64 */
+  int32_t accumulate;
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  float eps;                      /* >= 0 */
+} nxs_key_norms_params;
+
+nxs_status nxs_key_norms(const nxs_key_norms_params *params, void *stream);
+
+/*
+ * Redundancy of cached keys, from what nxs_key_norms has left: u[j] = k[j] * inverse_norms[j], n = length,
+ *   NXS_REDUNDANCY_COSINE   u[j] . unit_sum / |unit_sum|             the cosine to the mean of the unit keys; 0 where either is 0
+ *   NXS_REDUNDANCY_SOFTMAX  softmax over j of (u[j] . unit_sum / n)
+ *   NXS_REDUNDANCY_SIMILAR  softmax over j of (sum over i != j with retain(i) != j of u[i] . u[j]) / n
+ * retain(i): of the j != i with u[i] . u[j] > threshold, the nth from the last on (the first one with `first`); where there
+ * are fewer, 0 with `lonely`, else none. 0 for j >= length.
+ */
+#define NXS_REDUNDANCY_COSINE 0
+#define NXS_REDUNDANCY_SOFTMAX 1
+#define NXS_REDUNDANCY_SIMILAR 2
+
+typedef struct nxs_redundancy_params {
+  const void *k;                  /* [sets, tokens, heads, dim] dtype; 16-byte aligned */
+  const float *inverse_norms;     /* [sets, heads, tokens], tokens contiguous */
+  const float *unit_sum;          /* [sets, heads, dim] */
+  float *scores;                  /* [sets, heads, tokens], tokens contiguous */
+  const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
+  float *parts_or_null;           /* workspace of SOFTMAX, 16-byte aligned: [sets, heads, spans] */
+  void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens to an even number] of 8 bytes:
+                                     retain i32 (-1: none), its cosine f32 */
+  int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
+  int64_t norms_stride_set, norms_stride_head;
+  int64_t sum_stride_set, sum_stride_head;
+  int64_t scores_stride_set, scores_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t sets, tokens;           /* tokens: with SIMILAR up to NXS_REDUNDANCY_SIMILAR_TOKENS */
+  int32_t heads, dim;             /* dim: 64, 96 or 128 */
+  int32_t form;                   /* NXS_REDUNDANCY_ */
+  int32_t span;                   /* of COSINE and SOFTMAX: keys of a block, a multiple of 64 */
+  int32_t nth;                    /* of SIMILAR: from 1 on; 0: retain is 0 for all i, whatever is similar, with `lonely` */
+  int32_t nth_of_length;          /* 1: nth is length - max(1, floor(length * ratio)) + 1 */
+  int32_t first, lonely;
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  float threshold;                /* 0 to 1 */
+  float ratio;                    /* 0 to 1 */
+} nxs_redundancy_params;
+
+#define NXS_REDUNDANCY_SIMILAR_TOKENS 8192
+
+nxs_status nxs_redundancy(const nxs_redundancy_params *params, void *stream);
+
+/* ---- end of compression: importance, redundancy --------------------------------------------------------------- */
 
 #ifdef __cplusplus
 }
