@@ -10,12 +10,16 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod candidates;
 mod compact;
+mod confidence_rank;
 mod draft_sample;
 mod drift;
 mod importance;
 mod multi_scale;
+mod pack;
 mod philox_fill;
+mod pooled_verify;
 mod redundancy;
 mod request;
 mod row_stats;
@@ -28,7 +32,9 @@ mod select;
 mod tensors;
 mod tree_build;
 mod tree_verify;
+mod typical_verify;
 mod verify;
+mod visual_verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,6 +58,14 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &visual_verify::OP,
+    &pooled_verify::OP,
+    &typical_verify::OP,
+    &confidence_rank::OP,
+    &candidates::GATED,
+    &candidates::SELECT,
+    &candidates::BEAMS,
+    &candidates::BACKSPACE,
     &tree_verify::OP,
     &tree_build::OP,
     &draft_sample::OP,
@@ -62,6 +76,9 @@ static OPS: &[&Op] = &[
     &importance::OP,
     &redundancy::NORMS,
     &redundancy::OP,
+    &pack::PACK,
+    &pack::UNPACK,
+    &pack::ROTATE,
     &philox_fill::OP,
 ];
 
