@@ -66,7 +66,7 @@ fn case() -> impl Strategy<Value = Case> {
                 reset,
                 keep,
                 forced,
-                nan: nan && seed % 4 == 0,
+                nan: nan && seed.is_multiple_of(4),
                 seed,
             }
         })
