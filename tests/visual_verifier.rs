@@ -711,6 +711,7 @@ fn rows_behind_a_rejection_are_not_read() {
     let device = TestDevice::Emulated;
     let mut read = |sms| {
         info.sm_count = sms;
+        nextscale::emulator::reset();
         assert_eq!(step.run_for(&device, &info).accepted[0], Accepted(0));
         nextscale::emulator::counters().global_load_bytes
     };
@@ -734,6 +735,7 @@ fn accepted_rows_are_read_once() {
             step.rule = VisualRule::Lantern(Lantern { accumulated: 64, zeroed: 65, bound: 0.1 });
             step.neighbours = (0..16384).flat_map(|code| (1..=65).map(move |n| (code + n * 37) % 16384)).collect();
         }
+        nextscale::emulator::reset();
         let outcome = step.run(&TestDevice::Emulated);
         assert_eq!(outcome.accepted, [Accepted(3); 2]);
         let read = step.builder().build(&DeviceInfo::H200).unwrap().traffic().read as f64;
