@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_keep import Compact, Drift, Select
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
 from peers_trees import TreeVerify
@@ -316,6 +317,9 @@ OPS = {
     "attention_prepare": AttentionPrepare,
     "multi_scale": MultiScale,
     "verify": Verify,
+    "drift": Drift,
+    "select": Select,
+    "compact": Compact,
     "tree_verify": TreeVerify,
 }
 

@@ -19,6 +19,7 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import compare_keep
 import compare_multi_scale
 import compare_trees
 from compare_attention import scale_attention
@@ -338,7 +339,7 @@ OPS = {
     "draft_sample": draft_sample,
     "row_stats": row_stats,
     "philox_fill": philox_fill,
-} | compare_multi_scale.OPS | compare_trees.OPS
+} | compare_multi_scale.OPS | compare_keep.OPS | compare_trees.OPS
 
 
 def main():

@@ -76,6 +76,21 @@ pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
 pub const NXS_RULE_BLOCK: u32 = 3;
 pub const NXS_VERIFY_ROW_BYTES: u32 = 64;
+pub const NXS_DRIFT_TEST: u32 = 0;
+pub const NXS_DRIFT_COMPUTE: u32 = 1;
+pub const NXS_DRIFT_LEAVE: u32 = 2;
+pub const NXS_DRIFT_SLAB: u32 = 16384;
+pub const NXS_DRIFT_TERMS: u32 = 8;
+pub const NXS_SELECT_PER_HEAD: u32 = 0;
+pub const NXS_SELECT_PER_SET: u32 = 1;
+pub const NXS_SELECT_SHARED: u32 = 2;
+pub const NXS_SELECT_ADA: u32 = 3;
+pub const NXS_SELECT_NAN: u32 = 1;
+pub const NXS_SELECT_CLAMPED: u32 = 2;
+pub const NXS_COMPACT_EXTRAS: u32 = 4;
+pub const NXS_COMPACT_ROW_CLAMPED: u32 = 1;
+pub const NXS_COMPACT_POSITION_CLAMPED: u32 = 2;
+pub const NXS_COMPACT_COUNT_CLAMPED: u32 = 4;
 pub const NXS_TREE_STATE_BYTES: u32 = 16;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
@@ -907,6 +922,7 @@ pub struct nxs_multi_scale_params {
     pub group: i32,
     pub band: i32,
     pub plane_shared: i32,
+    pub blocks: i32,
     pub programmatic: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -993,8 +1009,10 @@ const _: () = {
     ["Offset of field: nxs_multi_scale_params::band"][::core::mem::offset_of!(nxs_multi_scale_params, band) - 376usize];
     ["Offset of field: nxs_multi_scale_params::plane_shared"]
         [::core::mem::offset_of!(nxs_multi_scale_params, plane_shared) - 380usize];
+    ["Offset of field: nxs_multi_scale_params::blocks"]
+        [::core::mem::offset_of!(nxs_multi_scale_params, blocks) - 384usize];
     ["Offset of field: nxs_multi_scale_params::programmatic"]
-        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 384usize];
+        [::core::mem::offset_of!(nxs_multi_scale_params, programmatic) - 388usize];
 };
 impl Default for nxs_multi_scale_params {
     fn default() -> Self {
@@ -1377,6 +1395,7 @@ pub struct nxs_verify_params {
     pub fallback: i32,
     pub chunks_per_item: i32,
     pub blocks: i32,
+    pub cluster: i32,
     pub target_dtype: nxs_dtype,
     pub draft_dtype: nxs_dtype,
 }
@@ -1452,12 +1471,378 @@ const _: () = {
     ["Offset of field: nxs_verify_params::chunks_per_item"]
         [::core::mem::offset_of!(nxs_verify_params, chunks_per_item) - 300usize];
     ["Offset of field: nxs_verify_params::blocks"][::core::mem::offset_of!(nxs_verify_params, blocks) - 304usize];
+    ["Offset of field: nxs_verify_params::cluster"][::core::mem::offset_of!(nxs_verify_params, cluster) - 308usize];
     ["Offset of field: nxs_verify_params::target_dtype"]
-        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 308usize];
+        [::core::mem::offset_of!(nxs_verify_params, target_dtype) - 312usize];
     ["Offset of field: nxs_verify_params::draft_dtype"]
-        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 312usize];
+        [::core::mem::offset_of!(nxs_verify_params, draft_dtype) - 316usize];
 };
 impl Default for nxs_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_drift_params {
+    pub features: *const ::core::ffi::c_void,
+    pub previous: *mut ::core::ffi::c_void,
+    pub accumulated: *mut f32,
+    pub steps: *mut i32,
+    pub force_or_null: *const i32,
+    pub decision: *mut i32,
+    pub change_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub features_stride_chunk: i64,
+    pub previous_stride_chunk: i64,
+    pub chunks: i64,
+    pub elements: i64,
+    pub eps: f64,
+    pub polynomial: [f64; 8usize],
+    pub polynomial_terms: i32,
+    pub threshold: f32,
+    pub warmup: i32,
+    pub compute_before: i32,
+    pub compute_from: i32,
+    pub reset_forced: i32,
+    pub keep: i32,
+    pub vector: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_drift_params"][::core::mem::size_of::<nxs_drift_params>() - 216usize];
+    ["Alignment of nxs_drift_params"][::core::mem::align_of::<nxs_drift_params>() - 8usize];
+    ["Offset of field: nxs_drift_params::features"][::core::mem::offset_of!(nxs_drift_params, features) - 0usize];
+    ["Offset of field: nxs_drift_params::previous"][::core::mem::offset_of!(nxs_drift_params, previous) - 8usize];
+    ["Offset of field: nxs_drift_params::accumulated"]
+        [::core::mem::offset_of!(nxs_drift_params, accumulated) - 16usize];
+    ["Offset of field: nxs_drift_params::steps"][::core::mem::offset_of!(nxs_drift_params, steps) - 24usize];
+    ["Offset of field: nxs_drift_params::force_or_null"]
+        [::core::mem::offset_of!(nxs_drift_params, force_or_null) - 32usize];
+    ["Offset of field: nxs_drift_params::decision"][::core::mem::offset_of!(nxs_drift_params, decision) - 40usize];
+    ["Offset of field: nxs_drift_params::change_or_null"]
+        [::core::mem::offset_of!(nxs_drift_params, change_or_null) - 48usize];
+    ["Offset of field: nxs_drift_params::workspace"][::core::mem::offset_of!(nxs_drift_params, workspace) - 56usize];
+    ["Offset of field: nxs_drift_params::counters"][::core::mem::offset_of!(nxs_drift_params, counters) - 64usize];
+    ["Offset of field: nxs_drift_params::features_stride_chunk"]
+        [::core::mem::offset_of!(nxs_drift_params, features_stride_chunk) - 72usize];
+    ["Offset of field: nxs_drift_params::previous_stride_chunk"]
+        [::core::mem::offset_of!(nxs_drift_params, previous_stride_chunk) - 80usize];
+    ["Offset of field: nxs_drift_params::chunks"][::core::mem::offset_of!(nxs_drift_params, chunks) - 88usize];
+    ["Offset of field: nxs_drift_params::elements"][::core::mem::offset_of!(nxs_drift_params, elements) - 96usize];
+    ["Offset of field: nxs_drift_params::eps"][::core::mem::offset_of!(nxs_drift_params, eps) - 104usize];
+    ["Offset of field: nxs_drift_params::polynomial"][::core::mem::offset_of!(nxs_drift_params, polynomial) - 112usize];
+    ["Offset of field: nxs_drift_params::polynomial_terms"]
+        [::core::mem::offset_of!(nxs_drift_params, polynomial_terms) - 176usize];
+    ["Offset of field: nxs_drift_params::threshold"][::core::mem::offset_of!(nxs_drift_params, threshold) - 180usize];
+    ["Offset of field: nxs_drift_params::warmup"][::core::mem::offset_of!(nxs_drift_params, warmup) - 184usize];
+    ["Offset of field: nxs_drift_params::compute_before"]
+        [::core::mem::offset_of!(nxs_drift_params, compute_before) - 188usize];
+    ["Offset of field: nxs_drift_params::compute_from"]
+        [::core::mem::offset_of!(nxs_drift_params, compute_from) - 192usize];
+    ["Offset of field: nxs_drift_params::reset_forced"]
+        [::core::mem::offset_of!(nxs_drift_params, reset_forced) - 196usize];
+    ["Offset of field: nxs_drift_params::keep"][::core::mem::offset_of!(nxs_drift_params, keep) - 200usize];
+    ["Offset of field: nxs_drift_params::vector"][::core::mem::offset_of!(nxs_drift_params, vector) - 204usize];
+    ["Offset of field: nxs_drift_params::dtype"][::core::mem::offset_of!(nxs_drift_params, dtype) - 208usize];
+};
+impl Default for nxs_drift_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_select_params {
+    pub importance_or_null: *const f32,
+    pub redundancy_or_null: *const f32,
+    pub weights_or_null: *const f32,
+    pub lengths_or_null: *const i32,
+    pub budgets_or_null: *const i32,
+    pub indices: *mut i32,
+    pub counts: *mut i32,
+    pub status_or_null: *mut u32,
+    pub workspace_or_null: *mut ::core::ffi::c_void,
+    pub importance_stride_set: i64,
+    pub importance_stride_head: i64,
+    pub redundancy_stride_set: i64,
+    pub redundancy_stride_head: i64,
+    pub sets: i64,
+    pub heads: i64,
+    pub tokens: i64,
+    pub capacity: i64,
+    pub scope: i32,
+    pub length: i32,
+    pub budget: i32,
+    pub sink: i32,
+    pub recent: i32,
+    pub active: i32,
+    pub block: i32,
+    pub lambda: f32,
+    pub relative: i32,
+    pub demoted: i32,
+    pub demotion: f32,
+    pub newest: i32,
+    pub floor_alpha: i32,
+    pub shared_bytes: i32,
+    pub threads: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_select_params"][::core::mem::size_of::<nxs_select_params>() - 200usize];
+    ["Alignment of nxs_select_params"][::core::mem::align_of::<nxs_select_params>() - 8usize];
+    ["Offset of field: nxs_select_params::importance_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, importance_or_null) - 0usize];
+    ["Offset of field: nxs_select_params::redundancy_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, redundancy_or_null) - 8usize];
+    ["Offset of field: nxs_select_params::weights_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, weights_or_null) - 16usize];
+    ["Offset of field: nxs_select_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, lengths_or_null) - 24usize];
+    ["Offset of field: nxs_select_params::budgets_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, budgets_or_null) - 32usize];
+    ["Offset of field: nxs_select_params::indices"][::core::mem::offset_of!(nxs_select_params, indices) - 40usize];
+    ["Offset of field: nxs_select_params::counts"][::core::mem::offset_of!(nxs_select_params, counts) - 48usize];
+    ["Offset of field: nxs_select_params::status_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, status_or_null) - 56usize];
+    ["Offset of field: nxs_select_params::workspace_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, workspace_or_null) - 64usize];
+    ["Offset of field: nxs_select_params::importance_stride_set"]
+        [::core::mem::offset_of!(nxs_select_params, importance_stride_set) - 72usize];
+    ["Offset of field: nxs_select_params::importance_stride_head"]
+        [::core::mem::offset_of!(nxs_select_params, importance_stride_head) - 80usize];
+    ["Offset of field: nxs_select_params::redundancy_stride_set"]
+        [::core::mem::offset_of!(nxs_select_params, redundancy_stride_set) - 88usize];
+    ["Offset of field: nxs_select_params::redundancy_stride_head"]
+        [::core::mem::offset_of!(nxs_select_params, redundancy_stride_head) - 96usize];
+    ["Offset of field: nxs_select_params::sets"][::core::mem::offset_of!(nxs_select_params, sets) - 104usize];
+    ["Offset of field: nxs_select_params::heads"][::core::mem::offset_of!(nxs_select_params, heads) - 112usize];
+    ["Offset of field: nxs_select_params::tokens"][::core::mem::offset_of!(nxs_select_params, tokens) - 120usize];
+    ["Offset of field: nxs_select_params::capacity"][::core::mem::offset_of!(nxs_select_params, capacity) - 128usize];
+    ["Offset of field: nxs_select_params::scope"][::core::mem::offset_of!(nxs_select_params, scope) - 136usize];
+    ["Offset of field: nxs_select_params::length"][::core::mem::offset_of!(nxs_select_params, length) - 140usize];
+    ["Offset of field: nxs_select_params::budget"][::core::mem::offset_of!(nxs_select_params, budget) - 144usize];
+    ["Offset of field: nxs_select_params::sink"][::core::mem::offset_of!(nxs_select_params, sink) - 148usize];
+    ["Offset of field: nxs_select_params::recent"][::core::mem::offset_of!(nxs_select_params, recent) - 152usize];
+    ["Offset of field: nxs_select_params::active"][::core::mem::offset_of!(nxs_select_params, active) - 156usize];
+    ["Offset of field: nxs_select_params::block"][::core::mem::offset_of!(nxs_select_params, block) - 160usize];
+    ["Offset of field: nxs_select_params::lambda"][::core::mem::offset_of!(nxs_select_params, lambda) - 164usize];
+    ["Offset of field: nxs_select_params::relative"][::core::mem::offset_of!(nxs_select_params, relative) - 168usize];
+    ["Offset of field: nxs_select_params::demoted"][::core::mem::offset_of!(nxs_select_params, demoted) - 172usize];
+    ["Offset of field: nxs_select_params::demotion"][::core::mem::offset_of!(nxs_select_params, demotion) - 176usize];
+    ["Offset of field: nxs_select_params::newest"][::core::mem::offset_of!(nxs_select_params, newest) - 180usize];
+    ["Offset of field: nxs_select_params::floor_alpha"]
+        [::core::mem::offset_of!(nxs_select_params, floor_alpha) - 184usize];
+    ["Offset of field: nxs_select_params::shared_bytes"]
+        [::core::mem::offset_of!(nxs_select_params, shared_bytes) - 188usize];
+    ["Offset of field: nxs_select_params::threads"][::core::mem::offset_of!(nxs_select_params, threads) - 192usize];
+};
+impl Default for nxs_select_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_compact_tensor {
+    pub input_or_null: *const ::core::ffi::c_void,
+    pub out_or_null: *mut ::core::ffi::c_void,
+    pub input_stride_set: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_set: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub dim: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_compact_tensor"][::core::mem::size_of::<nxs_compact_tensor>() - 72usize];
+    ["Alignment of nxs_compact_tensor"][::core::mem::align_of::<nxs_compact_tensor>() - 8usize];
+    ["Offset of field: nxs_compact_tensor::input_or_null"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_or_null) - 0usize];
+    ["Offset of field: nxs_compact_tensor::out_or_null"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_or_null) - 8usize];
+    ["Offset of field: nxs_compact_tensor::input_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_stride_set) - 16usize];
+    ["Offset of field: nxs_compact_tensor::input_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_stride_row) - 24usize];
+    ["Offset of field: nxs_compact_tensor::input_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_stride_head) - 32usize];
+    ["Offset of field: nxs_compact_tensor::out_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_stride_set) - 40usize];
+    ["Offset of field: nxs_compact_tensor::out_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_stride_row) - 48usize];
+    ["Offset of field: nxs_compact_tensor::out_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_stride_head) - 56usize];
+    ["Offset of field: nxs_compact_tensor::dim"][::core::mem::offset_of!(nxs_compact_tensor, dim) - 64usize];
+};
+impl Default for nxs_compact_tensor {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_compact_extra {
+    pub input_or_null: *const ::core::ffi::c_void,
+    pub out_or_null: *mut ::core::ffi::c_void,
+    pub input_stride_set: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_set: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_compact_extra"][::core::mem::size_of::<nxs_compact_extra>() - 64usize];
+    ["Alignment of nxs_compact_extra"][::core::mem::align_of::<nxs_compact_extra>() - 8usize];
+    ["Offset of field: nxs_compact_extra::input_or_null"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_or_null) - 0usize];
+    ["Offset of field: nxs_compact_extra::out_or_null"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_or_null) - 8usize];
+    ["Offset of field: nxs_compact_extra::input_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_stride_set) - 16usize];
+    ["Offset of field: nxs_compact_extra::input_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_stride_row) - 24usize];
+    ["Offset of field: nxs_compact_extra::input_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_stride_head) - 32usize];
+    ["Offset of field: nxs_compact_extra::out_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_stride_set) - 40usize];
+    ["Offset of field: nxs_compact_extra::out_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_stride_row) - 48usize];
+    ["Offset of field: nxs_compact_extra::out_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_stride_head) - 56usize];
+};
+impl Default for nxs_compact_extra {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_compact_params {
+    pub tensor: [nxs_compact_tensor; 2usize],
+    pub positions: nxs_compact_extra,
+    pub extra: [nxs_compact_extra; 4usize],
+    pub indices: *const i32,
+    pub counts_or_null: *const i32,
+    pub input_pages_or_null: *const i32,
+    pub out_pages_or_null: *const i32,
+    pub cos_or_null: *const f32,
+    pub sin_or_null: *const f32,
+    pub flags_or_null: *mut u32,
+    pub indices_stride_set: i64,
+    pub indices_stride_head: i64,
+    pub counts_stride_set: i64,
+    pub counts_stride_head: i64,
+    pub input_pages_stride_set: i64,
+    pub out_pages_stride_set: i64,
+    pub table_stride_row: i64,
+    pub table_rows: i64,
+    pub sets: i64,
+    pub heads: i64,
+    pub tokens: i64,
+    pub kept: i64,
+    pub input_rows: i64,
+    pub out_rows: i64,
+    pub page_rows: i64,
+    pub first_position: i64,
+    pub renumber: i32,
+    pub rope: i32,
+    pub rotary_dim: i32,
+    pub in_place: i32,
+    pub slices: i32,
+    pub unit: i32,
+    pub log2_lanes: i32,
+    pub in_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_compact_params"][::core::mem::size_of::<nxs_compact_params>() - 688usize];
+    ["Alignment of nxs_compact_params"][::core::mem::align_of::<nxs_compact_params>() - 8usize];
+    ["Offset of field: nxs_compact_params::tensor"][::core::mem::offset_of!(nxs_compact_params, tensor) - 0usize];
+    ["Offset of field: nxs_compact_params::positions"]
+        [::core::mem::offset_of!(nxs_compact_params, positions) - 144usize];
+    ["Offset of field: nxs_compact_params::extra"][::core::mem::offset_of!(nxs_compact_params, extra) - 208usize];
+    ["Offset of field: nxs_compact_params::indices"][::core::mem::offset_of!(nxs_compact_params, indices) - 464usize];
+    ["Offset of field: nxs_compact_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, counts_or_null) - 472usize];
+    ["Offset of field: nxs_compact_params::input_pages_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, input_pages_or_null) - 480usize];
+    ["Offset of field: nxs_compact_params::out_pages_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, out_pages_or_null) - 488usize];
+    ["Offset of field: nxs_compact_params::cos_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, cos_or_null) - 496usize];
+    ["Offset of field: nxs_compact_params::sin_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, sin_or_null) - 504usize];
+    ["Offset of field: nxs_compact_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, flags_or_null) - 512usize];
+    ["Offset of field: nxs_compact_params::indices_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, indices_stride_set) - 520usize];
+    ["Offset of field: nxs_compact_params::indices_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_params, indices_stride_head) - 528usize];
+    ["Offset of field: nxs_compact_params::counts_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, counts_stride_set) - 536usize];
+    ["Offset of field: nxs_compact_params::counts_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_params, counts_stride_head) - 544usize];
+    ["Offset of field: nxs_compact_params::input_pages_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, input_pages_stride_set) - 552usize];
+    ["Offset of field: nxs_compact_params::out_pages_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, out_pages_stride_set) - 560usize];
+    ["Offset of field: nxs_compact_params::table_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_params, table_stride_row) - 568usize];
+    ["Offset of field: nxs_compact_params::table_rows"]
+        [::core::mem::offset_of!(nxs_compact_params, table_rows) - 576usize];
+    ["Offset of field: nxs_compact_params::sets"][::core::mem::offset_of!(nxs_compact_params, sets) - 584usize];
+    ["Offset of field: nxs_compact_params::heads"][::core::mem::offset_of!(nxs_compact_params, heads) - 592usize];
+    ["Offset of field: nxs_compact_params::tokens"][::core::mem::offset_of!(nxs_compact_params, tokens) - 600usize];
+    ["Offset of field: nxs_compact_params::kept"][::core::mem::offset_of!(nxs_compact_params, kept) - 608usize];
+    ["Offset of field: nxs_compact_params::input_rows"]
+        [::core::mem::offset_of!(nxs_compact_params, input_rows) - 616usize];
+    ["Offset of field: nxs_compact_params::out_rows"][::core::mem::offset_of!(nxs_compact_params, out_rows) - 624usize];
+    ["Offset of field: nxs_compact_params::page_rows"]
+        [::core::mem::offset_of!(nxs_compact_params, page_rows) - 632usize];
+    ["Offset of field: nxs_compact_params::first_position"]
+        [::core::mem::offset_of!(nxs_compact_params, first_position) - 640usize];
+    ["Offset of field: nxs_compact_params::renumber"][::core::mem::offset_of!(nxs_compact_params, renumber) - 648usize];
+    ["Offset of field: nxs_compact_params::rope"][::core::mem::offset_of!(nxs_compact_params, rope) - 652usize];
+    ["Offset of field: nxs_compact_params::rotary_dim"]
+        [::core::mem::offset_of!(nxs_compact_params, rotary_dim) - 656usize];
+    ["Offset of field: nxs_compact_params::in_place"][::core::mem::offset_of!(nxs_compact_params, in_place) - 660usize];
+    ["Offset of field: nxs_compact_params::slices"][::core::mem::offset_of!(nxs_compact_params, slices) - 664usize];
+    ["Offset of field: nxs_compact_params::unit"][::core::mem::offset_of!(nxs_compact_params, unit) - 668usize];
+    ["Offset of field: nxs_compact_params::log2_lanes"]
+        [::core::mem::offset_of!(nxs_compact_params, log2_lanes) - 672usize];
+    ["Offset of field: nxs_compact_params::in_dtype"][::core::mem::offset_of!(nxs_compact_params, in_dtype) - 676usize];
+    ["Offset of field: nxs_compact_params::out_dtype"]
+        [::core::mem::offset_of!(nxs_compact_params, out_dtype) - 680usize];
+};
+impl Default for nxs_compact_params {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
         unsafe {
@@ -1753,6 +2138,9 @@ unsafe extern "C" {
     pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_drift(params: *const nxs_drift_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_select(params: *const nxs_select_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_compact(params: *const nxs_compact_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_tree_verify(params: *const nxs_tree_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_tree_build(params: *const nxs_tree_build_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

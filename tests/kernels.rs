@@ -49,14 +49,18 @@ fn parse(report: &str) -> Vec<Usage> {
         line[start..end].trim().parse().ok()
     };
     let mut usages: Vec<Usage> = Vec::new();
+    // After a kernel's own properties follow those of the functions that it calls, which are called rarely.
+    let mut function = "";
     for line in report.lines() {
         if let Some(rest) = line.split("Compiling entry function '").nth(1) {
             let mut parts = rest.split('\'');
             let kernel = parts.next().unwrap().to_string();
             let arch = parts.nth(1).unwrap().to_string();
             usages.push(Usage { kernel, arch, ..Usage::default() });
+        } else if let Some(name) = line.split("Function properties for ").nth(1) {
+            function = name;
         } else if let Some(usage) = usages.last_mut() {
-            if line.contains("bytes stack frame") {
+            if line.contains("bytes stack frame") && function == usage.kernel {
                 usage.stack = number(line, " ", " bytes stack frame").unwrap();
                 usage.spills = number(line, ", ", " bytes spill stores").unwrap()
                     + number(line, ", ", " bytes spill loads").unwrap();
@@ -108,6 +112,8 @@ ptxas info    : Compiling entry function '_Zphilox_fill_kernelv' for 'sm_90a'
 ptxas info    : Function properties for _Zphilox_fill_kernelv
     16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 40 registers, used 0 barriers, 368 bytes cmem[0]
+ptxas info    : Function properties for _Zcalled
+    0 bytes stack frame, 100 bytes spill stores, 100 bytes spill loads
 ptxas info    : Compiling entry function '_Zunknownv' for 'sm_80'
 ptxas info    : Used 10 registers
 ";

@@ -41,6 +41,8 @@ struct Case {
     shift: [usize; 3],
     /// The plan is one for so little shared memory.
     shared: Option<i32>,
+    /// The plan is one for a device without clusters.
+    alone: bool,
     seed: u64,
 }
 
@@ -59,15 +61,32 @@ fn case() -> impl Strategy<Value = Case> {
     let rest = (
         prop_oneof![2 => Just(1usize), 1 => Just(2)],
         prop_oneof![3 => Just(None), 1 => Just(Some(8000))],
+        any::<bool>(),
         any::<u64>(),
     );
-    (what, how, rest).prop_map(|(what, how, (patch, shared, seed))| {
+    (what, how, rest).prop_map(|(what, how, (patch, shared, alone, seed))| {
         let (batch, channels, mut schedule, size, entries) = what;
         let (phi, last_phi, up, next, repeat, maps, shift) = how;
         schedule.iter_mut().for_each(|(h, w)| (*h, *w) = ((*h).min(size.0), (*w).min(size.1)));
         schedule.push(size);
         let phi = phi.filter(|_| next != Next::Tokens).map(|phis| phis[..schedule.len()].to_vec());
-        Case { batch, channels, schedule, patch, entries, phi, last_phi, up, next, repeat, maps, shift, shared, seed }
+        Case {
+            batch,
+            channels,
+            schedule,
+            patch,
+            entries,
+            phi,
+            last_phi,
+            up,
+            next,
+            repeat,
+            maps,
+            shift,
+            shared,
+            alone,
+            seed,
+        }
     })
 }
 
@@ -212,6 +231,9 @@ impl Case {
     fn plan<T: Token, O: Float>(&self) -> MultiScale<T, O> {
         let mut device = DeviceInfo::H200;
         device.smem_per_block = self.shared.unwrap_or(device.smem_per_block);
+        if self.alone {
+            device.arch = DeviceInfo::A100.arch;
+        }
         // Where that is too little, the device's.
         let built = self.builder().build(&device);
         built.unwrap_or_else(|_| self.builder().build(&DeviceInfo::H200).unwrap())
@@ -510,6 +532,7 @@ fn plain() -> Case {
         maps: Maps::InPlace,
         shift: [0; 3],
         shared: None,
+        alone: false,
         seed: 1,
     }
 }
@@ -586,16 +609,33 @@ fn edges() {
 fn bands_on_every_device_at_the_edges() {
     for device in TestDevice::all() {
         let schedule = vec![(2, 2), (5, 6), (20, 5), (21, 6)];
-        for (shared, bands, kept) in [(10_800, true, true), (8_800, true, false), (60_000, false, true)] {
-            let case =
-                Case { channels: 4, schedule: schedule.clone(), shared: Some(shared), last_phi: false, ..plain() };
+        let cuts = [
+            (10_800, true, true, true),
+            (10_800, false, true, false),
+            (8_800, true, true, false),
+            (60_000, true, false, true),
+            (60_000, false, false, true),
+        ];
+        for (shared, alone, bands, kept) in cuts {
+            let case = Case {
+                channels: 4,
+                schedule: schedule.clone(),
+                shared: Some(shared),
+                alone,
+                last_phi: false,
+                ..plain()
+            };
             let cut = case.plan::<f32, f32>().cut();
             assert_eq!((cut.band < 21, cut.plane_shared), (bands, kept), "{cut:?}");
+            // Where blocks can make a cluster, they share the bands.
+            assert_eq!(cut.blocks > 1, bands && !alone, "{cut:?}");
             assert!(cut.shared_bytes <= shared as u64);
             check::<f32, f32>(&device, &case);
             check::<u16, bf16>(&device, &Case { last_phi: true, ..case.clone() });
             let phi = None;
-            check::<u8, f16>(&device, &Case { phi, up: Up::Bilinear, next: Next::Bilinear, ..case });
+            let case = Case { phi, up: Up::Bilinear, next: Next::Bilinear, ..case };
+            assert_eq!(case.plan::<u8, f16>().cut().blocks, if alone { 1 } else { 2 });
+            check::<u8, f16>(&device, &case);
         }
     }
 }
@@ -711,6 +751,7 @@ fn bitwise_repeatable_in_any_batch() {
             let all = run(&case, &problem);
             assert_eq!(run(&case, &problem), all);
             assert_eq!(run(&Case { shared: Some(16_000), ..case.clone() }, &problem), all, "another cut");
+            assert_eq!(run(&Case { alone: true, ..case.clone() }, &problem), all, "without clusters");
             let plain = case.builder::<f32, f32>().programmatic(false).build(&DeviceInfo::H200).unwrap();
             let mut buffers = Buffers::<f32, f32>::new(&device, &case, &problem);
             (0..4).for_each(|s| buffers.step(&device, &case, &plain, s).unwrap());

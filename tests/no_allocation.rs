@@ -1,6 +1,6 @@
 //! A run allocates nothing on the heap: engines call it per layer and per step.
 
-#![cfg(any(feature = "attention", feature = "quantization", feature = "verification"))]
+#![cfg(any(feature = "attention", feature = "quantization", feature = "verification", feature = "compression"))]
 
 mod support;
 
@@ -281,6 +281,64 @@ fn verification_allocates_nothing() {
             let args =
                 RowStatsArgs { logits: logits.input(), temperature: None, allow: None, partials: partials.output() };
             stats.run(&device.stream(), args).unwrap();
+        });
+    }
+}
+
+#[cfg(feature = "compression")]
+#[test]
+fn drift_select_and_compact_allocate_nothing() {
+    use nextscale::compression::{Compact, CompactArgs, Drift, DriftArgs, Scope, Select, SelectArgs};
+    for device in TestDevice::all() {
+        let drift = Drift::<f32>::builder(1, 64).build(&DeviceInfo::A100).unwrap();
+        let features = Buffer::of(&device, &[1f32; 64], 0);
+        let mut previous = Buffer::of(&device, &[1f32; 64], 0);
+        let mut accumulated = Buffer::of(&device, &[0f32], 0);
+        let (mut steps, mut decision) = (Buffer::of(&device, &[0i32], 0), Buffer::of(&device, &[0i32], 0));
+        let mut workspace = Buffer::<u8>::poisoned(&device, 4096, 0);
+        let mut counters = Buffer::of(&device, &[0u32], 0);
+        assert_allocates_nothing(&device, || {
+            let args = DriftArgs {
+                features: features.input(),
+                previous: previous.output(),
+                accumulated: accumulated.output(),
+                steps: steps.output(),
+                force: None,
+                decision: decision.output(),
+                change: None,
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            drift.run(&device.stream(), args).unwrap();
+        });
+        let scores = Buffer::of(&device, &(0..64).map(|i| (i * 7 % 64) as f32).collect::<Vec<_>>(), 0);
+        let mut indices = Buffer::<i32>::poisoned(&device, 64, 0);
+        let mut counts = Buffer::<i32>::poisoned(&device, 2, 0);
+        for (scope, block) in [(Scope::PerHead, 1), (Scope::Shared, 4), (Scope::Ada { floor: 0.2 }, 1)] {
+            let select =
+                Select::builder(1, 2, 32).budget(8).scope(scope).block(block).build(&DeviceInfo::A100).unwrap();
+            assert_allocates_nothing(&device, || {
+                let args = SelectArgs {
+                    importance: Some(scores.input()),
+                    redundancy: None,
+                    weights: None,
+                    lengths: None,
+                    budgets: None,
+                    indices: indices.output(),
+                    counts: counts.output(),
+                    status: None,
+                    workspace: Some(workspace.output()),
+                };
+                select.run(&device.stream(), args).unwrap();
+            });
+        }
+        let compact = Compact::<f32, f32>::builder(1, 1, 8, 4).k(8).build(&DeviceInfo::A100).unwrap();
+        let rows = Buffer::of(&device, &[0, 2, 4, 6], 0);
+        let mut out = Buffer::<f32>::poisoned(&device, 32, 0);
+        assert_allocates_nothing(&device, || {
+            let args =
+                CompactArgs { k: Some(features.input()), k_out: Some(out.output()), ..CompactArgs::of(rows.input()) };
+            compact.run(&device.stream(), args).unwrap();
         });
     }
 }

@@ -387,10 +387,16 @@ impl Case {
                             .map(|j| {
                                 let weight = &problem.weights[0][row(j) * self.latent..][..self.latent];
                                 let chain = |c: usize| {
-                                    let start = if c == 0 { problem.weights[1][row(j)] } else { 0.0 };
-                                    (c..self.latent).step_by(4).fold(start, |sum, k| weight[k].mul_add(left[k], sum))
+                                    let of = (0..self.latent).filter(|k| k / 4 % 32 == c);
+                                    of.fold(0f32, |sum, k| weight[k].mul_add(left[k], sum))
                                 };
-                                (chain(0) + chain(1)) + (chain(2) + chain(3))
+                                fn paired(chain: &dyn Fn(usize) -> f32, c: usize, apart: usize) -> f32 {
+                                    if apart == 32 {
+                                        return chain(c);
+                                    }
+                                    paired(chain, c, apart * 2) + paired(chain, c + apart, apart * 2)
+                                }
+                                problem.weights[1][row(j)] + paired(&chain, 0, 1)
                             })
                             .collect();
                     }
@@ -747,6 +753,7 @@ fn every_kernel_at_the_widths_of_models() {
         let dac =
             Case { rows: 17, entries: 64, dim: 8, latent: 128, metric: Metric::CosineRaw { eps: 1e-12 }, ..plain() };
         check::<f32, i64>(&device, &dac);
+        check::<f32, u32>(&device, &Case { latent: 300, dim: 32, ..dac.clone() });
         check::<bf16, i64>(&device, &Case { latent: 33, dim: 13, ..dac });
     }
 }

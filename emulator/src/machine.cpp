@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <unordered_set>
 
 #include "machine.h"
 
@@ -18,7 +19,7 @@ namespace {
 thread_local std::string report;
 thread_local std::vector<std::unique_ptr<Thread>> thread_pool;
 std::mutex opted_in_mutex;
-std::unordered_map<const void*, unsigned> opted_in;  // by kernel, of the whole process as on a GPU
+std::unordered_set<const void*> opted_in;  // kernels, of the whole process as on a GPU
 
 nxs_emulator_options default_options() {
   nxs_emulator_options options = {};
@@ -318,8 +319,7 @@ nxs_status run(const Launch& launch) {
   unsigned shared_limit = kSharedWithoutOptIn;
   {
     const std::lock_guard lock(opted_in_mutex);
-    if (const auto opted = opted_in.find(launch.kernel); opted != opted_in.end())
-      shared_limit = std::max(shared_limit, opted->second);
+    if (opted_in.count(launch.kernel)) shared_limit = kSharedLimit;
   }
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !launch.block || launch.block > 1024 ||
       launch.dynamic_smem > shared_limit || !launch.cluster || launch.cluster > 16 || grid.x % launch.cluster)
@@ -334,10 +334,9 @@ nxs_status run(const Launch& launch) {
   return running.stopping ? NXS_EMULATOR_FAILURE : NXS_OK;
 }
 
-nxs_status allow_dynamic_smem(const void* kernel, unsigned bytes) {
-  if (bytes > kSharedLimit) return 1;
+nxs_status allow_dynamic_smem(const void* kernel) {
   const std::lock_guard lock(opted_in_mutex);
-  opted_in[kernel] = bytes;
+  opted_in.insert(kernel);
   return NXS_OK;
 }
 

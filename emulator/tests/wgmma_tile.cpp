@@ -181,7 +181,7 @@ static void run(const char* name) {
     shape.block = 384;
     shape.dynamic_smem = nxs::kSharedBytes<kN>;
     const std::string label = std::string("wgmma ") + name + (integers ? " integers" : " random");
-    test::check(nxs::allow_dynamic_smem(kernel, shape.dynamic_smem) == NXS_OK, label + " may use its shared memory");
+    test::check(nxs::allow_dynamic_smem(kernel) == NXS_OK, label + " may use its shared memory");
 #if !defined(__CUDACC__)
     nxs_emulator_reset();
 #endif

@@ -10,7 +10,9 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod compact;
 mod draft_sample;
+mod drift;
 mod multi_scale;
 mod philox_fill;
 mod request;
@@ -20,6 +22,7 @@ mod rvq_decode;
 mod rvq_encode;
 mod scalar_quantize;
 mod scale_attention;
+mod select;
 mod tensors;
 mod tree_build;
 mod tree_verify;
@@ -51,6 +54,9 @@ static OPS: &[&Op] = &[
     &tree_build::OP,
     &draft_sample::OP,
     &row_stats::OP,
+    &drift::OP,
+    &select::OP,
+    &compact::OP,
     &philox_fill::OP,
 ];
 

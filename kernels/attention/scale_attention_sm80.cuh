@@ -344,7 +344,7 @@ template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParam
   base2.scale *= kLog2E;
   base2.logit_bound *= kLog2E;
   const auto kernel = scale_attention_sm80_kernel<T, kDim>;
-  NXS_TRY(allow_dynamic_smem(kernel, C::kSharedBytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(all_works(p));
   shape.block = C::kThreads;

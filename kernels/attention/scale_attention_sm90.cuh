@@ -861,7 +861,7 @@ template <typename T, int kDim, int kGroups, int kPair> nxs_status scale_attenti
     NXS_TRY(encode_tensor_map(&maps[i], shape));
   }
   const auto kernel = scale_attention_sm90_kernel<T, kDim, kGroups, kPair>;
-  NXS_TRY(allow_dynamic_smem(kernel, C::kSharedBytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(p.blocks));
   shape.block = C::kThreads;

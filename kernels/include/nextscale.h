@@ -370,8 +370,8 @@ nxs_status nxs_codebook_prepare(const nxs_codebook_prepare_params *params, void 
  * NXS_FLAG_ROW_NOT_FINITE is OR-ed into *flags_or_null. Norms are sqrt of an f32 fma chain, k ascending.
  *
  * With latent > 0 (DAC) input, residual and quantized have `latent` elements a row, and each level searches
- *   e[j] = fma over k ascending of in_weight[l, j, k] r[k], from in_bias[l, j], in four chains: of k % 4 = 0, 1, 2, 3, the first
- *          from in_bias, the others from 0, added as (0 + 1) + (2 + 3)
+ *   e[j] = in_bias[l, j] + sum over k of in_weight[l, j, k] r[k], in 32 chains of fma from 0, k ascending, element k in chain
+ *          k / 4 % 32; chains are added in pairs that are 16 apart, then 8, 4, 2 and 1
  * instead of r, and takes y[k] = fma over j ascending of out_weight[l, k, j] values[l, code, j], from out_bias[l, k], from r.
  */
 typedef struct nxs_rvq_encode_params {
@@ -476,6 +476,8 @@ typedef struct nxs_multi_scale_params {
   int32_t group;                /* rows 0: channels of a block, a multiple of 4 */
   int32_t band;                 /* rows 0: rows of the map that are worked on at a time; even */
   int32_t plane_shared;         /* rows 0: 1: what the next is made from is kept in shared memory */
+  int32_t blocks;               /* rows 0: blocks that take turns at the bands of the same channels, a cluster: 1 to 8;
+                                   beyond 1 on sm_90, without plane_shared */
   int32_t programmatic;         /* 1, on sm_90: may be started before the kernel before it on the stream has ended, for which it
                                    then waits: programmatic dependent launch */
 } nxs_multi_scale_params;
@@ -703,12 +705,167 @@ typedef struct nxs_verify_params {
   int32_t fallback;                        /* the token where none can be drawn */
   int32_t chunks_per_item;                 /* a multiple of 8 */
   int32_t blocks;                          /* of the persistent grid */
+  int32_t cluster;                         /* 0, or without may_block 1 to 8: each request by a cluster of so many blocks,
+                                              beyond 1 on sm_90; neither counters nor chunks_per_item and blocks are used */
   nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
 } nxs_verify_params;
 
 #define NXS_VERIFY_ROW_BYTES 64
 
 nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
+
+/* ---- compression: drift, select, compact -------------------------------------------------------------------- */
+
+/*
+ * Whether the features of a chunk have changed enough to be computed anew (FlowCache, arXiv 2602.10825; TeaCache,
+ * arXiv 2411.19108). For each chunk that is tested
+ *   change = mean|features - previous| / (mean|previous| + eps);  rescaled = polynomial(change), or change
+ *   accumulated + rescaled < threshold:  accumulated += rescaled, decision = 0 (reuse)
+ *   else                                 accumulated = 0,         decision = 1 (compute)
+ * Not tested, decision = 1: force is NXS_DRIFT_COMPUTE, or steps < compute_before, or steps >= compute_from (accumulated stays
+ * as it is, or becomes 0 with reset_forced); else steps < warmup (accumulated becomes 0). Every call adds 1 to steps.
+ */
+#define NXS_DRIFT_TEST 0
+#define NXS_DRIFT_COMPUTE 1
+#define NXS_DRIFT_LEAVE 2 /* nothing of the chunk is read or written */
+#define NXS_DRIFT_SLAB 16384 /* elements whose differences a block adds */
+#define NXS_DRIFT_TERMS 8
+
+typedef struct nxs_drift_params {
+  const void *features;         /* [chunks, elements] dtype */
+  void *previous;               /* [chunks, elements] dtype: the features of the step before; written over if keep */
+  float *accumulated;           /* [chunks], 0 before a chunk's first step */
+  int32_t *steps;               /* [chunks], 0 before a chunk's first step */
+  const int32_t *force_or_null; /* [chunks] NXS_DRIFT_*; null: NXS_DRIFT_TEST */
+  int32_t *decision;            /* [chunks] 1: compute, 0: reuse */
+  float *change_or_null;        /* [chunks], before the polynomial; NaN where nothing was tested */
+  void *workspace;              /* [chunks, ceil(elements / NXS_DRIFT_SLAB), 2] f32, 8-byte aligned */
+  uint32_t *counters;           /* [chunks], all 0 before the first run and after each */
+  int64_t features_stride_chunk, previous_stride_chunk;
+  int64_t chunks, elements;     /* chunks < 65536; fewer than 2^31 slabs a chunk */
+  double eps;
+  double polynomial[NXS_DRIFT_TERMS]; /* coefficients, of the highest power first */
+  int32_t polynomial_terms;     /* 0: none */
+  float threshold;
+  int32_t warmup;
+  int32_t compute_before, compute_from;
+  int32_t reset_forced;
+  int32_t keep;                 /* previous = features */
+  int32_t vector;               /* 16 bytes at a time: addresses and strides allow it */
+  nxs_dtype dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_drift_params;
+
+nxs_status nxs_drift(const nxs_drift_params *params, void *stream);
+
+/*
+ * The tokens to keep: score = lambda * importance - (1 - lambda) * redundancy, or the one that is given (redundancy negated), or 0;
+ * averaged over the heads of a set and added over sets, as the scope says; then averaged over blocks of `block` tokens. To an
+ * item (token or block): minus the least finite score of the list with `relative`, times its weight, minus `demotion` if it is
+ * one of the first `demoted`. The first `sink` and the last `recent` tokens of a list are kept, then the items of the
+ * greatest scores, until the budget is used; of equal ones the oldest, or the newest. NaN is less than every number. The
+ * `active` tokens after the list are kept too and do not count.
+ * A list is what shares one set of kept tokens: (set, head), set, or all. Lists are [sets, heads], [sets] or [1].
+ */
+#define NXS_SELECT_PER_HEAD 0
+#define NXS_SELECT_PER_SET 1
+#define NXS_SELECT_SHARED 2
+#define NXS_SELECT_ADA 3 /* lists are (set, head); the budget of a set is split over its heads by their scores */
+
+/* Bits of a list's status. */
+#define NXS_SELECT_NAN 1u     /* a score was NaN: its token is kept only where numbers do not fill the budget */
+#define NXS_SELECT_CLAMPED 2u /* a length or a budget was out of range, and was clamped */
+
+typedef struct nxs_select_params {
+  const float *importance_or_null; /* [sets, heads, tokens] */
+  const float *redundancy_or_null; /* [sets, heads, tokens] */
+  const float *weights_or_null;    /* [items], items being ceil(tokens / block); null: 1 */
+  const int32_t *lengths_or_null;  /* [lists], 0 to tokens; null: length */
+  const int32_t *budgets_or_null;  /* [lists], 0 to capacity - active; null: budget */
+  int32_t *indices;                /* [lists, capacity] ascending, -1 after them */
+  int32_t *counts;                 /* [lists] */
+  uint32_t *status_or_null;        /* [lists] NXS_SELECT_* */
+  void *workspace_or_null;         /* 16-byte aligned. If the scope is PER_SET or SHARED, or block > 1: [lists, items rounded up
+                                      to 4] f32; if block > 1: [lists, items] i32; with NXS_SELECT_ADA: [lists] i32 */
+  int64_t importance_stride_set, importance_stride_head;
+  int64_t redundancy_stride_set, redundancy_stride_head;
+  int64_t sets, heads, tokens;     /* tokens < 2^30, sets * heads < 2^31; with NXS_SELECT_ADA heads <= 1024, heads * tokens < 2^30 */
+  int64_t capacity;                /* fewer than 2^30 */
+  int32_t scope;                   /* NXS_SELECT_* */
+  int32_t length, budget;
+  int32_t sink, recent, active;
+  int32_t block;                   /* tokens that are kept or dropped together; 0 and 1: each for itself */
+  float lambda;
+  int32_t relative;
+  int32_t demoted;                 /* items */
+  float demotion;
+  int32_t newest;                  /* of equal scores the newest are kept */
+  int32_t floor_alpha;             /* with NXS_SELECT_ADA: of 65536, the part of the budget that is split evenly */
+  int32_t shared_bytes;            /* of shared memory that a block may have, 16384 or more: lists whose scores do not fit are
+                                      read several times */
+  int32_t threads;                 /* of a block: 128, 256 or 512 */
+} nxs_select_params;
+
+nxs_status nxs_select(const nxs_select_params *params, void *stream);
+
+/*
+ * Rows of K and V gathered by indices: out[s, r, h, :] = input[s, indices[s, h, r], h, :] for r < counts[s, h], converted, and
+ * with them 4-byte values that belong to rows. A row lies at place `row` of its tensor, or with a page table at place
+ * pages[s, row / page_rows] * page_rows + row % page_rows. Without an input a tensor is compacted where it lies: indices
+ * then ascend strictly. K may be turned to new positions: row r gets position first_position + r, and is rotated by the
+ * difference from its old one, which is positions[s, row, h], or the row where there are none.
+ */
+#define NXS_COMPACT_EXTRAS 4
+#define NXS_COMPACT_ROW_CLAMPED 1u      /* flags: an index was out of range, or in place less than its target */
+#define NXS_COMPACT_POSITION_CLAMPED 2u /* flags: a rotation was out of the table */
+#define NXS_COMPACT_COUNT_CLAMPED 4u    /* flags: a count was out of range */
+
+typedef struct nxs_compact_tensor {
+  const void *input_or_null;  /* [sets, rows, heads, dim] in_dtype; null: in place */
+  void *out_or_null;          /* [sets, rows, heads, dim] out_dtype; null: no such tensor */
+  int64_t input_stride_set, input_stride_row, input_stride_head;
+  int64_t out_stride_set, out_stride_row, out_stride_head;
+  int64_t dim;                /* 1 to 1024 */
+} nxs_compact_tensor;
+
+/* A value of 4 bytes for each row and head. */
+typedef struct nxs_compact_extra {
+  const void *input_or_null; /* [sets, rows, heads]; null: in place */
+  void *out_or_null;         /* [sets, rows, heads] */
+  int64_t input_stride_set, input_stride_row, input_stride_head;
+  int64_t out_stride_set, out_stride_row, out_stride_head;
+} nxs_compact_extra;
+
+typedef struct nxs_compact_params {
+  nxs_compact_tensor tensor[2];        /* K, V */
+  nxs_compact_extra positions;         /* i32; in place out is read too, else without input a row's position is the row */
+  nxs_compact_extra extra[NXS_COMPACT_EXTRAS];
+  const int32_t *indices;              /* [sets, heads, kept], contiguous along kept */
+  const int32_t *counts_or_null;       /* [sets, heads]; null: kept */
+  const int32_t *input_pages_or_null;  /* [sets, pages] */
+  const int32_t *out_pages_or_null;    /* [sets, pages] */
+  const float *cos_or_null;            /* [table_rows, rotary_dim / 2]: row p has the angles of position p */
+  const float *sin_or_null;
+  uint32_t *flags_or_null;             /* [1] NXS_COMPACT_* */
+  int64_t indices_stride_set, indices_stride_head; /* 0: shared */
+  int64_t counts_stride_set, counts_stride_head;
+  int64_t input_pages_stride_set, out_pages_stride_set;
+  int64_t table_stride_row, table_rows;
+  int64_t sets, heads, tokens, kept;   /* tokens < 2^31, kept <= tokens, heads * kept < 2^31 */
+  int64_t input_rows, out_rows;        /* places of a tensor, for each set; in place they are equal */
+  int64_t page_rows;                   /* with page tables */
+  int64_t first_position;
+  int32_t renumber;                    /* new positions from first_position on; with rotary_dim > 0 K is rotated */
+  int32_t rope;                        /* NXS_ROPE_INTERLEAVED or NXS_ROPE_HALF */
+  int32_t rotary_dim;
+  int32_t in_place;
+  int32_t slices;                      /* in place: blocks that share a (set, head, tensor), 1 to 64 */
+  int32_t unit;                        /* bytes of a move where dtypes are equal and nothing is rotated: 1, 2, 4, 8, 16; else
+                                          8, 2 or 1 elements (1: nothing is rotated) */
+  int32_t log2_lanes;                  /* threads that share a row: 0 to 5 */
+  nxs_dtype in_dtype, out_dtype;       /* equal, or each NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_compact_params;
+
+nxs_status nxs_compact(const nxs_compact_params *params, void *stream);
 
 /*
  * Verification of trees of drafts. Node 0 of a request is its root, the last certain token; node n is row

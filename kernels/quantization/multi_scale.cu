@@ -93,6 +93,7 @@ extern "C" nxs_status nxs_multi_scale(const nxs_multi_scale_params* params, void
     NXS_TRY(check_rows(p));
   } else {
     NXS_REQUIRE(p.group >= 4 && p.group % 4 == 0 && p.band >= 2 && p.band % 2 == 0, NXS_E_SHAPE);
+    NXS_REQUIRE(p.blocks == 1 || (p.blocks > 1 && p.blocks <= 8 && !p.plane_shared), NXS_E_UNSUPPORTED);
     NXS_REQUIRE(p.scales == 0 || p.f_hat_out_or_null, NXS_E_NULL);
   }
   NXS_REQUIRE(is_aligned(p.phi_or_null, 16) && is_aligned(p.f_hat_or_null, 4) && is_aligned(p.f_hat_out_or_null, 4) &&

@@ -6,8 +6,9 @@
 // Layouts    as nextscale.h says: maps [batch, C, H, W] f32, tokens [batch, l, C] or codes [batch, l] with a codebook
 //            [V, C], next [repeat, batch, l, C]; phi packed [phis, C / 4, 9 C + 1, 4].
 // Who does what, `owner` kernel (any call)
-//            A block of 256 threads owns p.group channels of one image, for a phi mixes all inputs into each output but
-//            outputs do not meet: no block waits for another. It works on bands of p.band rows, scale after scale:
+//            A block of 256 threads, or a cluster of p.blocks of them that take turns at the bands, owns p.group channels of
+//            one image: a phi mixes all inputs into each output, but outputs do not meet, and only next has windows
+//            that reach into several bands. It works on bands of p.band rows, scale after scale:
 //            1. gather: the tokens that the band reaches, all channels with a phi, else its own, to shared memory
 //               [pixel][channel], eight chunks of four channels in flight a thread;
 //            2. resize: a thread takes a column x, four channels and a stretch of rows; it keeps the up to four
@@ -34,6 +35,7 @@
 #include "common/dtype.cuh"
 #include "common/philox.cuh"
 #include "common/ptx/async_copy.cuh"
+#include "common/ptx/cluster.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/math.cuh"
 #include "common/ptx/memory.cuh"
@@ -338,8 +340,7 @@ NXS_DEVICE void gather(const ScaleParams& q, const Grid& grid, u32 lo, u32 hi, u
 
 // Four channels of source row `row`, resized along x.
 template <int kTaps>
-NXS_DEVICE Four resized_row(const ScaleParams& q, u32 row, u32 pixel_bytes, const u32 (&column)[kTaps],
-                            const float (&weight)[kTaps]) {
+NXS_DEVICE Four resized_row(u32 row, u32 pixel_bytes, const u32 (&column)[kTaps], const float (&weight)[kTaps]) {
   Four sum = scaled(weight[0], load_shared<Four>(row + column[0] * pixel_bytes));
 #pragma unroll
   for (int t = 1; t < kTaps; ++t) add_scaled(sum, weight[t], load_shared<Four>(row + column[t] * pixel_bytes));
@@ -369,7 +370,7 @@ NXS_DEVICE void resize(const ScaleParams& q, const Grid& grid, u32 shared, u32 l
     for (int t = 0; t < kTaps; ++t) column[t] = clamp_to(across.first + t, grid.width - 1);
     const auto source = [&](i32 row) {
       const u32 at = base + (clamp_to(row, grid.height - 1) - lo) * row_bytes;
-      return resized_row<kTaps>(q, at, pixel_bytes, column, across.weight);
+      return resized_row<kTaps>(at, pixel_bytes, column, across.weight);
     };
     Four reach[kTaps];
     i32 first = load_shared<i32>(shared + from * 4);
@@ -528,14 +529,14 @@ NXS_DEVICE Four sample(const Params& p, bool area, u32 y, u32 x, u32 lane, u32 l
   return sum;
 }
 
-// All pixels of next, of the block's channels.
-NXS_DEVICE void make_next(const ScaleParams& q, const Owner& o, bool labels) {
+// The block's share of the pixels of next, of its channels.
+NXS_DEVICE void make_next(const ScaleParams& q, const Owner& o, bool labels, u32 rank, u32 blocks) {
   const Params& p = q.p;
   const u32 height = p.height, width = p.width, pixels = p.next_height * p.next_width, chunks = o.own / 4;
   const bool residual = labels || p.next_of_residual, area = labels || p.down == NXS_RESIZE_AREA;
   const u32 lanes = area ? q.lanes : 1, items = pixels * chunks;
   const float* target = p.target_or_null + static_cast<i64>(o.image) * p.channels * height * width;
-  for (u32 base = 0; base < items * lanes; base += kScaleThreads) {
+  for (u32 base = rank * kScaleThreads; base < items * lanes; base += blocks * kScaleThreads) {
     const u32 item = (base + thread_index()) / lanes, lane = thread_index() % lanes;
     const u32 pixel = item % pixels, chunk = item / pixels, c = o.channel + chunk * 4;
     const u32 y = pixel / p.next_width, x = pixel % p.next_width;
@@ -596,7 +597,8 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
   const u32 channels4 = round_up(p.channels, 4), height = p.height, width = p.width, stride = up_stride(width);
   Owner o;
   o.image = block_index_y();
-  o.channel = block_index_x() * p.group;
+  const u32 blocks = p.blocks, rank = blocks > 1 ? cluster_rank() : 0;
+  o.channel = block_index_x() / blocks * p.group;
   o.own = min_of(p.group, channels4 - o.channel);
   o.shared = dynamic_shared();
   bool zeroed = false;
@@ -626,7 +628,7 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
     }
     copy_async_commit();
     const bool copy = grid.height == height && grid.width == width;
-    for (u32 y0 = 0; y0 < height; y0 += p.band) {
+    for (u32 y0 = rank * p.band; y0 < height; y0 += blocks * p.band) {
       const u32 y1 = min_of(y0 + p.band, height);
       const u32 ya = phi >= 0 && y0 > 0 ? y0 - 1 : y0, yb = phi >= 0 ? min_of(y1 + 1, height) : y1;
       const u32 lo = copy ? ya : clamp_to(taps_at<kTaps>(ya, grid.height, height).first, grid.height - 1);
@@ -685,8 +687,13 @@ __global__ void __launch_bounds__(kScaleThreads, 1) multi_scale_owner_kernel(con
     if (p.prefixes) o.after += maps;
   }
   if (p.next_height > 0) {
-    if (p.next_or_null) make_next(q, o, false);
-    if (p.labels_or_null) make_next(q, o, true);
+    if (blocks > 1) {
+      // A window may reach into bands of the others.
+      cluster_arrive();
+      cluster_wait();
+    }
+    if (p.next_or_null) make_next(q, o, false, rank, blocks);
+    if (p.labels_or_null) make_next(q, o, true, rank, blocks);
   }
   if (clamped && p.flags_or_null) atomic_or_global(p.flags_or_null, NXS_FLAG_CODE_CLAMPED);
 }
@@ -921,14 +928,15 @@ template <typename T, int kTaps> nxs_status multi_scale_launch_taps(ScaleParams 
     shape.grid = dim3(rows, static_cast<unsigned>(p.batch));
     shape.dynamic_smem = rows_bytes(p);
     if (shape.dynamic_smem > 48 << 10)
-      NXS_TRY(allow_dynamic_smem(multi_scale_rows_kernel<T, kTaps>, shape.dynamic_smem));
+      NXS_TRY(allow_dynamic_smem(multi_scale_rows_kernel<T, kTaps>));
     return launch(multi_scale_rows_kernel<T, kTaps>, shape, stream, q);
   }
   q.at = owner_layout(p, kTaps);
-  shape.grid = dim3(ceil_div(round_up(p.channels, 4), p.group), static_cast<unsigned>(p.batch));
+  shape.grid = dim3(ceil_div(round_up(p.channels, 4), p.group) * p.blocks, static_cast<unsigned>(p.batch));
+  shape.cluster = p.blocks;
   shape.dynamic_smem = q.at.bytes;
   if (shape.dynamic_smem > 48 << 10)
-    NXS_TRY(allow_dynamic_smem(multi_scale_owner_kernel<T, kTaps>, shape.dynamic_smem));
+    NXS_TRY(allow_dynamic_smem(multi_scale_owner_kernel<T, kTaps>));
   return launch(multi_scale_owner_kernel<T, kTaps>, shape, stream, q);
 }
 

@@ -3,8 +3,9 @@
 // Layouts    z [batch, rows, C] f32, codebook [V, C] f32, codes [batch, rows] with a stride of the batch.
 // Who does what
 //            A block of 256 threads has kTile vectors, a cluster of p.splits blocks the same ones; each block takes
-//            its part of the codebook in chunks of up to 256 rows, a thread a row. It scores all kTile vectors
-//            (broadcasts) against its row, four channels a load; rows lie at C4 + 4 words, so that eight lanes reach
+//            its part of the codebook in chunks of up to 256 rows. A thread scores four of them against a quarter of the
+//            vectors (broadcasts), four channels a load: a broadcast of 16 bytes takes as long to arrive as four
+//            multiply-adds to issue, so each is used for four rows. Rows lie at C4 + 4 words, so that eight lanes reach
 //            all banks. The next chunk is copied while one is scored. A thread compares scores in ascending order of
 //            index; then (score, index) is reduced over the threads, and over the blocks of the cluster,
 //            lexicographically: the lowest index among equals, whatever the cut.
@@ -27,6 +28,7 @@ namespace nxs::quantization {
 namespace {
 
 constexpr u32 kSearchThreads = 256, kWarps = kSearchThreads / kWarpSize;
+constexpr u32 kCodes = 4, kPlaces = kSearchThreads / kCodes;  // rows that a thread scores; threads of the same vectors
 constexpr u32 kMostShared = 99 << 10;  // every device has as much for a block
 using Four = Vec<float, 4>;
 
@@ -99,10 +101,12 @@ __global__ void __launch_bounds__(kSearchThreads, 2) nearest_code_kernel(const _
     }
   }
 
-  float least[kTile];
-  u32 index[kTile];
+  constexpr u32 kOwn = kTile / kCodes;  // vectors of a thread
+  const u32 place = thread_index() % kPlaces, own = thread_index() / kPlaces * kOwn, quarter = chunk / kCodes;
+  float least[kOwn];
+  u32 index[kOwn];
 #pragma unroll
-  for (u32 m = 0; m < kTile; ++m) least[m] = bits_float(0x7f800000u), index[m] = 0;
+  for (u32 m = 0; m < kOwn; ++m) least[m] = bits_float(0x7f800000u), index[m] = 0;
   u32 buffer = 0;
   for (u32 from = begin; from < end; from += chunk) {
     if (from + chunk < end) {
@@ -112,42 +116,55 @@ __global__ void __launch_bounds__(kSearchThreads, 2) nearest_code_kernel(const _
       copy_async_wait<0>();
     }
     block_sync();
-    const u32 code = from + thread_index();
-    if (thread_index() < chunk && code < end) {
-      const u32 line = chunks + (buffer * chunk + thread_index()) * stride;
-      float score[kTile] = {};
+    if (place < quarter) {
+      u32 line[kCodes];
+#pragma unroll
+      for (u32 n = 0; n < kCodes; ++n) {
+        const u32 row = place + n * quarter;  // beyond the end, the last one is scored, and not taken
+        line[n] = chunks + (buffer * chunk + (from + row < end ? row : end - from - 1)) * stride;
+      }
+      float score[kOwn][kCodes] = {};
 #pragma unroll 1
       for (u32 k = 0; k < padded; k += 4) {
-        const Four row = load_shared<Four>(line + k * 4);
+        Four row[kCodes];
 #pragma unroll
-        for (u32 m = 0; m < kTile; ++m) {
-          const Four z = load_shared<Four>(shared + m * stride + k * 4);
+        for (u32 n = 0; n < kCodes; ++n) row[n] = load_shared<Four>(line[n] + k * 4);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float difference = z.data[i] - row.data[i];
-            score[m] = fma(difference, difference, score[m]);
-          }
+        for (u32 m = 0; m < kOwn; ++m) {
+          const Four z = load_shared<Four>(shared + (own + m) * stride + k * 4);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (u32 n = 0; n < kCodes; ++n) {
+              const float difference = z.data[i] - row[n].data[i];
+              score[m][n] = fma(difference, difference, score[m][n]);
+            }
         }
       }
 #pragma unroll
-      for (u32 m = 0; m < kTile; ++m)
-        if (score[m] < least[m]) least[m] = score[m], index[m] = code;
+      for (u32 n = 0; n < kCodes; ++n) {
+        const u32 code = from + place + n * quarter;
+#pragma unroll
+        for (u32 m = 0; m < kOwn; ++m)
+          if (code < end && score[m][n] < least[m]) least[m] = score[m][n], index[m] = code;
+      }
     }
     block_sync();
     buffer = 1 - buffer;
   }
 
-  // [vector][thread] where the chunks were.
+  // [vector][place] where the chunks were.
   block_sync();
-  if (thread_index() < chunk) {
+  if (place < quarter) {
 #pragma unroll
-    for (u32 m = 0; m < kTile; ++m) store_shared(chunks + (m * chunk + thread_index()) * 8, Best{least[m], index[m]});
+    for (u32 m = 0; m < kOwn; ++m)
+      store_shared(chunks + ((own + m) * quarter + place) * 8, Best{least[m], index[m]});
   }
   block_sync();
   for (u32 m = warp; m < kTile; m += kWarps) {
-    Best best = load_shared<Best>(chunks + (m * chunk + lane) * 8);
-    for (u32 i = lane + kWarpSize; i < chunk; i += kWarpSize) {
-      const Best other = load_shared<Best>(chunks + (m * chunk + i) * 8);
+    Best best = load_shared<Best>(chunks + (m * quarter + lane % quarter) * 8);
+    for (u32 i = lane + kWarpSize; i < quarter; i += kWarpSize) {
+      const Best other = load_shared<Best>(chunks + (m * quarter + i) * 8);
       if (better(other, best)) best = other;
     }
 #pragma unroll
@@ -186,7 +203,7 @@ template <u32 kTile, bool kVector> nxs_status launch_search(const nxs_nearest_co
   const u32 stride = stride_of(p.channels);
   SearchParams q = {p, kSearchThreads};
   const auto bytes = [&] {
-    const u32 rows = 2 * q.chunk * stride, bests = kTile * q.chunk * 8;
+    const u32 rows = 2 * q.chunk * stride, bests = kTile * q.chunk / kCodes * 8;
     return kTile * (stride + 8) + (rows > bests ? rows : bests);
   };
   while (q.chunk > kWarpSize && bytes() > kMostShared) q.chunk /= 2;
@@ -197,7 +214,7 @@ template <u32 kTile, bool kVector> nxs_status launch_search(const nxs_nearest_co
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kTile - 1) / kTile * p.splits));
   shape.dynamic_smem = bytes();
   if (shape.dynamic_smem > 48 << 10)
-    NXS_TRY(allow_dynamic_smem(nearest_code_kernel<kTile, kVector>, shape.dynamic_smem));
+    NXS_TRY(allow_dynamic_smem(nearest_code_kernel<kTile, kVector>));
   return launch(nearest_code_kernel<kTile, kVector>, shape, stream, q);
 }
 

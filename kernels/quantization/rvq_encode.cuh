@@ -70,14 +70,17 @@ __host__ NXS_DEVICE EncodeShared encode_shared(const nxs_codebook& book, u32 row
   return s;
 }
 
-// The pieces of the operand that a block streams: of a level one after the other in memory, the levels too.
+// The pieces of the operand that a block streams: of a level one after the other in memory, the levels too. Blocks begin with
+// different tiles and go round, or all of them would ask the same few slices of L2 for the same piece at once.
 struct PieceStream {
   const u8* operand;                // of the first tile
-  u64 level_bytes;                  // from a level to the next
+  u64 level_bytes, start_bytes;     // from a level to the next; to where the block begins
   u32 steps, piece_bytes, pieces;   // pieces: of a tile
   u32 first, tiles, level_pieces, all;  // the block's tiles
+  u32 start;                            // the one it begins with, of its own
 
-  NXS_DEVICE PieceStream(const nxs_rvq_encode_params& p, u32 rank, u32 ranks) {
+  // `block`: of those that have the same codes.
+  NXS_DEVICE PieceStream(const nxs_rvq_encode_params& p, u32 block, u32 rank, u32 ranks) {
     const nxs_codebook& book = p.codebook;
     const u32 all_tiles = (static_cast<u32>(book.entries) + kCodeTile - 1) / kCodeTile;
     steps = steps_of(static_cast<u32>(book.operand_dim));
@@ -90,19 +93,28 @@ struct PieceStream {
     const u64 tile_bytes = static_cast<u64>(pieces) * piece_bytes;
     level_bytes = book.levels == 1 ? 0 : all_tiles * tile_bytes;
     operand = static_cast<const u8*>(book.prepared) + book.operand_at + first * tile_bytes;
+    start = block % tiles;
+    start_bytes = start * tile_bytes;
+  }
+  // The number of the tile that comes at this place.
+  NXS_DEVICE u32 tile(u32 place) const {
+    const u32 at = start + place;
+    return first + (at < tiles ? at : at - tiles);
   }
 };
 // Walks it.
 struct PieceWalk {
   const u8 *level, *from;
-  u32 left;  // of the level
-  NXS_DEVICE explicit PieceWalk(const PieceStream& s) : level(s.operand), from(s.operand), left(s.level_pieces) {}
+  u32 place = 0;  // in the level
+  NXS_DEVICE explicit PieceWalk(const PieceStream& s) : level(s.operand), from(s.operand + s.start_bytes) {}
   NXS_DEVICE void next(const PieceStream& s) {
     from += s.piece_bytes;
-    if (--left > 0) return;
-    left = s.level_pieces;
+    ++place;
+    if (place == s.level_pieces - s.start * s.pieces) from = level;
+    if (place < s.level_pieces) return;
+    place = 0;
     level += s.level_bytes;
-    from = level;
+    from = level + s.start_bytes;
   }
 };
 
@@ -302,31 +314,59 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
       atomic_or_shared(own + WarpShared::kState + (lane / 4 + 8 * r) * 4, kScanned);
   }
 
-  // The exact score of a code.
-  NXS_DEVICE float score(const float* rows_of_level, u32 row, u32 code) const {
-    const auto* from = reinterpret_cast<const Vec<float, 4>*>(rows_of_level) +
-                       static_cast<u64>(code / kCodeLanes) * (padded / 4 * kCodeLanes) + code % kCodeLanes;
-    const u32 at = search + row * stride, chunks = padded / 4;
-    float sum = 0;
-    u32 k = 0;
-    for (; k + 8 <= chunks; k += 8) sum = score_chunks<8>(from + k * kCodeLanes, at + k * 16, sum);
-    for (; k < chunks; k += 2) sum = score_chunks<2>(from + k * kCodeLanes, at + k * 16, sum);
-    return sum;
-  }
-  template <u32 kChunks> NXS_DEVICE static float score_chunks(const Vec<float, 4>* from, u32 at, float sum) {
-    Vec<float, 4> c[kChunks];
+  // A code to be scored against a row, or none.
+  struct Item {
+    u32 row, code;
+  };
+  // The exact scores of kItems items, each a chain of its own; a trip to L2 takes longer than what is done with what it
+  // brings, so as much is on the way as registers hold.
+  template <u32 kMany> NXS_DEVICE void take_scores(const float* rows_of_level, const Item (&items)[kMany], u32 entries) const {
+    const u32 chunks = padded / 4;
+    const Vec<float, 4>* from[kMany];
+    u32 at[kMany];
+    float sum[kMany];
 #pragma unroll
-    for (u32 j = 0; j < kChunks; ++j) c[j] = load_global_nc(from + j * kCodeLanes);
-#pragma unroll
-    for (u32 j = 0; j < kChunks; ++j) {
-      const auto v = load_shared<Vec<float, 4>>(at + j * 16);
-#pragma unroll
-      for (u32 i = 0; i < 4; ++i) {
-        const float difference = v.data[i] - c[j].data[i];
-        sum = fma(difference, difference, sum);
-      }
+    for (u32 n = 0; n < kMany; ++n) {
+      // Where there is none, that of code 0 is found and not taken.
+      const u32 code = items[n].code < entries ? items[n].code : 0;
+      from[n] = reinterpret_cast<const Vec<float, 4>*>(rows_of_level) +
+                static_cast<u64>(code / kCodeLanes) * (chunks * kCodeLanes) + code % kCodeLanes;
+      at[n] = search + items[n].row * stride;
+      sum[n] = 0;
     }
-    return sum;
+    u32 k = 0;
+    if constexpr (kSplit)  // the Hopper kernel, whose consumers have registers
+#pragma unroll 1
+      for (; k + 16 <= chunks; k += 16) score_chunks<kMany, 16>(from, at, k, sum);
+#pragma unroll 1
+    for (; k + 8 <= chunks; k += 8) score_chunks<kMany, 8>(from, at, k, sum);
+#pragma unroll 1
+    for (; k < chunks; k += 2) score_chunks<kMany, 2>(from, at, k, sum);
+#pragma unroll
+    for (u32 n = 0; n < kMany; ++n)
+      // Scores are not negative: their bits are in their order, and below them lies the code.
+      if (items[n].code < entries && sum[n] < kInfinity)
+        atomic_min_shared(own + WarpShared::kBest + items[n].row * 8,
+                          static_cast<u64>(float_bits(sum[n])) << 32 | items[n].code);
+  }
+  template <u32 kMany, u32 kChunks>
+  NXS_DEVICE static void score_chunks(const Vec<float, 4>* const (&from)[kMany], const u32 (&at)[kMany], u32 k, float (&sum)[kMany]) {
+    Vec<float, 4> c[kMany][kChunks];
+#pragma unroll
+    for (u32 j = 0; j < kChunks; ++j)
+#pragma unroll
+      for (u32 n = 0; n < kMany; ++n) c[n][j] = load_global_nc(from[n] + (k + j) * kCodeLanes);
+#pragma unroll
+    for (u32 j = 0; j < kChunks; ++j)
+#pragma unroll
+      for (u32 n = 0; n < kMany; ++n) {
+        const auto v = load_shared<Vec<float, 4>>(at[n] + (k + j) * 16);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+          const float difference = v.data[i] - c[n][j].data[i];
+          sum[n] = fma(difference, difference, sum[n]);
+        }
+      }
   }
   NXS_DEVICE const float* searched(u32 level) const {
     const nxs_codebook& book = p.codebook;
@@ -355,18 +395,22 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
     warp_sync();
     u32 scored = load_shared<u32>(own + WarpShared::kCount);
     scored = (scored < kItems ? scored : kItems) * kGroup;
-#pragma unroll 1
-    for (u32 i = lane; i < scored; i += kWarpSize) {
+    const auto item_of = [&](u32 i) {
+      if (i >= scored) return Item{0, ~0u};
       const u32 item = load_shared<u32>(items + i / kGroup * 4), member = i % kGroup, group = item >> 4, tile = group / (4 * kGroups);
       const u32 block = group / 4 % kGroups * (kGroup / 2) + member / 2;  // of 8 codes
-      take_score(rows_of_level, item & 15, tile * kCodeTile + block * 8 + group % 4 * 2 + member % 2, entries);
-    }
+      return Item{item & 15, tile * kCodeTile + block * 8 + group % 4 * 2 + member % 2};
+    };
+#pragma unroll 1
+    for (u32 i = 0; i < scored; i += 2 * kWarpSize)
+      take_scores<2>(rows_of_level, {item_of(i + lane), item_of(i + lane + kWarpSize)}, entries);
     warp_sync();
 #pragma unroll 1
     for (u32 row = 0; row < kWarpRows; ++row) {
       if (load_shared<u32>(own + WarpShared::kState + row * 4) != kScanned) continue;
 #pragma unroll 1
-      for (u32 code = scan_from + lane; code < scan_to; code += kWarpSize) take_score(rows_of_level, row, code, entries);
+      for (u32 code = scan_from + lane; code < scan_to; code += 2 * kWarpSize)
+        take_scores<2>(rows_of_level, {{row, code}, {row, code + kWarpSize}}, entries);
     }
     warp_sync();
     if constexpr (kSplit)
@@ -394,13 +438,6 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
     }
     warp_sync();
   }
-  NXS_DEVICE void take_score(const float* rows_of_level, u32 row, u32 code, u32 entries) const {
-    if (code >= entries) return;
-    const float found = score(rows_of_level, row, code);
-    // Scores are not negative: their bits are in their order, and below them lies the code.
-    if (found < kInfinity)
-      atomic_min_shared(own + WarpShared::kBest + row * 8, static_cast<u64>(float_bits(found)) << 32 | code);
-  }
 
   // Writes the winners and takes them from the rows.
   NXS_DEVICE void end_level(u32 level) {
@@ -408,19 +445,25 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
       const u64 winner = load_shared<u64>(own + WarpShared::kBest + lane * 8);
       out.write(p, level, static_cast<u32>(winner), bits_float(static_cast<u32>(winner >> 32)));
     }
-    const float* values = values_of(p, level);
-#pragma unroll 1
-    for (u32 row = lane / 8; row < kWarpRows; row += 4) {
-      const u32 code = static_cast<u32>(load_shared<u64>(own + WarpShared::kBest + row * 8));
-      const float* value = values + static_cast<u64>(code) * padded;
-      const u32 at = x + row * stride;
-#pragma unroll 4
-      for (u32 k = lane % 8 * 4; k < padded; k += 32) {
-        const auto taken = load_global_nc(reinterpret_cast<const Vec<float, 4>*>(value + k));
-        auto v = load_shared<Vec<float, 4>>(at + k * 4);
+    // A lane has a part of four rows, whose values are on the way at once.
+    const float* value[4];
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) v.data[i] -= taken.data[i];
-        store_shared(at + k * 4, v);
+    for (u32 r = 0; r < 4; ++r) {
+      const u32 code = static_cast<u32>(load_shared<u64>(own + WarpShared::kBest + (lane / 8 + 4 * r) * 8));
+      value[r] = values_of(p, level) + static_cast<u64>(code) * padded;
+    }
+#pragma unroll 2
+    for (u32 k = lane % 8 * 4; k < padded; k += 32) {
+      Vec<float, 4> taken[4];
+#pragma unroll
+      for (u32 r = 0; r < 4; ++r) taken[r] = load_global_nc(reinterpret_cast<const Vec<float, 4>*>(value[r] + k));
+#pragma unroll
+      for (u32 r = 0; r < 4; ++r) {
+        const u32 at = x + (lane / 8 + 4 * r) * stride + k * 4;
+        auto v = load_shared<Vec<float, 4>>(at);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) v.data[i] -= taken[r].data[i];
+        store_shared(at, v);
       }
     }
     warp_sync();

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
   const u32 shared = dynamic_shared(), thread = thread_index(), lane = thread % kWarpSize, threads = block_size();
   const u32 tile_rows = static_cast<u32>(p.tile_rows), stages = static_cast<u32>(p.stages);
   const EncodeShared at = encode_shared(p.codebook, tile_rows, stages, 1);
-  const PieceStream stream(p, 0, 1);
+  const PieceStream stream(p, block_index_x(), 0, 1);
   PieceWalk ahead(stream);
   u32 sent = 0, sent_slot = 0;
   const auto send = [&] {
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
         }
         if (++slot == stages) slot = 0;
       }
-      warp.take_tile(tile, s);
+      warp.take_tile(stream.tile(tile), s);
     }
     warp.choose(level, 0, stream.tiles);
     warp.end_level(level);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kEncodeSm80Threads)
 template <int kGroup> nxs_status rvq_encode_sm80_launch(const nxs_rvq_encode_params& p, void* stream) {
   const EncodeShared at = encode_shared(p.codebook, static_cast<u32>(p.tile_rows), static_cast<u32>(p.stages), 1);
   const auto kernel = rvq_encode_sm80_kernel<kGroup>;
-  NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + p.tile_rows - 1) / p.tile_rows));
   shape.block = static_cast<unsigned>(p.tile_rows) * 2;

@@ -33,7 +33,8 @@ struct RingPlace {
 // The consumer warpgroup, as each of its warps sees it. kSteps: of 16, of a piece.
 template <int kGroup, int kSteps> struct EncodeConsumer {
   EncodeWarp<kGroup, true>& warp;
-  const u32 shared, full, empty, stages, pieces, first, tiles, lane;
+  const PieceStream& stream;
+  const u32 shared, full, empty, stages, lane;
   const u64 a;  // descriptor
   RingPlace at;
   u32 before = 0;  // slot of the piece that is under way
@@ -58,7 +59,7 @@ template <int kGroup, int kSteps> struct EncodeConsumer {
   }
   NXS_DEVICE void rest_of_tile(float (&now)[64]) {
 #pragma unroll 1
-    for (u32 piece = 1; piece < pieces; ++piece) {
+    for (u32 piece = 1; piece < stream.pieces; ++piece) {
       start_piece(now, piece, true);
       wgmma_wait<1>();
       release();
@@ -72,17 +73,18 @@ template <int kGroup, int kSteps> struct EncodeConsumer {
     keep_registers(last);
     release();
     step();
-    warp.take_tile(first + tile - 1, last);
+    warp.take_tile(stream.tile(tile - 1), last);
     rest_of_tile(now);
   }
   NXS_DEVICE void last_tile(u32 tile, float (&last)[64]) {
     wgmma_wait<0>();
     keep_registers(last);
     release();
-    warp.take_tile(first + tile, last);
+    warp.take_tile(stream.tile(tile), last);
   }
 
   NXS_DEVICE void run(u32 levels) {
+    const u32 tiles = stream.tiles;
     float even[64], odd[64];
     warp.load_rows();
 #pragma unroll 1
@@ -105,7 +107,7 @@ template <int kGroup, int kSteps> struct EncodeConsumer {
       } else {
         last_tile(tile - 1, even);
       }
-      warp.choose(level, first, tiles);
+      warp.choose(level, stream.first, tiles);
       barrier_sync(1, kEncodeConsumers);  // A has been read
       warp.end_level(level);
     }
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
     cluster_arrive();  // the others tell this block's mbarriers
     cluster_wait();
   }
-  const PieceStream stream(p, rank, ranks);
+  const PieceStream stream(p, block_index_x() / ranks, rank, ranks);
   if (thread >= kEncodeConsumers) {
     lower_registers<40, 2>();
     if (thread == kEncodeConsumers) {
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
     warp.ranks = ranks;
     warp.peers = shared + at.peers + own * 2 * kPeerBytes;
     warp.told = told + 8 * own;
-    EncodeConsumer<kGroup, kSteps>{warp, shared, full, empty, stages, stream.pieces, stream.first, stream.tiles, thread % kWarpSize,
+    EncodeConsumer<kGroup, kSteps>{warp, stream, shared, full, empty, stages, thread % kWarpSize,
                                    matrix_descriptor(shared + at.a, kEncodeSm90Rows * 16, 128, Swizzle::kNone), {}}
         .run(static_cast<u32>(p.levels));
   }
@@ -167,7 +169,7 @@ template <int kGroup, int kSteps> nxs_status rvq_encode_sm90_launch_steps(const 
   const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, static_cast<u32>(p.stages),
                                         static_cast<u32>(p.cluster));
   const auto kernel = rvq_encode_sm90_kernel<kGroup, kSteps>;
-  NXS_TRY(allow_dynamic_smem(kernel, at.bytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kEncodeSm90Rows - 1) / kEncodeSm90Rows * p.cluster));
   shape.block = kEncodeSm90Threads;

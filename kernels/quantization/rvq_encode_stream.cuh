@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) rvq_encode_stream_kernel(co
 template <int kRows> nxs_status rvq_encode_stream_launch(const nxs_rvq_encode_params& p, void* stream) {
   const u32 bytes = StreamShared<kRows>{static_cast<u32>(p.codebook.padded_dim)}.bytes(p.codebook.metric != NXS_METRIC_L2);
   const auto kernel = rvq_encode_stream_kernel<kRows>;
-  NXS_TRY(allow_dynamic_smem(kernel, bytes));
+  NXS_TRY(allow_dynamic_smem(kernel));
   if (p.cluster > 8) NXS_TRY(allow_large_clusters(kernel));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kRows - 1) / kRows * p.cluster));

@@ -12,76 +12,85 @@
 
 namespace nxs::verification {
 
+template <typename T> NXS_DEVICE Row<T> row_of(const nxs_draft_sample_params& p, u32 r) {
+  return Row<T>{static_cast<const T*>(p.logits) + r * p.stride_row, nullptr, static_cast<u32>(p.vocab)};
+}
+NXS_DEVICE Scale scale_of_row(const nxs_draft_sample_params& p, u32 r) {
+  return scale_of(p.temperature_or_null ? load_global_nc(p.temperature_or_null + r) : 1.0f);
+}
+NXS_DEVICE Partial* partials_of(const nxs_draft_sample_params& p, u32 r) {
+  return static_cast<Partial*>(p.workspace) + static_cast<u64>(r) * chunks_of(static_cast<u32>(p.vocab));
+}
+
+// All of the block that came last at row r: draws its token and writes what is to be known of it.
+template <typename T> NXS_DEVICE_CALL void settle_row(const nxs_draft_sample_params& p, u32 r) {
+  const u32 chunks = chunks_of(static_cast<u32>(p.vocab)), shared = dynamic_shared(), warp = thread_index() / 32;
+  const Row<T> row = row_of<T>(p, r);
+  const Scale scale = scale_of_row(p, r);
+  Partial* partials = partials_of(p, r);
+  const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
+  Summary summary = summarize(chunks, scale, load);
+  Truncation truncation = {0, 1.0f, 0.0f};
+  if (p.top_k_or_null) {
+    const i32 top_k = load_global_nc(p.top_k_or_null + r);
+    truncation.top_k = top_k > 0 ? static_cast<u32>(top_k) : 0;
+  }
+  if (p.top_p_or_null) truncation.top_p = load_global_nc(p.top_p_or_null + r);
+  if (p.min_p_or_null) truncation.min_p = load_global_nc(p.min_p_or_null + r);
+  truncate_row(truncation, summary, row, chunks, partials, shared + 16);
+  if (warp == 0) {
+    Uniforms u;
+    if (p.uniforms_or_null) {
+      for (u32 i = 0; i < 4; ++i) u.at[i] = load_global_nc(p.uniforms_or_null + r * i64{4} + i);
+    } else {
+      const u64 seed = p.seeds_or_null ? static_cast<u64>(load_global_nc(p.seeds_or_null + r)) : 0;
+      const u64 position = p.positions_or_null ? static_cast<u64>(load_global_nc(p.positions_or_null + r)) : 0;
+      const u32 row_in_step = static_cast<u32>(p.row_in_step);
+      u = draw(seed, position + row_in_step, kUseDraft, row_in_step, 0);
+    }
+    const u32 column = sample_row(summary, row, chunks, u.at[0], u.at[1], u.at[2], load);
+    if (lane_index() == 0) {
+      i32 token = p.fallback;
+      if (column != kNothing)
+        token = p.draft_to_target_or_null ? load_global_nc(p.draft_to_target_or_null + column)
+                                          : static_cast<i32>(column);
+      store_global(p.tokens + r, token);
+      u32 said = summary.nan ? NXS_STATUS_TARGET_NAN : 0;
+      if (summary.beyond || summary.top == INFINITY) said |= NXS_STATUS_TARGET_BEYOND;
+      if (summary.shape == kEmpty) said |= NXS_STATUS_TARGET_EMPTY;
+      store_global(p.status + r, said);
+      const bool spread = summary.shape == kSpread;
+      if (p.stats_or_null) {
+        float* stats = p.stats_or_null + r * i64{4};
+        const float sum = spread ? summary.sum : 0.0f;
+        store_global(stats, summary.top);
+        store_global(stats + 1, summary.nan ? -sum : sum);
+        store_global(stats + 2, spread ? summary.cut : -INFINITY);
+        store_global(stats + 3, spread ? summary.scale.per_logit : 0.0f);
+      }
+      if (p.log_probs_or_null) {
+        float log_prob = bits_float(0x7fffffffu);
+        if (column != kNothing) log_prob = spread ? log_probability(summary, logit_at(row, column)) : 0.0f;
+        store_global(p.log_probs_or_null + r, log_prob);
+      }
+    }
+  }
+}
+
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) draft_sample_kernel(const __grid_constant__ nxs_draft_sample_params p) {
-  const u32 shared = dynamic_shared(), warp = thread_index() / 32;
-  const u32 columns = static_cast<u32>(p.vocab), chunks = chunks_of(columns);
+__global__ void __launch_bounds__(kThreads, 3) draft_sample_kernel(const __grid_constant__ nxs_draft_sample_params p) {
+  const u32 shared = dynamic_shared(), chunks = chunks_of(static_cast<u32>(p.vocab));
   const u32 an_item = static_cast<u32>(p.chunks_per_item), slices = (chunks + an_item - 1) / an_item;
   const u64 items = static_cast<u64>(p.rows) * slices;
   for (u64 item = block_index_x(); item < items; item += grid_size_x()) {
-    const u32 r = static_cast<u32>(item / slices), slice = static_cast<u32>(item - static_cast<u64>(r) * slices);
-    const Row<T> row = {static_cast<const T*>(p.logits) + r * p.stride_row, nullptr, columns};
-    const Scale scale = scale_of(p.temperature_or_null ? load_global_nc(p.temperature_or_null + r) : 1.0f);
-    Partial* partials = static_cast<Partial*>(p.workspace) + static_cast<u64>(r) * chunks;
-    for (u32 round = warp; round < an_item; round += kWarps) {
-      const u32 chunk = slice * an_item + round;
-      if (chunk >= chunks) break;
-      Logits<T> logits = load_logits(row, chunk);
-      const Partial partial = chunk_partial(logits, scale);
-      if (lane_index() == 0) store_global(partials + chunk, partial);
-    }
+    const u32 r = static_cast<u32>(item / slices), begin = static_cast<u32>(item - static_cast<u64>(r) * slices) * an_item;
+    const u32 end = begin + an_item < chunks ? begin + an_item : chunks;
+    sweep_chunks(row_of<T>(p, r), scale_of_row(p, r), partials_of(p, r), begin, end, 0);
     block_sync();
     if (thread_index() == 0) store_shared(shared, atomic_inc_acq_rel_global(p.counters + r, slices - 1));
     block_sync();
     if (load_shared<u32>(shared) != slices - 1) continue;
-
-    const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
-    Summary summary = summarize(chunks, scale, load);
-    Truncation truncation = {0, 1.0f, 0.0f};
-    if (p.top_k_or_null) {
-      const i32 top_k = load_global_nc(p.top_k_or_null + r);
-      truncation.top_k = top_k > 0 ? static_cast<u32>(top_k) : 0;
-    }
-    if (p.top_p_or_null) truncation.top_p = load_global_nc(p.top_p_or_null + r);
-    if (p.min_p_or_null) truncation.min_p = load_global_nc(p.min_p_or_null + r);
-    truncate_row(truncation, summary, row, chunks, partials, shared + 16);
-    if (warp == 0) {
-      Uniforms u;
-      if (p.uniforms_or_null) {
-        for (u32 i = 0; i < 4; ++i) u.at[i] = load_global_nc(p.uniforms_or_null + r * i64{4} + i);
-      } else {
-        const u64 seed = p.seeds_or_null ? static_cast<u64>(load_global_nc(p.seeds_or_null + r)) : 0;
-        const u64 position = p.positions_or_null ? static_cast<u64>(load_global_nc(p.positions_or_null + r)) : 0;
-        const u32 row_in_step = static_cast<u32>(p.row_in_step);
-        u = draw(seed, position + row_in_step, kUseDraft, row_in_step, 0);
-      }
-      const u32 column = sample_row(summary, row, chunks, u.at[0], u.at[1], u.at[2], load);
-      if (lane_index() == 0) {
-        i32 token = p.fallback;
-        if (column != kNothing)
-          token = p.draft_to_target_or_null ? load_global_nc(p.draft_to_target_or_null + column)
-                                            : static_cast<i32>(column);
-        store_global(p.tokens + r, token);
-        u32 said = summary.nan ? NXS_STATUS_TARGET_NAN : 0;
-        if (summary.beyond || summary.top == INFINITY) said |= NXS_STATUS_TARGET_BEYOND;
-        if (summary.shape == kEmpty) said |= NXS_STATUS_TARGET_EMPTY;
-        store_global(p.status + r, said);
-        const bool spread = summary.shape == kSpread;
-        if (p.stats_or_null) {
-          float* stats = p.stats_or_null + r * i64{4};
-          const float sum = spread ? summary.sum : 0.0f;
-          store_global(stats, summary.top);
-          store_global(stats + 1, summary.nan ? -sum : sum);
-          store_global(stats + 2, spread ? summary.cut : -INFINITY);
-          store_global(stats + 3, spread ? summary.scale.per_logit : 0.0f);
-        }
-        if (p.log_probs_or_null) {
-          float log_prob = bits_float(0x7fffffffu);
-          if (column != kNothing) log_prob = spread ? log_probability(summary, logit_at(row, column)) : 0.0f;
-          store_global(p.log_probs_or_null + r, log_prob);
-        }
-      }
-    }
+    settle_row<T>(p, r);
     block_sync();
   }
 }

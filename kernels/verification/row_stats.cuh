@@ -149,43 +149,60 @@ NXS_DEVICE u32 maximum_nan_pair(f16, u32 a, u32 b) { return maximum_nan_f16x2(a,
 NXS_DEVICE u32 maximum_nan_pair(bf16, u32 a, u32 b) { return maximum_nan_bf16x2(a, b); }
 }  // namespace detail
 
-template <typename T> NXS_DEVICE Logits<T> load_logits(const Row<T>& row, u32 chunk) {
-  Logits<T> logits;
-  const u32 first = chunk * kChunk + lane_index() * kGroup;
-  if (is_wide(row.logits) && chunk * kChunk + kChunk <= row.columns) {
-    constexpr u32 kReads = Logits<T>::kWords / kGroups / 4;
+namespace detail {
+template <typename T> NXS_DEVICE Logits<T> load_wide(const T* logits, u32 chunk) {
+  constexpr u32 kReads = Logits<T>::kWords / kGroups / 4;
+  Logits<T> to;
+  const T* first = logits + (chunk * kChunk + lane_index() * kGroup);
 #pragma unroll
-    for (u32 j = 0; j < kGroups; ++j) {
+  for (u32 j = 0; j < kGroups; ++j) {
 #pragma unroll
-      for (u32 k = 0; k < kReads; ++k) {
-        const auto words =
-            load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(row.logits + first + j * 256 + k * (16 / sizeof(T))));
+    for (u32 k = 0; k < kReads; ++k) {
+      const auto words = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(first + j * 256 + k * (16 / sizeof(T))));
 #pragma unroll
-        for (u32 n = 0; n < 4; ++n) logits.word[(j * kReads + k) * 4 + n] = words.data[n];
-      }
+      for (u32 n = 0; n < 4; ++n) to.word[(j * kReads + k) * 4 + n] = words.data[n];
     }
+  }
+  return to;
+}
+
+template <typename T>
+NXS_DEVICE_CALL void load_any(const T* logits, const u32* allow, u32 columns, u32 chunk, Logits<T>& to) {
+  const u32 first = chunk * kChunk + lane_index() * kGroup;
+  if (is_wide(logits) && chunk * kChunk + kChunk <= columns) {
+    to = load_wide(logits, chunk);
   } else {
 #pragma unroll
-    for (u32 i = 0; i < Logits<T>::kWords; ++i) logits.word[i] = 0;
+    for (u32 i = 0; i < Logits<T>::kWords; ++i) to.word[i] = 0;
 #pragma unroll
     for (u32 place = 0; place < Logits<T>::kPlaces; ++place) {
       const u32 column = first + place / 8 * 256 + place % 8;
       u32 bits = Logits<T>::minus_infinity();
-      if (column < row.columns) bits = detail::bits_of(load_global_nc(row.logits + column));
-      logits.set(place, bits);
+      if (column < columns) bits = bits_of(load_global_nc(logits + column));
+      to.set(place, bits);
     }
   }
-  if (row.allow) {
+  if (allow) {
 #pragma unroll
     for (u32 j = 0; j < kGroups; ++j) {
       const u32 column = first + j * 256;
-      const u32 bits = column < row.columns ? load_global_nc(row.allow + column / 32) >> (column % 32) : 0;
+      const u32 bits = column < columns ? load_global_nc(allow + column / 32) >> (column % 32) : 0;
 #pragma unroll
       for (u32 k = 0; k < kGroup; ++k)
-        if (!(bits >> k & 1)) logits.set(j * kGroup + k, Logits<T>::minus_infinity());
+        if (!(bits >> k & 1)) to.set(j * kGroup + k, Logits<T>::minus_infinity());
     }
   }
-  return logits;
+}
+}  // namespace detail
+
+template <typename T> NXS_DEVICE Logits<T> load_logits(const Row<T>& row, u32 chunk) {
+  if (is_wide(row.logits) && chunk * kChunk + kChunk <= row.columns && !row.allow)
+    return detail::load_wide(row.logits, chunk);
+  // In memory of its own, so that those of the other way stay in registers.
+  Logits<T> logits;
+  detail::load_any(row.logits, row.allow, row.columns, chunk, logits);
+  const Logits<T> copied = logits;
+  return copied;
 }
 
 // The greatest of a lane's logits; NaN if one is.

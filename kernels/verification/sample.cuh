@@ -55,18 +55,31 @@ NXS_DEVICE float share_of(const Partial& partial, const Scale& scale, float refe
   return multiply(magnitude(partial.sum), power_of_integer(reference_of(scale, partial.max) - reference));
 }
 
-// From the partials of its chunks. Of `load(chunk)` and so on: the chunk's partial, ordered after its writing.
+// From the partials of its chunks. Of `load(chunk)` and so on: the chunk's partial, ordered after its writing. A lane has eight
+// of them on the way at once, and keeps them if there are no more.
 template <typename Load> NXS_DEVICE Summary summarize(u32 chunks, const Scale& scale, Load load) {
+  constexpr u32 kHeld = 8;
+  Partial held[kHeld];
+  const auto hold = [&](u32 first) {
+#pragma unroll
+    for (u32 k = 0; k < kHeld; ++k) {
+      const u32 chunk = first + k * 32 + lane_index();
+      held[k] = Partial{-INFINITY, 0};
+      if (chunk < chunks) held[k] = load(chunk);
+    }
+  };
   Summary row = {kPeak, false, false, -INFINITY, 0, 0, -INFINITY, scale};
   bool nan = false;
   float top = -INFINITY;
 #pragma unroll 1
-  for (u32 chunk = lane_index(); chunk < chunks; chunk += 32) {
-    const Partial partial = load(chunk);
-    nan = nan || says_nan(partial);
-    top = maximum(top, partial.max);
+  for (u32 first = 0; first < chunks; first += kHeld * 32) {
+    hold(first);
+#pragma unroll
+    for (u32 k = 0; k < kHeld; ++k) {
+      nan = nan || says_nan(held[k]);
+      top = maximum(top, held[k].max);
+    }
   }
-  warp_sync();
   row.nan = warp_any(nan);
   row.top = key_float(warp_reduce_max(key_of(top)));
   if (row.top == -INFINITY) {
@@ -76,10 +89,13 @@ template <typename Load> NXS_DEVICE Summary summarize(u32 chunks, const Scale& s
       row.shape = kSpread;
       row.reference = reference_of(scale, row.top);
       float sum = 0;
-    #pragma unroll 1
-  for (u32 chunk = lane_index(); chunk < chunks; chunk += 32)
-        sum = sum + share_of(load(chunk), scale, row.reference);
-      warp_sync();
+#pragma unroll 1
+      for (u32 first = 0; first < chunks; first += kHeld * 32) {
+        if (chunks > kHeld * 32) hold(first);
+        // Where there is no chunk, 0 is added, which changes no bit.
+#pragma unroll
+        for (u32 k = 0; k < kHeld; ++k) sum = sum + share_of(held[k], scale, row.reference);
+      }
       row.sum = shuffle(scan(sum), 31);
     } else {
       row.beyond = true;
@@ -113,7 +129,13 @@ NXS_DEVICE u32 pick_lane(float weight, float sums, float target) {
 template <typename Weight> NXS_DEVICE u32 pick_chunk(u32 chunks, float uniform, Weight weight) {
   float own = 0;
 #pragma unroll 1
-  for (u32 chunk = lane_index(); chunk < chunks; chunk += 32) own = own + weight(chunk);
+  for (u32 first = lane_index(); first < chunks; first += 4 * 32) {
+    float some[4];
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) some[k] = first + k * 32 < chunks ? weight(first + k * 32) : 0.0f;
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) own = own + some[k];
+  }
   warp_sync();
   const float sums = scan(own), target = multiply(uniform, shuffle(sums, 31));
   const u32 lane = pick_lane(own, sums, target);
@@ -203,9 +225,39 @@ NXS_DEVICE float log_probability(const Summary& row, float logit) {
   return multiply(fma(logit, row.scale.per_logit, -row.reference) - log2_approx(row.sum), kLn2);
 }
 
-// ---- truncation, by a block of kWarps warps ----
+// ---- by a block of kWarps warps ----
 
 constexpr u32 kWarps = 8, kThreads = kWarps * 32;
+
+// This warp's share of the chunks from `begin` to `end` of a row: every eighth, the first of which is warp `turn`'s.
+// Partials are numbered as chunks are. The next chunk is on its way while one is added up, if the registers hold both.
+template <typename T>
+NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end, u32 turn) {
+  const u32 warp = (thread_index() / 32 - turn) % kWarps;
+  if constexpr (sizeof(T) == 2) {
+    u32 chunk = begin + warp;
+    if (chunk >= end) return;
+    Logits<T> next = load_logits(row, chunk);
+#pragma unroll 1
+    for (;;) {
+      Logits<T> logits = next;
+      const u32 following = chunk + kWarps;
+      const bool more = following < end;
+      if (more) next = load_logits(row, following);
+      const Partial partial = chunk_partial(logits, scale);
+      if (lane_index() == 0) store_global(partials + chunk, partial);
+      if (!more) break;
+      chunk = following;
+    }
+  } else {
+#pragma unroll 1
+    for (u32 chunk = begin + warp; chunk < end; chunk += kWarps) {
+      Logits<T> logits = load_logits(row, chunk);
+      const Partial partial = chunk_partial(logits, scale);
+      if (lane_index() == 0) store_global(partials + chunk, partial);
+    }
+  }
+}
 
 struct Truncation {
   u32 top_k;     // 0: off

@@ -282,6 +282,6 @@ extern "C" nxs_status nxs_tree_build(const nxs_tree_build_params* params, void* 
   shape.grid = dim3(static_cast<unsigned>(p.batch));
   shape.block = kBuildThreads;
   shape.dynamic_smem = build_shared_bytes(static_cast<u32>(p.candidates), static_cast<u32>(p.nodes));
-  if (shape.dynamic_smem > 48 * 1024) NXS_TRY(allow_dynamic_smem(tree_build_kernel, shape.dynamic_smem));
+  if (shape.dynamic_smem > 48 * 1024) NXS_TRY(allow_dynamic_smem(tree_build_kernel));
   return launch(tree_build_kernel, shape, stream, p);
 }

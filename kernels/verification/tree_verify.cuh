@@ -669,7 +669,7 @@ template <typename P, typename Q> nxs_status tree_verify_launch(const nxs_tree_v
   shape.block = kThreads;
   shape.cluster = static_cast<unsigned>(p.cluster);
   shape.dynamic_smem = shared_bytes(static_cast<u32>(p.max_nodes), p.shared_partials ? all : 0);
-  if (shape.dynamic_smem > 48 * 1024) NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
+  if (shape.dynamic_smem > 48 * 1024) NXS_TRY(allow_dynamic_smem(kernel));
   if (p.cluster > 8) NXS_TRY(allow_large_clusters(kernel));
   return launch(kernel, shape, stream, p);
 }

@@ -25,6 +25,7 @@ extern "C" nxs_status nxs_verify(const nxs_verify_params* params, void* stream) 
   NXS_REQUIRE(p.rule != NXS_RULE_BLOCK || p.may_block, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.trials >= 0 && p.trials <= 4096, NXS_E_SHAPE);
   if (p.batch == 0) return NXS_OK;
+  NXS_REQUIRE(p.cluster >= 0 && p.cluster <= 8 && (p.cluster == 0 || !p.may_block), NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.chunks_per_item >= 8 && p.chunks_per_item % 8 == 0 && p.blocks >= 1, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.target && p.cu_rows && p.drafts && p.tokens && p.emitted && p.accepted && p.status && p.workspace &&
                   p.counters,

@@ -61,11 +61,13 @@ def codebooks(rows, metric="l2", eps=1e-12, usage=None, usage_eps=1e-5):
 
 
 def project(weight, x, bias):
-    """Four chains of fma by the remainder of k, the first from the bias: [rows, dim] of weight [dim, latent], x [rows, latent]."""
-    sums = [bias.expand(x.shape[0], -1)] + [torch.zeros(x.shape[0], weight.shape[0], device=x.device)] * 3
+    """32 chains of fma of four neighbours each, added in pairs: [rows, dim] of weight [dim, latent], x [rows, latent]."""
+    sums = [torch.zeros(x.shape[0], weight.shape[0], device=x.device)] * 32
     for k in range(x.shape[1]):
-        sums[k % 4] = fma(weight[None, :, k], x[:, k, None], sums[k % 4])
-    return (sums[0] + sums[1]) + (sums[2] + sums[3])
+        sums[k // 4 % 32] = fma(weight[None, :, k], x[:, k, None], sums[k // 4 % 32])
+    for apart in (16, 8, 4, 2, 1):
+        sums = [sums[c] + sums[c + apart] for c in range(apart)]
+    return bias + sums[0]
 
 
 def rvq_encode(x, books, levels, metric="l2", eps=1e-12, projections=None):

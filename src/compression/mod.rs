@@ -9,3 +9,22 @@
 //! compression they differ, and both are kept.
 
 pub use crate::plan::Traffic;
+
+mod drift;
+
+pub use drift::{Drift, DriftArgs, DriftBuilder, Force};
+
+mod select;
+
+pub use select::{PositionWeight, Scope, Select, SelectArgs, SelectBuilder, Tie, status};
+
+mod compact;
+
+pub use compact::{Compact, CompactArgs, CompactBuilder, CompactSchedule, EXTRAS, RopePairs, Turn, flags};
+
+mod cache;
+
+pub use cache::{
+    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Policy, PolicyScores,
+    Region, Run, Segment,
+};

@@ -120,7 +120,13 @@ fn bad_plans_are_refused() {
         assert!(matches!(other, Err(Error::UnsupportedDevice { have: Some(_), .. })));
         assert_eq!(on(DeviceInfo::H200, major, minor, Variant::Auto), Ok(Variant::Portable));
     }
-    assert_eq!(on(DeviceInfo::H200, 9, 0, Variant::Auto), Ok(Variant::Hopper));
+    // Of 13 tokens in all, the portable one is faster.
+    assert_eq!(on(DeviceInfo::H200, 9, 0, Variant::Auto), Ok(Variant::Portable));
+    for (tokens, variant) in [(64, Variant::Portable), (65, Variant::Hopper)] {
+        let table = Visibility::table(&[Segment::tokens(tokens)], |_, _| true).unwrap();
+        let plan = ScaleAttention::<bf16>::builder(&table).build(&DeviceInfo::H200).unwrap();
+        assert_eq!(plan.variant(), variant);
+    }
 }
 
 /// As large as is allowed: counted without overflow.

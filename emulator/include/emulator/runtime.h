@@ -14,6 +14,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define NXS_DEVICE inline
+#define NXS_DEVICE_CALL inline
 
 struct dim3 {
   unsigned x, y, z;
@@ -56,7 +57,7 @@ struct Launch {
   const void* arguments;
 };
 nxs_status run(const Launch& launch);
-nxs_status allow_dynamic_smem(const void* kernel, unsigned bytes);
+nxs_status allow_dynamic_smem(const void* kernel);
 
 // ---- memory
 // What one instruction loads or stores.

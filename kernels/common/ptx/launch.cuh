@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <utility>
 
 #include "common/check.h"
@@ -43,20 +44,54 @@ nxs_status launch(void (*kernel)(Params...), const LaunchShape& shape, void* str
   return static_cast<nxs_status>(error);
 }
 
-// Lets `kernel` use more than 48 KiB of dynamic shared memory on the current device. Idempotent.
-template <typename... Params> nxs_status allow_dynamic_smem(void (*kernel)(Params...), unsigned bytes) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+namespace detail {
+constexpr unsigned kAttributeSlots = 1024;
+inline std::atomic<uint64_t> attributes_set[kAttributeSlots];
+
+// Does something to a kernel on the current device once: asking the runtime every time costs a fifth of a launch. What has
+// been done is an entry of a table without locks; where that is full, it is done every time.
+template <typename Do> nxs_status once(const void* kernel, unsigned what, Do act) {
+  constexpr unsigned kProbes = 16;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    // An address has 48 bits.
+    const uint64_t entry = reinterpret_cast<uint64_t>(kernel) << 16 | (static_cast<uint64_t>(device) & 0x7fff) << 1 | what;
+    const uint64_t first = (entry * 0x9e3779b97f4a7c15u) >> 54;
+    unsigned probe = 0;
+    for (; probe < kProbes; ++probe)
+      if (attributes_set[(first + probe) % kAttributeSlots].load(std::memory_order_relaxed) == entry) return NXS_OK;
+    error = act(device);
+    for (probe = 0; error == cudaSuccess && probe < kProbes; ++probe) {
+      uint64_t empty = 0;
+      if (attributes_set[(first + probe) % kAttributeSlots].compare_exchange_strong(empty, entry, std::memory_order_relaxed)) break;
+    }
+  }
   if (error != cudaSuccess) (void)cudaGetLastError();
   return static_cast<nxs_status>(error);
 }
+}  // namespace detail
 
-// Lets `kernel` be launched in clusters of more than 8 blocks on the current device. Idempotent.
+// Lets `kernel` use as much dynamic shared memory as the current device has; without, 48 KiB.
+template <typename... Params> nxs_status allow_dynamic_smem(void (*kernel)(Params...)) {
+  const void* address = reinterpret_cast<const void*>(kernel);
+  return detail::once(address, 0, [address](int device) {
+    int most = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, address);
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                most - static_cast<int>(attributes.sharedSizeBytes));
+  });
+}
+
+// Lets `kernel` be launched in clusters of more than 8 blocks on the current device.
 template <typename... Params> nxs_status allow_large_clusters(void (*kernel)(Params...)) {
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) (void)cudaGetLastError();
-  return static_cast<nxs_status>(error);
+  const void* address = reinterpret_cast<const void*>(kernel);
+  return detail::once(address, 1, [address](int) {
+    return cudaFuncSetAttribute(address, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  });
 }
 
 }  // namespace nxs

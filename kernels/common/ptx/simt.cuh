@@ -10,6 +10,8 @@
 #include <cstdint>
 
 #define NXS_DEVICE __device__ __forceinline__
+// For what is rarely run and would take registers and instructions from what is run all the time.
+#define NXS_DEVICE_CALL __device__ __noinline__
 
 namespace nxs {
 

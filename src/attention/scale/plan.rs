@@ -22,7 +22,7 @@ const MOST_SPLITS: u32 = 32;
 /// Which kernel attends. They agree within the rounding of their sums; each is bitwise repeatable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Variant {
-    /// The faster one for the device.
+    /// The faster one for the device and the shape.
     #[default]
     Auto,
     /// `mma.sync` and `cp.async`: compute capability 8.0 and newer.
@@ -263,8 +263,12 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let row_index = Layout::contiguous(row_index_shape);
 
         let hopper_can = device.arch == (Arch { major: 9, minor: 0 });
+        // Of one tile a head, the portable kernel has several blocks a multiprocessor: measured, it ends first, and where
+        // there are many heads also with a few more keys.
+        let many = self.dim <= 64 && self.batch * self.heads >= 4 * device.sm_count.max(1) as u64;
+        let small = rows <= 64 && keys <= if many { 160 } else { 64 } && self.groups.is_none();
         let variant = match self.variant {
-            Variant::Auto if hopper_can => Variant::Hopper,
+            Variant::Auto if hopper_can && !small => Variant::Hopper,
             Variant::Auto => Variant::Portable,
             Variant::Hopper if !hopper_can => {
                 return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_90 for Variant::Hopper" });

@@ -63,6 +63,7 @@ mod launches {
             group: plan.cut.group as i32,
             band: plan.cut.band as i32,
             plane_shared: plan.cut.plane_shared.into(),
+            blocks: plan.cut.blocks as i32,
             programmatic: plan.programmatic.into(),
             ..Params::default()
         })

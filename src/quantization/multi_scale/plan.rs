@@ -256,6 +256,8 @@ pub struct Cut {
     pub band: u64,
     /// Whether what the next scale is made from stays in shared memory.
     pub plane_shared: bool,
+    /// Blocks of a cluster that take turns at the bands; 1 where there are no clusters.
+    pub blocks: u64,
     /// Bytes of shared memory a block.
     pub shared_bytes: u64,
 }
@@ -362,7 +364,8 @@ impl Plan {
                 if bytes <= most {
                     let plane_shared = bytes + plane <= most;
                     let shared_bytes = bytes + if plane_shared { plane } else { 0 };
-                    return Ok(Cut { group, band, plane_shared, shared_bytes });
+                    let cut = Cut { group, band, plane_shared, blocks: 1, shared_bytes };
+                    return Ok(self.shared_by_clusters(cut, conv, device));
                 }
                 if band == 2 {
                     break;
@@ -375,6 +378,28 @@ impl Plan {
             }
             group = (group / 2).max(4);
         }
+    }
+
+    /// Lets a cluster share the bands where multiprocessors would have nothing to do. Without a phi a band may be as
+    /// short as eight rows; with one, shorter bands would leave threads without a tile.
+    fn shared_by_clusters(&self, cut: Cut, conv: bool, device: &DeviceInfo) -> Cut {
+        if device.arch != (Arch { major: 9, minor: 0 }) {
+            return cut;
+        }
+        let groups = self.batch * self.channels.next_multiple_of(4).div_ceil(cut.group);
+        let shared = |blocks: u64| {
+            let band = if conv { cut.band } else { cut.band.min(self.height.div_ceil(blocks).next_multiple_of(2)) };
+            let fits = (blocks - 1) * band < self.height && (conv || band >= 8);
+            let shared_bytes = self.owner_smem(cut.group, band);
+            (fits && groups * blocks <= device.sm_count.max(1) as u64).then_some(Cut {
+                band,
+                blocks,
+                plane_shared: false,
+                shared_bytes,
+                ..cut
+            })
+        };
+        [8, 4, 2].into_iter().find_map(shared).unwrap_or(cut)
     }
 
     /// Shared memory of the kernel of rows, as its launcher counts it.

@@ -8,13 +8,19 @@ use crate::quantization::codebook::{MOST_DIM, norm};
 const HERE: &str = "operands are on the stream's device";
 const MOST_WIDTH: usize = 1024;
 
-/// Four chains, by the remainder of `k`, the first from `bias`.
+/// 32 chains of four neighbours each, added in pairs.
 fn project(weight: &[f32], row: &[f32], bias: f32) -> f32 {
-    let mut sum = [bias, 0.0, 0.0, 0.0];
+    let mut sum = [0f32; 32];
     for (k, (&w, &x)) in weight.iter().zip(row).enumerate() {
-        sum[k % 4] = w.mul_add(x, sum[k % 4]);
+        let chain = k / 4 % 32;
+        sum[chain] = w.mul_add(x, sum[chain]);
     }
-    (sum[0] + sum[1]) + (sum[2] + sum[3])
+    for apart in [16, 8, 4, 2, 1] {
+        for chain in 0..apart {
+            sum[chain] += sum[chain + apart];
+        }
+    }
+    bias + sum[0]
 }
 
 pub(super) fn run<X: Float, C: Code>(plan: &Plan, args: &mut RvqEncodeArgs<'_, X, C>) {

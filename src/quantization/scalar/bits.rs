@@ -243,7 +243,6 @@ impl<I: Token, O: Float, C: Code> Bits<I, O, C> {
     #[cfg(nxs_kernels)]
     fn on_cuda(&self, stream: &Stream<'_>, args: &BitsArgs<'_, I, O, C>) -> Result<()> {
         use crate::ffi;
-        use core::ptr::null_mut;
         let plan = &self.inner;
         let (rate, per_seed, first) = plan.flips.unwrap_or((0, 1, 0));
         let seeds = args.seeds.as_ref().filter(|_| plan.flips.is_some());

@@ -342,7 +342,7 @@ impl Plan {
     #[cfg(nxs_kernels)]
     fn on_cuda<Z: Float, O: Float, C: Code>(&self, stream: &Stream<'_>, args: &FsqArgs<'_, Z, O, C>) -> Result<()> {
         use crate::ffi;
-        use core::ptr::{null, null_mut};
+        use core::ptr::null_mut;
         let given = args.given.as_ref().filter(|_| args.z.is_none()).map(|view| view.span().address);
         let written = args.indices.as_ref().map(|view| view.span().address);
         let mut params = ffi::nxs_fsq_params {

@@ -15,7 +15,7 @@ const MOST_ROWS: u64 = 1 << 20;
 /// Warps of a block, each with a chunk of its own.
 const WARPS: u64 = 8;
 /// Blocks that share a multiprocessor.
-const BLOCKS_A_MULTIPROCESSOR: u64 = 4;
+const BLOCKS_A_MULTIPROCESSOR: u64 = 3;
 
 /// Describes a drafter's sampler; [`DraftSampleBuilder::build`] makes the plan.
 #[derive(Debug, Clone)]

@@ -56,6 +56,7 @@ pub(super) fn run<P: Float, Q: Float>(plan: &Plan, stream: &Stream<'_>, args: &V
         fallback: plan.fallback,
         chunks_per_item: schedule.chunks_per_item as i32,
         blocks: schedule.blocks as i32,
+        cluster: schedule.cluster as i32,
         target_dtype: P::DTYPE as i32,
         draft_dtype: Q::DTYPE as i32,
     };

@@ -20,7 +20,7 @@ const SUMMARY_BYTES: u64 = 64;
 /// Warps of a block, each with a chunk of its own.
 const WARPS: u64 = 8;
 /// Blocks that share a multiprocessor.
-const BLOCKS_A_MULTIPROCESSOR: u64 = 4;
+const BLOCKS_A_MULTIPROCESSOR: u64 = 3;
 
 /// When a draft is accepted. `p` is the target's probability, `q` the draft's.
 ///
@@ -82,6 +82,7 @@ pub struct VerifierBuilder<P, Q> {
     rules_per_request: bool,
     trials: Option<u32>,
     fallback: i32,
+    by_request: Option<bool>,
     types: PhantomData<(P, Q)>,
 }
 
@@ -102,6 +103,7 @@ impl<P: Float, Q: Float> VerifierBuilder<P, Q> {
             rules_per_request: false,
             trials: None,
             fallback: 0,
+            by_request: None,
             types: PhantomData,
         }
     }
@@ -176,6 +178,14 @@ impl<P: Float, Q: Float> VerifierBuilder<P, Q> {
         self
     }
 
+    /// Forces whether each request is decided by blocks of its own, which read all of its rows, or rows by whichever blocks come
+    /// to them, which pass over what lies behind a rejection. Without, requests of up to 16384 columns and few rows are decided
+    /// by blocks of their own. The outcome is the same. Not together with [`Rule::Block`] or rules per request.
+    pub fn by_request(mut self, by_request: bool) -> Self {
+        self.by_request = Some(by_request);
+        self
+    }
+
     /// Checks the description.
     ///
     /// # Errors
@@ -232,7 +242,20 @@ impl<P: Float, Q: Float> VerifierBuilder<P, Q> {
             trials,
             fallback: self.fallback,
             multiprocessors: device.sm_count.max(1) as u64,
+            clusters: device.arch == (Arch { major: 9, minor: 0 }),
+            by_request: false,
         };
+        // Few enough chunks for the warps of a cluster.
+        let chunks = (self.max_drafts + 1) * (chunks(self.vocab) + plan.swept_draft_chunks());
+        let small = self.vocab <= 16384 && draft_vocab <= 16384 && chunks <= 512;
+        let by_request = self.by_request.unwrap_or(small && !plan.may_block());
+        if by_request && plan.may_block() {
+            return Err(Error::Unsupported {
+                arg: "by_request",
+                what: "block verification goes through the rows twice",
+            });
+        }
+        let plan = Plan { by_request, ..plan };
         Ok(Verifier { inner: plan, types: PhantomData })
     }
 }
@@ -258,6 +281,8 @@ pub(super) struct Plan {
     pub(super) trials: u32,
     pub(super) fallback: i32,
     multiprocessors: u64,
+    clusters: bool,
+    by_request: bool,
 }
 
 impl Plan {
@@ -306,7 +331,12 @@ impl Plan {
         let rounds = [4, 2].into_iter().find(|&rounds| items_of(rounds) >= 8 * blocks).unwrap_or(1);
         let slices = (of_target + of_draft).div_ceil(rounds * WARPS);
         let items = self.rows() * slices;
+        // As many blocks a request as keep two on each multiprocessor, and their warps busy.
+        let fits = |n: u64| n == 1 || (self.clusters && self.batch * n <= 2 * self.multiprocessors);
+        let busy = |n: u64| n == 1 || (self.max_drafts + 1) * (of_target + of_draft) >= n * WARPS;
+        let cluster = [8, 4, 2, 1].into_iter().find(|&n| self.by_request && fits(n) && busy(n)).unwrap_or(0);
         VerifierSchedule {
+            cluster: cluster as u32,
             of_target,
             of_draft,
             slices,
@@ -334,4 +364,6 @@ pub struct VerifierSchedule {
     pub items: u64,
     /// Blocks of the grid.
     pub blocks: u32,
+    /// Blocks of a request's own, a cluster that shares out its chunks, instead of all this; or 0.
+    pub cluster: u32,
 }

@@ -32,8 +32,8 @@ nxs_status launch_named(const char* text, void (*kernel)(Params...), const Launc
 // A macro, for the kernel's name as it is written at the launch.
 #define launch(...) launch_named(#__VA_ARGS__, __VA_ARGS__)
 
-template <typename... Params> nxs_status allow_dynamic_smem(void (*kernel)(Params...), unsigned bytes) {
-  return emulator::allow_dynamic_smem(reinterpret_cast<const void*>(kernel), bytes);
+template <typename... Params> nxs_status allow_dynamic_smem(void (*kernel)(Params...)) {
+  return emulator::allow_dynamic_smem(reinterpret_cast<const void*>(kernel));
 }
 
 template <typename... Params> nxs_status allow_large_clusters(void (*)(Params...)) { return NXS_OK; }
