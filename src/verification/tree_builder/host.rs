@@ -44,9 +44,9 @@ impl Nodes {
             *said |= status::TREE_BAD;
         }
         let mut depths = [NONE; MOST_CANDIDATES as usize];
-        for (candidate, of_candidate) in depths[..parents.len()].iter_mut().enumerate() {
+        for (candidate, to) in depths[..parents.len()].iter_mut().enumerate() {
             match depth_of(parents, candidate, plan.max_depth) {
-                Ok(depth) => *of_candidate = depth,
+                Ok(depth) => *to = depth,
                 Err(wrong) => *said |= wrong,
             }
         }
