@@ -318,7 +318,7 @@ template <typename T, int kDim, Rows kRows> nxs_status launch_stats(const Import
   shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.sets * p.heads));
   shape.block = kThreads;
   shape.dynamic_smem = static_cast<unsigned>(bytes > found ? bytes : found);
-  NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
+  NXS_TRY(allow_dynamic_smem(kernel));
   return launch(kernel, shape, stream, p);
 }
 
@@ -340,7 +340,7 @@ template <typename T, int kDim, Column kColumn> nxs_status launch_columns(const 
   shape.block = kThreads;
   shape.dynamic_smem =
       static_cast<unsigned>((vectors * (VectorTile<kDim>::kRowBytes + 4) + 255) / 256 * 256) * static_cast<unsigned>(buffers);
-  NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
+  NXS_TRY(allow_dynamic_smem(kernel));
   return launch(kernel, shape, stream, p);
 }
 

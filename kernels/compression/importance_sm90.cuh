@@ -401,7 +401,7 @@ nxs_status launch_stats(const ImportanceParams& p, const TensorMap& map_q, void*
   shape.grid = dim3(static_cast<unsigned>(tiles * p.stat_splits), static_cast<unsigned>(p.sets * p.heads));
   shape.block = kThreads;
   shape.dynamic_smem = query_bytes + C::kStages * C::kStageBytes + C::kBarrierBytes;
-  NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
+  NXS_TRY(allow_dynamic_smem(kernel));
   return launch(kernel, shape, stream, p, map_q, map_k, query_bytes);
 }
 
@@ -419,7 +419,7 @@ nxs_status launch_columns(const ImportanceParams& p, const TensorMap& map_q, voi
   shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.sets * p.heads));
   shape.block = kThreads;
   shape.dynamic_smem = C::kSharedBytes;
-  NXS_TRY(allow_dynamic_smem(kernel, shape.dynamic_smem));
+  NXS_TRY(allow_dynamic_smem(kernel));
   return launch(kernel, shape, stream, p, map_q);
 }
 
