@@ -858,3 +858,114 @@ fn traffic_and_flops_are_those_of_the_formula() {
         assert!(plan.workspace_bytes() < 64_000_000, "{} for {tokens}", plan.workspace_bytes());
     }
 }
+
+/// A captured graph replays to the same bits, with the keys and lengths of the moment; all kernels.
+#[cfg(feature = "cudarc-0_19")]
+#[test]
+fn graphs_replay() {
+    let Some(TestDevice::Cuda(stream)) = TestDevice::cuda() else { return };
+    let device = TestDevice::Cuda(stream.clone());
+    for variant in [ImportanceVariant::Portable, ImportanceVariant::Hopper] {
+        let case = Case { variant, pool: Pool::Max(7), lengths: 1, ..plain() };
+        let problem = case.problem::<bf16>();
+        let Ok(plan) = case.builder(&problem).build(&DeviceInfo::of(&stream).unwrap()) else { continue };
+        let (q, mut k) = (Buffer::of(&device, &problem.q, 0), Buffer::of(&device, &problem.k, 0));
+        let mut lengths = Buffer::of(&device, &problem.lengths, 0);
+        let scores = || std::cell::RefCell::new(Buffer::<f32>::poisoned(&device, problem.old.len(), 0));
+        let (out, eager) = (scores(), scores());
+        let workspace = Buffer::<u8>::poisoned(&device, plan.workspace_bytes() as usize, 0);
+        let workspace = std::cell::RefCell::new(workspace);
+        let run = |k: &Buffer<bf16>, lengths: &Buffer<i32>, scores: &std::cell::RefCell<Buffer<f32>>| {
+            let args = ImportanceArgs {
+                q: q.input(),
+                k: k.input(),
+                scores: scores.borrow_mut().output(),
+                rows: None,
+                masked: None,
+                lengths: Some(lengths.input()),
+                lse: None,
+                workspace: Some(workspace.borrow_mut().output()),
+            };
+            plan.run(&stream, args).unwrap();
+        };
+        run(&k, &lengths, &eager); // loads the code
+        let graph = support::capture(&stream, || run(&k, &lengths, &out));
+        for replay in 0..3 {
+            let moved: Vec<bf16> = problem.k.iter().map(|x| bf16::from_f32(x.to_f32() * (replay + 1) as f32)).collect();
+            k.write(&moved);
+            lengths.write(&problem.lengths.iter().map(|n| n / (replay + 1)).collect::<Vec<_>>());
+            graph.launch().unwrap();
+            run(&k, &lengths, &eager);
+            assert_eq!(out.borrow().read(), eager.borrow().read());
+        }
+    }
+}
+
+/// More than 2^31 elements between the first and the last of a buffer.
+#[test]
+fn offsets_are_64_bit() {
+    let far = (1i64 << 31) + 64;
+    if std::env::var_os("NXS_SMALL").is_some() {
+        eprintln!("SKIPPED: NXS_SMALL is set, and this takes 8 GiB");
+        return;
+    }
+    for device in TestDevice::kernels().into_iter().filter(|device| !device.is_emulated()) {
+        for variant in [ImportanceVariant::Portable, ImportanceVariant::Hopper] {
+            // Two sets that hold the same, the second far away.
+            let case = Case { sets: 1, heads: 1, groups: 1, tokens: 70, queries: 9, variant, ..plain() };
+            let problem = case.problem::<bf16>();
+            let mut keys = vec![bf16::ZERO; far as usize + problem.k.len()];
+            keys[..problem.k.len()].copy_from_slice(&problem.k);
+            keys[far as usize..].copy_from_slice(&problem.k);
+            let builder = Importance::<bf16>::builder(1, 1, 64).sets(2).tokens(70).queries(9).variant(variant);
+            let builder = builder.k_strides([far, 64, 64]).q_strides([0, 64, 64]);
+            let Ok(plan) = builder.build(&DeviceInfo::of(&device.stream()).unwrap()) else { continue };
+            let (q, k) = (Buffer::of(&device, &problem.q, 0), Buffer::of(&device, &keys, 0));
+            let mut scores = Buffer::<f32>::poisoned(&device, 140, 0);
+            let mut workspace = Buffer::<u8>::poisoned(&device, plan.workspace_bytes() as usize, 0);
+            let args = ImportanceArgs {
+                q: q.input(),
+                k: k.input(),
+                scores: scores.output(),
+                rows: None,
+                masked: None,
+                lengths: None,
+                lse: None,
+                workspace: Some(workspace.output()),
+            };
+            plan.run(&device.stream(), args).unwrap();
+            let scores = scores.read();
+            check(&scores[..70], &problem).unwrap();
+            check(&scores[70..], &problem).unwrap();
+        }
+    }
+}
+
+/// What the emulator counts, beside what the plan says: keys once a pass, queries once a block.
+#[cfg(feature = "emulate")]
+#[test]
+fn kernels_move_what_the_plan_says() {
+    use nextscale::emulator;
+    for aggregation in AGGREGATIONS {
+        let case = Case { tokens: 1024, queries: 16, dim: 128, aggregation, ..plain() };
+        let problem = case.problem::<bf16>();
+        let (plan, device) = (case.plan(&problem), TestDevice::Emulated);
+        emulator::reset();
+        case.run(&device, &plan, &problem);
+        let counted = emulator::counters();
+        let (traffic, schedule) = (plan.traffic(), plan.schedule());
+        let passes = if schedule.has_stats { 2 } else { 1 };
+        let keys = 4 * 1024 * 256;
+        // Four heads; a block reads its queries and what is known of their softmaxes.
+        let blocks = 4 * (schedule.stat_splits + 1024 / schedule.sum_span);
+        let most = passes * keys + blocks * 48 * (256 + 32 * (1 + schedule.stat_splits)) + 8192;
+        let counted = (counted.global_load_bytes, counted.global_store_bytes);
+        assert!(
+            (traffic.read..=most).contains(&counted.0),
+            "{aggregation:?}: {counted:?}, not {} to {most}",
+            traffic.read
+        );
+        let most = traffic.written + 4 * schedule.stat_splits * 48 * 32 + 8192;
+        assert!((traffic.written..=most).contains(&counted.1), "{aggregation:?}: {counted:?}, not to {most}");
+    }
+}

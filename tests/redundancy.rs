@@ -599,3 +599,78 @@ fn plans_are_plain_data() {
     assert_eq!(scores.traffic(), Traffic { read: rows * 260 + sums, written: rows * 4 });
     assert!(norms.workspace_bytes() < 16 << 20 && scores.workspace_bytes() < 1 << 20);
 }
+
+/// A captured graph replays to the same bits, with the keys of the moment.
+#[cfg(feature = "cudarc-0_19")]
+#[test]
+fn graphs_replay() {
+    let Some(TestDevice::Cuda(stream)) = TestDevice::cuda() else { return };
+    let device = TestDevice::Cuda(stream.clone());
+    for form in [Form::Softmax, similar(Retain::Last, true)] {
+        let case = Case { form, ..plain() };
+        let problem = case.problem::<bf16>();
+        let norms = case.norms_builder(&problem, case.tokens).build(&DeviceInfo::H200).unwrap();
+        let plan = case.builder(&problem).build(&DeviceInfo::H200).unwrap();
+        let mut k = Buffer::of(&device, &problem.k, 0);
+        let most = norms.workspace_bytes().max(plan.workspace_bytes()) as usize;
+        let buffer = |len| std::cell::RefCell::new(Buffer::<f32>::poisoned(&device, len, 0));
+        let (inverse, sums) = (buffer(problem.norms.len()), buffer(problem.sums.len()));
+        let (out, eager) = (buffer(problem.scores.len()), buffer(problem.scores.len()));
+        let workspace = std::cell::RefCell::new(Buffer::<u8>::poisoned(&device, most, 0));
+        let run = |k: &Buffer<bf16>, scores: &std::cell::RefCell<Buffer<f32>>| {
+            let args = KeyNormsArgs {
+                k: k.input(),
+                inverse_norms: inverse.borrow_mut().output(),
+                unit_sum: sums.borrow_mut().output(),
+                lengths: None,
+                workspace: Some(workspace.borrow_mut().output()),
+            };
+            norms.run(&stream, args).unwrap();
+            let args = RedundancyArgs {
+                k: k.input(),
+                inverse_norms: inverse.borrow().input(),
+                unit_sum: sums.borrow().input(),
+                scores: scores.borrow_mut().output(),
+                lengths: None,
+                workspace: Some(workspace.borrow_mut().output()),
+            };
+            plan.run(&stream, args).unwrap();
+        };
+        run(&k, &eager); // loads the code
+        let graph = support::capture(&stream, || run(&k, &out));
+        for replay in 0..3 {
+            let moved: Vec<bf16> = problem.k.iter().map(|x| bf16::from_f32(x.to_f32() + replay as f32)).collect();
+            k.write(&moved);
+            graph.launch().unwrap();
+            run(&k, &eager);
+            assert_eq!(out.borrow().read(), eager.borrow().read());
+        }
+    }
+}
+
+/// What the emulator counts, beside what the plans say: keys once, and what blocks share in addition.
+#[cfg(feature = "emulate")]
+#[test]
+fn kernels_move_what_the_plans_say() {
+    use nextscale::emulator;
+    let case = Case { tokens: 640, dim: 128, ..plain() };
+    let problem = case.problem::<bf16>();
+    let device = TestDevice::Emulated;
+    emulator::reset();
+    case.run(&device, &problem);
+    let counted = emulator::counters();
+    let norms = case.norms_builder(&problem, case.tokens).build(&DeviceInfo::H200).unwrap().traffic();
+    let scores = case.builder(&problem).build(&DeviceInfo::H200).unwrap().traffic();
+    let (read, written) = (norms.read + scores.read, norms.written + scores.written);
+    // Ten spans of each head have a part of the sum; each of their 8 warps reads the sum, an element a lane in 8 loads, which
+    // touch all of its sectors each. e^c is read again to be divided.
+    let (parts, again) = (4 * 10 * 512, 4 * 640 * 4);
+    let most = read + parts + 4 * 10 * 8 * 8 * 512 + again + 4 * 640 * 32 + 8192;
+    assert!((read..=most).contains(&counted.global_load_bytes), "{} not {read} to {most}", counted.global_load_bytes);
+    let most = written + parts + again + 2 * 4 * 640 * 32 + 8192;
+    assert!(
+        (written..=most).contains(&counted.global_store_bytes),
+        "{} not {written} to {most}",
+        counted.global_store_bytes
+    );
+}
