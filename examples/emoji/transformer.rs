@@ -170,15 +170,19 @@ impl<A: Float> Transformer<A> {
         let mut head = vec![0f32; batch * 2 * width];
         multiply([batch, width, 2 * width], &active, &modulation.head, &mut head);
         // From [batch, parts, width] to [parts, batch, width], and a layer's or the head's own added.
-        let parts = |values: &[f32], own: &[f32]| -> Vec<f32> {
-            let parts = own.len() / width;
-            let at = |part: usize, b: usize, i: usize| values[(b * parts + part) * width + i] + own[part * width + i];
-            (0..parts * batch * width).map(|n| at(n / batch / width, n / width % batch, n % width)).collect()
+        let parts = |to: &mut Vec<f32>, values: &[f32], own: &[f32]| {
+            for (part, own) in own.chunks_exact(width).enumerate() {
+                for entry in values.chunks_exact(values.len() / batch) {
+                    to.extend(entry[part * width..].iter().zip(own).map(|(value, own)| value + own));
+                }
+            }
         };
-        let layers: Vec<f32> = modulation.layers.iter().flat_map(|own| parts(&shared, own)).collect();
+        let (mut layers, mut head_parts) = (Vec::with_capacity(said.layers.len()), Vec::with_capacity(head.len()));
+        modulation.layers.iter().for_each(|own| parts(&mut layers, &shared, own));
+        parts(&mut head_parts, &head, &modulation.head_bias);
         device.write(&mut said.conditions, &rows)?;
         device.write(&mut said.layers, &layers)?;
-        device.write(&mut said.head, &parts(&head, &modulation.head_bias))
+        device.write(&mut said.head, &head_parts)
     }
 
     pub(crate) fn scratch(&self, device: &Device, rows: usize) -> Result<Scratch<A>> {

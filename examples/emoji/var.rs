@@ -9,10 +9,9 @@ use crate::pointwise::{embed, guide};
 use crate::sampling::{Image, Sampler, Settings, Stages, conditions};
 use crate::tokenizer::Tokenizer;
 use crate::transformer::{Cache, Pass, Said, Scratch, Transformer};
-use crate::weights::{Config, Weights};
+use crate::weights::Weights;
 
 pub(crate) struct Var<A> {
-    config: Config,
     batch: usize,
     guidance: f32,
     transformer: Transformer<A>,
@@ -41,16 +40,18 @@ struct Scale<A> {
 
 impl<A: Float> Var<A> {
     pub(crate) fn load(device: &Device, weights: &Weights, batch: usize, settings: &Settings) -> Result<Self> {
-        let config = weights.config.clone();
+        let config = &weights.config;
         let transformer = Transformer::load(device, weights, "var")?;
         let (shape, most) = (transformer.shape, config.scales.iter().map(|side| side * side).max().unwrap_or(0));
         let scale = |k: usize| -> Result<Scale<A>> {
             let (first, l) = (config.first(k), config.scales[k] * config.scales[k]);
             let place: Vec<i32> = (0..2 * batch * l).map(|row| (first + row % l) as i32).collect();
+            let mut sampler = Sampler::new(device, batch * l, shape.vocab, 0, settings)?;
+            sampler.places(device, (0..batch * l).map(|row| first + row % l))?;
             Ok(Scale {
                 // With the class said, and without.
-                pass: Pass::of_scale(device, shape, &config, 2 * batch, k)?,
-                sampler: Sampler::new(device, batch * l, shape.vocab, 0, settings)?,
+                pass: Pass::of_scale(device, shape, config, 2 * batch, k)?,
+                sampler,
                 place: device.upload(&place)?,
                 tokens: device.zeros(batch * l)?,
             })
@@ -68,7 +69,6 @@ impl<A: Float> Var<A> {
             next: device.zeros(2 * batch * most * config.channels)?,
             count: device.upload(&(0..2 * batch as i32).collect::<Vec<_>>())?,
             transformer,
-            config,
         })
     }
 
@@ -80,11 +80,9 @@ impl<A: Float> Var<A> {
     pub(crate) fn begin(&mut self, device: &Device, images: &[Image]) -> Result<()> {
         assert_eq!(images.len(), self.batch);
         self.transformer.say(device, &conditions(images), &mut self.said)?;
-        for (k, scale) in self.scales.iter_mut().enumerate() {
-            let (first, l) = (self.config.first(k), scale.tokens.len() / self.batch);
-            let seeds: Vec<u64> = images.iter().flat_map(|image| std::iter::repeat_n(image.seed, l)).collect();
-            let places: Vec<usize> = (0..self.batch * l).map(|row| first + row % l).collect();
-            scale.sampler.place(device, &seeds, &places)?;
+        for scale in &mut self.scales {
+            let l = scale.tokens.len() / self.batch;
+            scale.sampler.seeds(device, images.iter().flat_map(|image| std::iter::repeat_n(image.seed, l)))?;
         }
         Ok(())
     }
