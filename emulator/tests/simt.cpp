@@ -150,6 +150,9 @@ __global__ void __launch_bounds__(128) special_kernel(const float* in, float* ou
   store_global(out + 4 * count + i, nxs::fma(x, x, 0.5f));
   store_global(out + 5 * count + i, square_root(x));
   store_global(out + 6 * count + i, divide(x, 3.0f));
+  // What f32 does not hold: the rest of a quotient of f64.
+  const double third = divide_f64(static_cast<double>(x), 3.0);
+  store_global(out + 7 * count + i, static_cast<float>(fma_f64(third, -3.0, static_cast<double>(x))));
 }
 
 // Maxima of floats and of pairs, and a product that is not fused.
@@ -346,7 +349,7 @@ static void test_special() {
   const uint32_t n = 100;
   std::vector<float> in(n);
   for (uint32_t i = 0; i < n; ++i) in[i] = 0.01f + static_cast<float>(i) * 0.2f;
-  Buffer<float> din(in), out(7 * n);
+  Buffer<float> din(in), out(8 * n);
   check(finish_launch(nxs::launch(nxs::special_kernel, shape_of(1, 128), nullptr, din.get(), out.get(), n)) == NXS_OK,
         "special functions run");
   const auto got = out.read();
@@ -358,6 +361,8 @@ static void test_special() {
       worst = std::fmax(worst, std::fabs(got[f * n + i] - want[f]) / std::fmax(std::fabs(want[f]), 0.5));
     fused &= got[4 * n + i] == std::fma(in[i], in[i], 0.5f);
     rounded &= got[5 * n + i] == std::sqrt(in[i]) && got[6 * n + i] == in[i] / 3.0f;
+    const double third = in[i] / 3.0;
+    rounded &= got[7 * n + i] == static_cast<float>(std::fma(third, -3.0, static_cast<double>(in[i])));
   }
   check(worst < 0x1p-21, "special functions are within 2^-21");
   check(fused, "fma rounds once");
