@@ -8,6 +8,7 @@ use nextscale::dtype::Float;
 use nextscale::{f16, philox};
 
 use crate::ar::{Counts, Sequential};
+use crate::compress::rows_kept;
 use crate::device::Device;
 use crate::failure::{Failure, Result};
 use crate::options::{HELP, How, Options, parse};
@@ -15,7 +16,7 @@ use crate::sampling::{Image, Stages};
 use crate::sheet::Target;
 use crate::tokenizer::Tokenizer;
 use crate::var::Var;
-use crate::weights::{Classes, Weights};
+use crate::weights::{Classes, Config, Weights};
 
 /// Images that are made at once.
 const BATCH: usize = 16;
@@ -109,7 +110,10 @@ fn make<A: Float>(
     };
     let mut pixels = Tokenizer::<A>::load(device, tokenizer, batch)?;
     let mut maker = match options.how {
-        How::Var => Maker::Var(Box::new(Var::<A>::load(device, &open("var")?, batch, &options.settings)?)),
+        How::Var => {
+            let var = Var::<A>::load(device, &open("var")?, batch, &options.settings, options.budget)?;
+            Maker::Var(Box::new(var))
+        }
         How::Ar => {
             Maker::Sequential(Box::new(Sequential::load(device, &open("ar")?, None, batch, &options.settings)?), None)
         }
@@ -161,12 +165,46 @@ fn make<A: Float>(
             );
         }
     }
+    if let Some(budget) = options.budget {
+        said += &tell_budget(&tokenizer.config, budget);
+        let mut whole = Var::<A>::load(device, &open("var")?, batch, &options.settings, None)?;
+        whole.begin(device, &batches[0])?;
+        whole.generate(device, &mut pixels, &mut Stages::untimed(), || ())?;
+        pixels.decode(device)?;
+        let (whole, size) = (pixels.images(device)?, tokenizer.config.size);
+        let count = images.len().min(batch) * size * size * 3;
+        said += &format!("change of the picture: {}\n", change(&all[..count], &whole[..count]));
+    }
     all.truncate(images.len() * tokenizer.config.size * tokenizer.config.size * 3);
     said += &stages.table(images.len());
     if options.repeat > 0 {
         said += &maker.repeat(device, &mut pixels, &batches[0], options.repeat)?;
     }
     Ok((all, said))
+}
+
+/// What the last scale finds of the scales before it, in all layers, of one image.
+fn tell_budget(config: &Config, budget: f32) -> String {
+    let before = config.scales.len().saturating_sub(1);
+    let kept = rows_kept(config, budget)[..before].last().copied().unwrap_or(0);
+    let [width, depth] = config.transformer("var");
+    let bytes = |rows: usize| rows * 2 * 2 * width * depth * size_of::<f16>();
+    let (kept, all) = (bytes(kept), bytes(config.first(before)));
+    format!("cache before the last scale: {kept} of {all} bytes of f16 an image ({:.1}%)\n", percent(kept, all))
+}
+
+/// By how much one picture is not the other.
+fn change(a: &[f32], b: &[f32]) -> String {
+    let pixel = |x: &f32| f64::from(x.clamp(-1.0, 1.0)) * 0.5;
+    let squares: f64 = a.iter().zip(b).map(|(a, b)| (pixel(a) - pixel(b)).powi(2)).sum();
+    match squares {
+        0.0 => "none".into(),
+        _ => format!("{:.1} dB PSNR", -10.0 * (squares / a.len() as f64).log10()),
+    }
+}
+
+fn percent(a: usize, b: usize) -> f64 {
+    a as f64 / b.max(1) as f64 * 100.0
 }
 
 fn tell((counts, _): &(Counts, f64), options: &Options) -> String {

@@ -2,6 +2,7 @@
 
 use nextscale::dtype::Float;
 
+use crate::compress::rows_kept;
 use crate::dense::Matrix;
 use crate::device::{Buffer, Device};
 use crate::failure::Result;
@@ -39,10 +40,18 @@ struct Scale<A> {
 }
 
 impl<A: Float> Var<A> {
-    pub(crate) fn load(device: &Device, weights: &Weights, batch: usize, settings: &Settings) -> Result<Self> {
+    /// `budget`: the part of the cache that is kept after each scale; all of it, without compression, if not given.
+    pub(crate) fn load(
+        device: &Device,
+        weights: &Weights,
+        batch: usize,
+        settings: &Settings,
+        budget: Option<f32>,
+    ) -> Result<Self> {
         let config = &weights.config;
         let transformer = Transformer::load(device, weights, "var")?;
         let (shape, most) = (transformer.shape, config.scales.iter().map(|side| side * side).max().unwrap_or(0));
+        let kept = budget.map(|budget| rows_kept(config, budget));
         let scale = |k: usize| -> Result<Scale<A>> {
             let (first, l) = (config.first(k), config.scales[k] * config.scales[k]);
             let place: Vec<i32> = (0..2 * batch * l).map(|row| (first + row % l) as i32).collect();
@@ -50,7 +59,10 @@ impl<A: Float> Var<A> {
             sampler.places(device, (0..batch * l).map(|row| first + row % l))?;
             Ok(Scale {
                 // With the class said, and without.
-                pass: Pass::of_scale(device, shape, config, 2 * batch, k)?,
+                pass: match &kept {
+                    Some(kept) => Pass::of_scale_within(device, shape, config, 2 * batch, k, kept)?,
+                    None => Pass::of_scale(device, shape, config, 2 * batch, k)?,
+                },
                 sampler,
                 place: device.upload(&place)?,
                 tokens: device.zeros(batch * l)?,
