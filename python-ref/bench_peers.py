@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_compression import Pack, PackedAttention
 from peers_keep import Compact, Drift, Select
 from peers_importance import Importance, Redundancy
 from peers_multi_scale import MultiScale
@@ -326,6 +327,8 @@ OPS = {
     "importance": Importance,
     "redundancy": Redundancy,
     "visual_verify": VisualVerify,
+    "pack": Pack,
+    "packed_attention": PackedAttention,
 }
 
 

@@ -35,6 +35,9 @@ pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
 pub const NXS_SCHEDULE_WIDE_CHUNK_KEYS: u32 = 160;
 pub const NXS_MASK_NONE: u32 = 0;
 pub const NXS_MASK_HIDDEN: u32 = 1;
+pub const NXS_KV_PLAIN: u32 = 0;
+pub const NXS_KV_FP8: u32 = 1;
+pub const NXS_KV_INT4: u32 = 2;
 pub const NXS_NORM_NONE: u32 = 0;
 pub const NXS_NORM_L2: u32 = 1;
 pub const NXS_NORM_RMS: u32 = 2;
@@ -104,6 +107,14 @@ pub const NXS_COMPACT_ROW_CLAMPED: u32 = 1;
 pub const NXS_COMPACT_POSITION_CLAMPED: u32 = 2;
 pub const NXS_COMPACT_COUNT_CLAMPED: u32 = 4;
 pub const NXS_TREE_STATE_BYTES: u32 = 16;
+pub const NXS_PACK_FP8: u32 = 0;
+pub const NXS_PACK_INT8: u32 = 1;
+pub const NXS_PACK_UNIFORM: u32 = 2;
+pub const NXS_PACK_CHANNEL: u32 = 3;
+pub const NXS_PACK_LLOYD_MAX: u32 = 4;
+pub const NXS_PACK_NOT_FINITE: u32 = 1;
+pub const NXS_PACK_ROW_CLAMPED: u32 = 2;
+pub const NXS_PACK_COUNT_CLAMPED: u32 = 4;
 pub const NXS_IMPORTANCE_MAX_LOGIT: u32 = 0;
 pub const NXS_IMPORTANCE_MEAN_PROB: u32 = 1;
 pub const NXS_IMPORTANCE_MAX_PROB: u32 = 2;
@@ -226,10 +237,19 @@ pub struct nxs_scale_attention_params {
     pub blocks: i32,
     pub scale: f32,
     pub logit_bound: f32,
+    pub kv_format: i32,
+    pub k_numbers_or_null: *const f32,
+    pub v_numbers_or_null: *const f32,
+    pub k_numbers_stride_batch: i64,
+    pub k_numbers_stride_row: i64,
+    pub k_numbers_stride_head: i64,
+    pub v_numbers_stride_batch: i64,
+    pub v_numbers_stride_row: i64,
+    pub v_numbers_stride_head: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 336usize];
+    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 408usize];
     ["Alignment of nxs_scale_attention_params"][::core::mem::align_of::<nxs_scale_attention_params>() - 8usize];
     ["Offset of field: nxs_scale_attention_params::q"][::core::mem::offset_of!(nxs_scale_attention_params, q) - 0usize];
     ["Offset of field: nxs_scale_attention_params::k"][::core::mem::offset_of!(nxs_scale_attention_params, k) - 8usize];
@@ -329,6 +349,24 @@ const _: () = {
         [::core::mem::offset_of!(nxs_scale_attention_params, scale) - 328usize];
     ["Offset of field: nxs_scale_attention_params::logit_bound"]
         [::core::mem::offset_of!(nxs_scale_attention_params, logit_bound) - 332usize];
+    ["Offset of field: nxs_scale_attention_params::kv_format"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_format) - 336usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_or_null) - 344usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_or_null) - 352usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_batch) - 360usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_row) - 368usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_head) - 376usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_batch) - 384usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_row) - 392usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_head) - 400usize];
 };
 impl Default for nxs_scale_attention_params {
     fn default() -> Self {
@@ -2871,6 +2909,179 @@ impl Default for nxs_tree_build_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct nxs_pack_params {
+    pub unpacked: *mut ::core::ffi::c_void,
+    pub codes: *mut u8,
+    pub numbers_or_null: *mut ::core::ffi::c_void,
+    pub scales_or_null: *const f32,
+    pub kept_or_null: *const i32,
+    pub counts_or_null: *const i32,
+    pub flags_or_null: *mut u32,
+    pub unpacked_stride_set: i64,
+    pub unpacked_stride_row: i64,
+    pub unpacked_stride_head: i64,
+    pub codes_stride_set: i64,
+    pub codes_stride_row: i64,
+    pub codes_stride_head: i64,
+    pub numbers_stride_set: i64,
+    pub numbers_stride_row: i64,
+    pub numbers_stride_head: i64,
+    pub scales_stride_set: i64,
+    pub scales_stride_head: i64,
+    pub kept_stride_set: i64,
+    pub kept_stride_head: i64,
+    pub counts_stride_set: i64,
+    pub counts_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub rows: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub format: i32,
+    pub bits: i32,
+    pub group: i32,
+    pub renormalize: i32,
+    pub rotate: i32,
+    pub unpack: i32,
+    pub vector: i32,
+    pub signs: [u32; 8usize],
+    pub centroids: [f32; 8usize],
+    pub thresholds: [f32; 7usize],
+    pub dtype: nxs_dtype,
+    pub numbers_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_pack_params"][::core::mem::size_of::<nxs_pack_params>() - 336usize];
+    ["Alignment of nxs_pack_params"][::core::mem::align_of::<nxs_pack_params>() - 8usize];
+    ["Offset of field: nxs_pack_params::unpacked"][::core::mem::offset_of!(nxs_pack_params, unpacked) - 0usize];
+    ["Offset of field: nxs_pack_params::codes"][::core::mem::offset_of!(nxs_pack_params, codes) - 8usize];
+    ["Offset of field: nxs_pack_params::numbers_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_or_null) - 16usize];
+    ["Offset of field: nxs_pack_params::scales_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_or_null) - 24usize];
+    ["Offset of field: nxs_pack_params::kept_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_or_null) - 32usize];
+    ["Offset of field: nxs_pack_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_or_null) - 40usize];
+    ["Offset of field: nxs_pack_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, flags_or_null) - 48usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_set) - 56usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_row) - 64usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_head) - 72usize];
+    ["Offset of field: nxs_pack_params::codes_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_set) - 80usize];
+    ["Offset of field: nxs_pack_params::codes_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_row) - 88usize];
+    ["Offset of field: nxs_pack_params::codes_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_head) - 96usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_set) - 104usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_row) - 112usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_head) - 120usize];
+    ["Offset of field: nxs_pack_params::scales_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_stride_set) - 128usize];
+    ["Offset of field: nxs_pack_params::scales_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_stride_head) - 136usize];
+    ["Offset of field: nxs_pack_params::kept_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_stride_set) - 144usize];
+    ["Offset of field: nxs_pack_params::kept_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_stride_head) - 152usize];
+    ["Offset of field: nxs_pack_params::counts_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_stride_set) - 160usize];
+    ["Offset of field: nxs_pack_params::counts_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_stride_head) - 168usize];
+    ["Offset of field: nxs_pack_params::sets"][::core::mem::offset_of!(nxs_pack_params, sets) - 176usize];
+    ["Offset of field: nxs_pack_params::tokens"][::core::mem::offset_of!(nxs_pack_params, tokens) - 184usize];
+    ["Offset of field: nxs_pack_params::rows"][::core::mem::offset_of!(nxs_pack_params, rows) - 192usize];
+    ["Offset of field: nxs_pack_params::heads"][::core::mem::offset_of!(nxs_pack_params, heads) - 200usize];
+    ["Offset of field: nxs_pack_params::dim"][::core::mem::offset_of!(nxs_pack_params, dim) - 204usize];
+    ["Offset of field: nxs_pack_params::format"][::core::mem::offset_of!(nxs_pack_params, format) - 208usize];
+    ["Offset of field: nxs_pack_params::bits"][::core::mem::offset_of!(nxs_pack_params, bits) - 212usize];
+    ["Offset of field: nxs_pack_params::group"][::core::mem::offset_of!(nxs_pack_params, group) - 216usize];
+    ["Offset of field: nxs_pack_params::renormalize"][::core::mem::offset_of!(nxs_pack_params, renormalize) - 220usize];
+    ["Offset of field: nxs_pack_params::rotate"][::core::mem::offset_of!(nxs_pack_params, rotate) - 224usize];
+    ["Offset of field: nxs_pack_params::unpack"][::core::mem::offset_of!(nxs_pack_params, unpack) - 228usize];
+    ["Offset of field: nxs_pack_params::vector"][::core::mem::offset_of!(nxs_pack_params, vector) - 232usize];
+    ["Offset of field: nxs_pack_params::signs"][::core::mem::offset_of!(nxs_pack_params, signs) - 236usize];
+    ["Offset of field: nxs_pack_params::centroids"][::core::mem::offset_of!(nxs_pack_params, centroids) - 268usize];
+    ["Offset of field: nxs_pack_params::thresholds"][::core::mem::offset_of!(nxs_pack_params, thresholds) - 300usize];
+    ["Offset of field: nxs_pack_params::dtype"][::core::mem::offset_of!(nxs_pack_params, dtype) - 328usize];
+    ["Offset of field: nxs_pack_params::numbers_dtype"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_dtype) - 332usize];
+};
+impl Default for nxs_pack_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_rotate_params {
+    pub input: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub input_stride_batch: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_batch: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub inverse: i32,
+    pub vector: i32,
+    pub signs: [u32; 8usize],
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_rotate_params"][::core::mem::size_of::<nxs_rotate_params>() - 136usize];
+    ["Alignment of nxs_rotate_params"][::core::mem::align_of::<nxs_rotate_params>() - 8usize];
+    ["Offset of field: nxs_rotate_params::input"][::core::mem::offset_of!(nxs_rotate_params, input) - 0usize];
+    ["Offset of field: nxs_rotate_params::out"][::core::mem::offset_of!(nxs_rotate_params, out) - 8usize];
+    ["Offset of field: nxs_rotate_params::input_stride_batch"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_batch) - 16usize];
+    ["Offset of field: nxs_rotate_params::input_stride_row"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_row) - 24usize];
+    ["Offset of field: nxs_rotate_params::input_stride_head"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_head) - 32usize];
+    ["Offset of field: nxs_rotate_params::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_batch) - 40usize];
+    ["Offset of field: nxs_rotate_params::out_stride_row"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_row) - 48usize];
+    ["Offset of field: nxs_rotate_params::out_stride_head"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_head) - 56usize];
+    ["Offset of field: nxs_rotate_params::batch"][::core::mem::offset_of!(nxs_rotate_params, batch) - 64usize];
+    ["Offset of field: nxs_rotate_params::rows"][::core::mem::offset_of!(nxs_rotate_params, rows) - 72usize];
+    ["Offset of field: nxs_rotate_params::heads"][::core::mem::offset_of!(nxs_rotate_params, heads) - 80usize];
+    ["Offset of field: nxs_rotate_params::dim"][::core::mem::offset_of!(nxs_rotate_params, dim) - 84usize];
+    ["Offset of field: nxs_rotate_params::inverse"][::core::mem::offset_of!(nxs_rotate_params, inverse) - 88usize];
+    ["Offset of field: nxs_rotate_params::vector"][::core::mem::offset_of!(nxs_rotate_params, vector) - 92usize];
+    ["Offset of field: nxs_rotate_params::signs"][::core::mem::offset_of!(nxs_rotate_params, signs) - 96usize];
+    ["Offset of field: nxs_rotate_params::dtype"][::core::mem::offset_of!(nxs_rotate_params, dtype) - 128usize];
+};
+impl Default for nxs_rotate_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct nxs_importance_params {
     pub q: *const ::core::ffi::c_void,
     pub k: *const ::core::ffi::c_void,
@@ -3251,6 +3462,8 @@ unsafe extern "C" {
     pub fn nxs_compact(params: *const nxs_compact_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_tree_verify(params: *const nxs_tree_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_tree_build(params: *const nxs_tree_build_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_pack(params: *const nxs_pack_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_rotate(params: *const nxs_rotate_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_importance(params: *const nxs_importance_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_key_norms(params: *const nxs_key_norms_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_redundancy(params: *const nxs_redundancy_params, stream: *mut ::core::ffi::c_void) -> nxs_status;

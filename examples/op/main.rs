@@ -17,6 +17,7 @@ mod draft_sample;
 mod drift;
 mod importance;
 mod multi_scale;
+mod pack;
 mod philox_fill;
 mod pooled_verify;
 mod redundancy;
@@ -75,6 +76,9 @@ static OPS: &[&Op] = &[
     &importance::OP,
     &redundancy::NORMS,
     &redundancy::OP,
+    &pack::PACK,
+    &pack::UNPACK,
+    &pack::ROTATE,
     &philox_fill::OP,
 ];
 

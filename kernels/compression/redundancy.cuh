@@ -338,7 +338,7 @@ template <typename T, int kDim> nxs_status redundancy_launch(const RedundancyPar
   shape.grid = dim3(items);
   shape.block = kAnchorThreads;
   shape.dynamic_smem = tokens * 8 + kAnchorWarps * 4;
-  NXS_TRY(allow_dynamic_smem(redundancy_similar_kernel<T, kDim>, shape.dynamic_smem));
+  NXS_TRY(allow_dynamic_smem(redundancy_similar_kernel<T, kDim>));
   return launch(redundancy_similar_kernel<T, kDim>, shape, stream, p);
 }
 

@@ -129,6 +129,10 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
 #define NXS_SCHEDULE_WIDE_CHUNK_KEYS 160
 #define NXS_MASK_NONE 0u
 #define NXS_MASK_HIDDEN 1u
+/* What k and v are: of dtype, or packed as nxs_pack packs rows, each unpacked to dtype, rounded once, before it is used. */
+#define NXS_KV_PLAIN 0
+#define NXS_KV_FP8 1  /* NXS_PACK_FP8, n 1 */
+#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2 */
 
 typedef struct nxs_scale_attention_params {
   const void *q;                    /* [batch, q_rows, heads, dim] dtype; 16-byte aligned, as are k, v and out */
@@ -165,6 +169,12 @@ typedef struct nxs_scale_attention_params {
   int32_t blocks;                   /* of the Hopper kernel's persistent grid; even for pairs */
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
+  int32_t kv_format;                /* NXS_KV_*; packed: k and v are [batch, kv_rows, kv_heads, slot] bytes, their strides count
+                                       bytes and are multiples of 16; variant 0, dim 64, 96 or 128 */
+  const float *k_numbers_or_null;   /* packed: [batch, kv_rows, kv_heads, n], 16-byte aligned; null: in the slots, see nxs_pack */
+  const float *v_numbers_or_null;
+  int64_t k_numbers_stride_batch, k_numbers_stride_row, k_numbers_stride_head; /* multiples of n */
+  int64_t v_numbers_stride_batch, v_numbers_stride_row, v_numbers_stride_head;
 } nxs_scale_attention_params;
 
 nxs_status nxs_scale_attention(const nxs_scale_attention_params *params, void *stream);
@@ -1238,6 +1248,85 @@ typedef struct nxs_tree_build_params {
 } nxs_tree_build_params;
 
 nxs_status nxs_tree_build(const nxs_tree_build_params *params, void *stream);
+/* ---- compression: pack --------------------------------------------------------------------------------------- */
+
+/*
+ * Keys and values in few bits, and back. A slot holds the codes of one row (token) and head, element k of `bits` bits at bit
+ * k * bits of its little-endian bytes; numbers that a slot's codes are scaled by lie in an array or, inline, at the next
+ * multiple of 16 bytes after the codes, with zeroes before and after up to 16 bytes. n there are for each row, head and group:
+ *   NXS_PACK_FP8        n 1  x = code * scale, code e4m3;          scale = max(greatest |x| / 448, 2^-96) to 17 bits
+ *   NXS_PACK_INT8       n 1  x = code * scale, code -127 to 127;   scale = max(greatest |x| / 127, 2^-96) to 17 bits
+ *   NXS_PACK_UNIFORM    n 2  x = code * scale + min, of `group` elements; scale = (max - min) / (2^bits - 1) to 17 bits, 0
+ *                            where it is below 2^-126, and then all codes are 0
+ *   NXS_PACK_CHANNEL    n 2  the same, of each element of a head over `group` rows: arrays are [sets, rows / group, heads, dim, 2]
+ *   NXS_PACK_LLOYD_MAX  n 1  x = norm / sqrt(dim) * centroid: with half = 2^(bits - 1) and c = code - half, of code >= half
+ *                            centroids[c], else -centroids[-1 - c]. c counts the thresholds below |x| sqrt(dim) / |row|
+ * Codes are rounded to nearest even from x * (1 / scale) or (x - min) * (1 / scale), with scale and min as they are stored, and
+ * clamped. To 17 bits: to nearest, ties away from 0. A min of -0 is stored as +0. Numbers stored as f16 are clamped to +-65504.
+ * With rotate, x is R applied to the row: signs (element k negated where bit k % 32 of signs[k / 32] is set), then a
+ * Walsh-Hadamard transform in natural order, by sums and differences of elements 1, 2, 4, ... apart, of each block of b elements,
+ * b being the greatest power of two that divides dim, times 1 / sqrt(b) rounded to f32.
+ * Before all this a NaN counts as 0, and what is 2^59 or more in magnitude as the greatest magnitude below 2^59 in its row (its
+ * element's group of rows for NXS_PACK_CHANNEL), with its sign; NXS_PACK_NOT_FINITE is then OR-ed into *flags_or_null.
+ */
+#define NXS_PACK_FP8 0
+#define NXS_PACK_INT8 1
+#define NXS_PACK_UNIFORM 2
+#define NXS_PACK_CHANNEL 3
+#define NXS_PACK_LLOYD_MAX 4
+
+#define NXS_PACK_NOT_FINITE 1u    /* flags: an element was NaN, or 2^59 or more */
+#define NXS_PACK_ROW_CLAMPED 2u   /* flags: a kept index was outside the tokens, and was clamped */
+#define NXS_PACK_COUNT_CLAMPED 4u /* flags: a count was outside 0 to rows, and was clamped */
+
+typedef struct nxs_pack_params {
+  void *unpacked;               /* [sets, tokens, heads, dim] dtype, read; to unpack [sets, rows, heads, dim], written */
+  uint8_t *codes;               /* [sets, rows, heads, slot], strides in bytes; inline: 16-byte aligned, and its strides */
+  void *numbers_or_null;        /* [sets, rows, heads, groups, n] or as above, numbers_dtype; null: inline, or given */
+  const float *scales_or_null;  /* [sets, heads]: given, of NXS_PACK_FP8 and NXS_PACK_INT8; one that is not positive and
+                                   finite makes codes of 0 */
+  const int32_t *kept_or_null;  /* [sets, heads, rows], contiguous along rows: the token of a row; null: the row. Pack only */
+  const int32_t *counts_or_null; /* [sets, heads]: rows that there are, others are left alone; null: rows */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t unpacked_stride_set, unpacked_stride_row, unpacked_stride_head;
+  int64_t codes_stride_set, codes_stride_row, codes_stride_head;
+  int64_t numbers_stride_set, numbers_stride_row, numbers_stride_head; /* row: of the group of rows for NXS_PACK_CHANNEL */
+  int64_t scales_stride_set, scales_stride_head;
+  int64_t kept_stride_set, kept_stride_head;
+  int64_t counts_stride_set, counts_stride_head;
+  int64_t sets, tokens, rows;   /* sets < 65536, tokens < 2^31; rows * heads < 2^31, for NXS_PACK_CHANNEL rows a multiple of group */
+  int32_t heads, dim;           /* dim: a multiple of 8 up to 256 */
+  int32_t format;               /* NXS_PACK_* */
+  int32_t bits;                 /* 8 of the first two; 2, 3, 4 or 8; of NXS_PACK_LLOYD_MAX 2, 3 or 4 */
+  int32_t group;                /* NXS_PACK_UNIFORM: dim, or a power of two from 8 that divides it; NXS_PACK_CHANNEL: 32, 64 or 128 */
+  int32_t renormalize;          /* NXS_PACK_LLOYD_MAX: the norm stored is times sqrt(dim) / |centroids of the codes| */
+  int32_t rotate;               /* not for NXS_PACK_CHANNEL */
+  int32_t unpack;
+  int32_t vector;               /* 1: unpacked and its strides are multiples of 16 bytes, codes and their strides of `bits` */
+  uint32_t signs[8];
+  float centroids[8];           /* the positive ones, 2^(bits - 1), ascending, for N(0, 1) */
+  float thresholds[7];          /* between them */
+  nxs_dtype dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype numbers_dtype;      /* NXS_F32; of the last three formats also NXS_F16 */
+} nxs_pack_params;
+
+nxs_status nxs_pack(const nxs_pack_params *params, void *stream);
+
+/* out = R input, as nxs_pack rotates, or with inverse its transpose; rounded once. */
+typedef struct nxs_rotate_params {
+  const void *input;            /* [batch, rows, heads, dim] dtype */
+  void *out;                    /* [batch, rows, heads, dim] dtype */
+  int64_t input_stride_batch, input_stride_row, input_stride_head;
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t batch, rows;          /* batch < 65536, rows * heads < 2^31 */
+  int32_t heads, dim;           /* dim: a multiple of 8 up to 256 */
+  int32_t inverse;
+  int32_t vector;               /* 1: addresses and strides are multiples of 16 bytes */
+  uint32_t signs[8];
+  nxs_dtype dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_rotate_params;
+
+nxs_status nxs_rotate(const nxs_rotate_params *params, void *stream);
 
 /* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
 

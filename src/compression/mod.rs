@@ -13,9 +13,12 @@ mod compact;
 mod drift;
 mod importance;
 mod key_norms;
+mod pack;
 mod redundancy;
+mod rotate;
 mod select;
 
+pub use crate::packed::{Format, Rotation};
 pub use crate::plan::Traffic;
 pub use cache::{
     CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Policy, PolicyScores,
@@ -27,5 +30,7 @@ pub use importance::{
     Aggregation, Importance, ImportanceArgs, ImportanceBuilder, ImportanceSchedule, ImportanceVariant, Pool, Reduction,
 };
 pub use key_norms::{KeyNorms, KeyNormsArgs, KeyNormsBuilder};
+pub use pack::{Pack, PackArgs, PackBuilder, UnpackArgs};
 pub use redundancy::{Form, Redundancy, RedundancyArgs, RedundancyBuilder, Retain, Similar};
+pub use rotate::{Rotate, RotateArgs, RotateBuilder};
 pub use select::{PositionWeight, Scope, Select, SelectArgs, SelectBuilder, Tie, status};
