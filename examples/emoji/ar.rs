@@ -218,11 +218,12 @@ impl<A: Float> Sequential<A> {
     ) -> Result<(Vec<Vec<i32>>, Counts)> {
         let (batch, rows, most) = (self.batch, self.drafts + 1, most.min(self.tokens));
         assert_eq!(images.len(), batch);
-        let seeds: Vec<u64> = images.iter().map(|image| image.seed).collect();
-        device.write(&mut self.inputs.seeds, &seeds.iter().map(|&seed| seed as i64).collect::<Vec<_>>())?;
+        let seeds = images.iter().map(|image| image.seed);
+        device.write(&mut self.inputs.seeds, &seeds.clone().map(|seed| seed as i64).collect::<Vec<_>>())?;
         self.target.begin(device, images)?;
         if let Some(drafter) = &mut self.drafter {
             drafter.model.begin(device, images)?;
+            drafter.samplers.iter_mut().try_for_each(|sampler| sampler.seeds(device, seeds.clone()))?;
         }
 
         let mut emitted: Vec<Vec<i32>> = vec![Vec::with_capacity(self.tokens + rows); batch];
@@ -235,9 +236,7 @@ impl<A: Float> Sequential<A> {
             let mut inputs = vec![0; batch * rows];
             (0..batch).for_each(|b| inputs[b * rows] = last(b));
             if let Some(drafter) = &mut self.drafter {
-                stages.time(device, "drafts", || {
-                    drafter.propose(device, &self.settings, &seeds, &at, rows, &mut inputs)
-                })?;
+                stages.time(device, "drafts", || drafter.propose(device, &self.settings, &at, rows, &mut inputs))?;
             }
             stages.time(device, "target", || self.target.logits(device, &inputs, &at).map(|_| ()))?;
             let decided = stages.time(device, "verification", || {
@@ -320,7 +319,6 @@ impl<A: Float> Drafter<A> {
         &mut self,
         device: &Device,
         settings: &Settings,
-        seeds: &[u64],
         at: &[usize],
         rows: usize,
         inputs: &mut [i32],
@@ -333,7 +331,7 @@ impl<A: Float> Drafter<A> {
             guide(device, batch * vocab, settings.guidance, logits, &mut self.guided, i * batch * vocab)?;
             let sampler = &mut self.samplers[i];
             // Positions are those of the step's first draft: the sampler adds its number.
-            sampler.place(device, seeds, at)?;
+            sampler.places(device, at.iter().copied())?;
             let stats = Some((&mut self.stats, i * batch * 4));
             sampler.draw(device, &self.guided, i * batch * vocab, &mut self.tokens, stats)?;
             let drawn = device.download(&self.tokens)?;

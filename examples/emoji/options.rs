@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use lexopt::prelude::*;
 use nextscale::verification::Rule;
 
-use crate::compress;
 use crate::failure::{Failure, Result};
 use crate::sampling::Settings;
 
@@ -25,7 +24,7 @@ usage: emoji [--out emoji.png] [--category NAME] [--count 16] [--seed 0] [--samp
   --top-p P           0.95
   --drafts N          of a speculative step; 4
   --rule NAME         reject or match: when drafts are accepted; both are lossless; reject
-  --kv-budget B       the part of the cache that is kept between scales; 1
+  --kv-budget B       of var: the part of the cache that is kept between scales; all if not given
   --repeat N          makes the first batch N times more and prints the median time: for benches
   --weights FOLDER    where training has left its files
   --list              names of categories and classes
@@ -48,6 +47,7 @@ pub(crate) struct Options {
     pub(crate) settings: Settings,
     pub(crate) drafts: usize,
     pub(crate) rule: Rule,
+    pub(crate) budget: Option<f32>,
     pub(crate) repeat: usize,
     pub(crate) weights: PathBuf,
     pub(crate) list: bool,
@@ -66,6 +66,7 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Optio
         settings: Settings { guidance: 2.0, temperature: 1.0, top_k: 200, top_p: 0.95 },
         drafts: 4,
         rule: Rule::Reject,
+        budget: None,
         repeat: 0,
         weights: concat!(env!("CARGO_MANIFEST_DIR"), "/examples/emoji/weights").into(),
         list: false,
@@ -102,7 +103,7 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Optio
                     other => return Err(Failure::request(format!("--rule {other}: not one of reject, match"))),
                 }
             }
-            Long("kv-budget") => compress::check(parser.value()?.parse()?)?,
+            Long("kv-budget") => options.budget = Some(parser.value()?.parse()?),
             Long("repeat") => options.repeat = parser.value()?.parse()?,
             Long("weights") => options.weights = parser.value()?.into(),
             Long("list") => options.list = true,
@@ -117,6 +118,9 @@ pub(crate) fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Optio
     let settings = &options.settings;
     within("--count", (1..=4096).contains(&options.count), "from 1 to 4096")?;
     within("--drafts", (1..=32).contains(&options.drafts), "from 1 to 32")?;
+    let budget = options.budget.unwrap_or(1.0);
+    within("--kv-budget", budget > 0.0 && budget <= 1.0, "above 0 and at most 1")?;
+    within("--kv-budget", options.budget.is_none() || options.how == How::Var, "goes with --sampler var")?;
     within("--guidance", settings.guidance.is_finite() && settings.guidance >= 0.0, "0 or more")?;
     within("--temperature", settings.temperature.is_finite() && settings.temperature >= 0.0, "0 or more")?;
     within("--top-k", settings.top_k >= 0, "0 (off) or more")?;

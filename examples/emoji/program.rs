@@ -8,14 +8,15 @@ use nextscale::dtype::Float;
 use nextscale::{f16, philox};
 
 use crate::ar::{Counts, Sequential};
+use crate::compress::rows_kept;
 use crate::device::Device;
 use crate::failure::{Failure, Result};
 use crate::options::{HELP, How, Options, parse};
 use crate::sampling::{Image, Stages};
-use crate::sheet;
+use crate::sheet::Target;
 use crate::tokenizer::Tokenizer;
 use crate::var::Var;
-use crate::weights::{Classes, Weights};
+use crate::weights::{Classes, Config, Weights};
 
 /// Images that are made at once.
 const BATCH: usize = 16;
@@ -76,19 +77,18 @@ pub(crate) fn run(args: impl Iterator<Item = OsString>) -> Result<String> {
     }
     let images = images(&options, &classes)?;
     let device = Device::open(&options.device)?;
-    let file = sheet::create(&options.out)?;
+    let target = Target::open(&options.out)?;
     let made = match device {
         Device::Host => make::<f32>(&device, &options, &tokenizer, &images),
         #[allow(unreachable_patterns)]
         _ => make::<f16>(&device, &options, &tokenizer, &images),
     };
     let written = made.and_then(|(pixels, said)| {
-        sheet::write(&options.out, file, &pixels, tokenizer.config.size)?;
+        target.write(&pixels, tokenizer.config.size)?;
         Ok(format!("{said}{}\n", options.out.display()))
     });
     if written.is_err() {
-        // An empty file would look like a result.
-        let _ = std::fs::remove_file(&options.out);
+        target.give_up();
     }
     written
 }
@@ -110,7 +110,10 @@ fn make<A: Float>(
     };
     let mut pixels = Tokenizer::<A>::load(device, tokenizer, batch)?;
     let mut maker = match options.how {
-        How::Var => Maker::Var(Box::new(Var::<A>::load(device, &open("var")?, batch, &options.settings)?)),
+        How::Var => {
+            let var = Var::<A>::load(device, &open("var")?, batch, &options.settings, options.budget)?;
+            Maker::Var(Box::new(var))
+        }
         How::Ar => {
             Maker::Sequential(Box::new(Sequential::load(device, &open("ar")?, None, batch, &options.settings)?), None)
         }
@@ -162,12 +165,46 @@ fn make<A: Float>(
             );
         }
     }
+    if let Some(budget) = options.budget {
+        said += &tell_budget(&tokenizer.config, budget);
+        let mut whole = Var::<A>::load(device, &open("var")?, batch, &options.settings, None)?;
+        whole.begin(device, &batches[0])?;
+        whole.generate(device, &mut pixels, &mut Stages::untimed(), || ())?;
+        pixels.decode(device)?;
+        let (whole, size) = (pixels.images(device)?, tokenizer.config.size);
+        let count = images.len().min(batch) * size * size * 3;
+        said += &format!("change of the picture: {}\n", change(&all[..count], &whole[..count]));
+    }
     all.truncate(images.len() * tokenizer.config.size * tokenizer.config.size * 3);
     said += &stages.table(images.len());
     if options.repeat > 0 {
         said += &maker.repeat(device, &mut pixels, &batches[0], options.repeat)?;
     }
     Ok((all, said))
+}
+
+/// What the last scale finds of the scales before it, in all layers, of one image.
+fn tell_budget(config: &Config, budget: f32) -> String {
+    let before = config.scales.len().saturating_sub(1);
+    let kept = rows_kept(config, budget)[..before].last().copied().unwrap_or(0);
+    let [width, depth] = config.transformer("var");
+    let bytes = |rows: usize| rows * 2 * 2 * width * depth * size_of::<f16>();
+    let (kept, all) = (bytes(kept), bytes(config.first(before)));
+    format!("cache before the last scale: {kept} of {all} bytes of f16 an image ({:.1}%)\n", percent(kept, all))
+}
+
+/// By how much one picture is not the other.
+fn change(a: &[f32], b: &[f32]) -> String {
+    let pixel = |x: &f32| f64::from(x.clamp(-1.0, 1.0)) * 0.5;
+    let squares: f64 = a.iter().zip(b).map(|(a, b)| (pixel(a) - pixel(b)).powi(2)).sum();
+    match squares {
+        0.0 => "none".into(),
+        _ => format!("{:.1} dB PSNR", -10.0 * (squares / a.len() as f64).log10()),
+    }
+}
+
+fn percent(a: usize, b: usize) -> f64 {
+    a as f64 / b.max(1) as f64 * 100.0
 }
 
 fn tell((counts, _): &(Counts, f64), options: &Options) -> String {
@@ -246,15 +283,19 @@ impl<A: Float> Maker<A> {
                 var.generate(device, pixels, &mut stages, || ())?;
                 pixels.decode(device)
             })?;
-            let mut replay = || -> Result<f64> {
+            let mut replay = |classes: bool| -> Result<f64> {
                 let begun = Instant::now();
-                var.begin(device, images)?;
+                if classes {
+                    var.begin(device, images)?;
+                }
                 graph.launch()?;
                 device.wait()?;
                 Ok(begun.elapsed().as_secs_f64() * 1e3)
             };
-            replay()?;
-            said += &line("as one CUDA graph", median((0..times).map(|_| replay()).collect::<Result<_>>()?));
+            replay(true)?;
+            for (what, classes) in [("as one CUDA graph", true), ("the graph alone, classes said before", false)] {
+                said += &line(what, median((0..times).map(|_| replay(classes)).collect::<Result<_>>()?));
+            }
         }
         Ok(said)
     }

@@ -70,11 +70,14 @@ impl Sampler {
         })
     }
 
-    /// Of each row: its image's seed, and the token's place in the image.
-    pub(crate) fn place(&mut self, device: &Device, seeds: &[u64], positions: &[usize]) -> Result<()> {
-        let bits = |words: &mut dyn Iterator<Item = u64>| words.map(|word| word as i64).collect::<Vec<_>>();
-        device.write(&mut self.seeds, &bits(&mut seeds.iter().copied()))?;
-        device.write(&mut self.positions, &bits(&mut positions.iter().map(|&at| at as u64)))
+    /// Of each row: its image's seed.
+    pub(crate) fn seeds(&mut self, device: &Device, seeds: impl Iterator<Item = u64>) -> Result<()> {
+        device.write(&mut self.seeds, &seeds.map(|seed| seed as i64).collect::<Vec<_>>())
+    }
+
+    /// Of each row: the token's place in the image.
+    pub(crate) fn places(&mut self, device: &Device, places: impl Iterator<Item = usize>) -> Result<()> {
+        device.write(&mut self.positions, &places.map(|place| place as i64).collect::<Vec<_>>())
     }
 
     /// From the logits at `at` on; `stats`: where a verifier finds them.

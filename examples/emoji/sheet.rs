@@ -1,5 +1,6 @@
 //! A contact sheet of images, as PNG.
 
+use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
 
@@ -26,18 +27,37 @@ pub(crate) fn pixels(images: &[f32], size: usize) -> (usize, usize, Vec<u8>) {
     (width, height, sheet)
 }
 
-/// Opens the file, before any work is done for it.
-pub(crate) fn create(path: &Path) -> Result<std::fs::File> {
-    std::fs::File::create(path).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
+/// A file that can be written, known before any work is done for it. What it held stays until then.
+pub(crate) struct Target<'a> {
+    path: &'a Path,
+    file: File,
+    is_new: bool,
 }
 
-pub(crate) fn write(path: &Path, file: std::fs::File, images: &[f32], size: usize) -> Result<()> {
-    let (width, height, sheet) = pixels(images, size);
-    let failed = |e: png::EncodingError| Failure::failed(format!("{}: {e}", path.display()));
-    let mut encoder = png::Encoder::new(BufWriter::new(file), width as u32, height as u32);
-    encoder.set_color(png::ColorType::Rgb);
-    encoder.set_depth(png::BitDepth::Eight);
-    let mut writer = encoder.write_header().map_err(failed)?;
-    writer.write_image_data(&sheet).map_err(failed)?;
-    writer.finish().map_err(failed)
+impl<'a> Target<'a> {
+    pub(crate) fn open(path: &'a Path) -> Result<Self> {
+        let is_new = !path.exists();
+        let opened = File::options().write(true).create(true).truncate(false).open(path);
+        let file = opened.map_err(|e| Failure::failed(format!("{}: {e}", path.display())))?;
+        Ok(Target { path, file, is_new })
+    }
+
+    /// An empty file would look like a result.
+    pub(crate) fn give_up(self) {
+        if self.is_new {
+            let _ = std::fs::remove_file(self.path);
+        }
+    }
+
+    pub(crate) fn write(&self, images: &[f32], size: usize) -> Result<()> {
+        let (width, height, sheet) = pixels(images, size);
+        let failed = |what: &dyn std::fmt::Display| Failure::failed(format!("{}: {what}", self.path.display()));
+        self.file.set_len(0).map_err(|e| failed(&e))?;
+        let mut encoder = png::Encoder::new(BufWriter::new(&self.file), width as u32, height as u32);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        let mut writer = encoder.write_header().map_err(|e| failed(&e))?;
+        writer.write_image_data(&sheet).map_err(|e| failed(&e))?;
+        writer.finish().map_err(|e| failed(&e))
+    }
 }

@@ -5,6 +5,7 @@ use nextscale::attention::{AppendAt, Norm as QkNorm, Prepare, PrepareArgs, Rule,
 use nextscale::attention::{Segment, Visibility};
 use nextscale::dtype::Float;
 
+use crate::compress::{Compressor, Event};
 use crate::dense::{Matrix, multiply};
 use crate::device::{Buffer, Device};
 use crate::failure::Result;
@@ -92,6 +93,8 @@ pub(crate) struct Pass<A> {
     attention: ScaleAttention<A>,
     schedule: Buffer<u32>,
     workspace: Buffer<u8>,
+    /// What the cache goes through afterwards.
+    compressor: Option<Compressor<A>>,
 }
 
 /// Of each batch entry, for a [`Pass`] with a past.
@@ -170,15 +173,19 @@ impl<A: Float> Transformer<A> {
         let mut head = vec![0f32; batch * 2 * width];
         multiply([batch, width, 2 * width], &active, &modulation.head, &mut head);
         // From [batch, parts, width] to [parts, batch, width], and a layer's or the head's own added.
-        let parts = |values: &[f32], own: &[f32]| -> Vec<f32> {
-            let parts = own.len() / width;
-            let at = |part: usize, b: usize, i: usize| values[(b * parts + part) * width + i] + own[part * width + i];
-            (0..parts * batch * width).map(|n| at(n / batch / width, n / width % batch, n % width)).collect()
+        let parts = |to: &mut Vec<f32>, values: &[f32], own: &[f32]| {
+            for (part, own) in own.chunks_exact(width).enumerate() {
+                for entry in values.chunks_exact(values.len() / batch) {
+                    to.extend(entry[part * width..].iter().zip(own).map(|(value, own)| value + own));
+                }
+            }
         };
-        let layers: Vec<f32> = modulation.layers.iter().flat_map(|own| parts(&shared, own)).collect();
+        let (mut layers, mut head_parts) = (Vec::with_capacity(said.layers.len()), Vec::with_capacity(head.len()));
+        modulation.layers.iter().for_each(|own| parts(&mut layers, &shared, own));
+        parts(&mut head_parts, &head, &modulation.head_bias);
         device.write(&mut said.conditions, &rows)?;
         device.write(&mut said.layers, &layers)?;
-        device.write(&mut said.head, &parts(&head, &modulation.head_bias))
+        device.write(&mut said.head, &head_parts)
     }
 
     pub(crate) fn scratch(&self, device: &Device, rows: usize) -> Result<Scratch<A>> {
@@ -272,6 +279,34 @@ impl<A: Float> Pass<A> {
         Self::new(device, shape, batch, &visibility, config.tokens(), config.first(scale), false)
     }
 
+    /// The same with a cache that is compressed after each scale, to so many rows.
+    pub(crate) fn of_scale_within(
+        device: &Device,
+        shape: Shape,
+        config: &Config,
+        batch: usize,
+        scale: usize,
+        kept: &[usize],
+    ) -> Result<Self> {
+        let past = scale.checked_sub(1).map_or(0, |before| kept[before]);
+        let new = Segment::grid(config.scales[scale] as u32, config.scales[scale] as u32);
+        let visibility = Visibility::new(&[new], &[Segment::tokens(past as u32), new], |_, _| Rule::Full)?;
+        let mut pass = Self::new(device, shape, batch, &visibility, config.tokens(), past, false)?;
+        if scale + 1 < config.scales.len() {
+            let event = Event {
+                batch,
+                heads: shape.heads,
+                head_dim: shape.head_dim,
+                queries: pass.rows,
+                room: config.tokens(),
+                rows: past + pass.rows,
+                kept: kept[scale],
+            };
+            pass.compressor = Some(Compressor::new(device, event)?);
+        }
+        Ok(pass)
+    }
+
     /// `rows` tokens in a line, each of which sees those before it and the past of its batch entry. The cache has the
     /// rows of the call first, then those of the past: where they lie in the past depends on the entry.
     pub(crate) fn of_tokens(device: &Device, shape: Shape, batch: usize, rows: usize, past: usize) -> Result<Self> {
@@ -323,6 +358,7 @@ impl<A: Float> Pass<A> {
             schedule: device.upload(attention.schedule().words())?,
             workspace: device.zeros(attention.workspace_bytes() as usize)?,
             attention,
+            compressor: None,
         })
     }
 
@@ -368,6 +404,9 @@ impl<A: Float> Pass<A> {
                 workspace: Some(self.workspace.output()),
             },
         )?;
+        if let Some(compressor) = &mut self.compressor {
+            compressor.run(device, q, k_cache, v_cache)?;
+        }
         let (Some(keep), Some(past)) = (&self.keep, past) else { return Ok(()) };
         keep.run(
             &stream,

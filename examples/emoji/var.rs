@@ -2,6 +2,7 @@
 
 use nextscale::dtype::Float;
 
+use crate::compress::rows_kept;
 use crate::dense::Matrix;
 use crate::device::{Buffer, Device};
 use crate::failure::Result;
@@ -9,10 +10,9 @@ use crate::pointwise::{embed, guide};
 use crate::sampling::{Image, Sampler, Settings, Stages, conditions};
 use crate::tokenizer::Tokenizer;
 use crate::transformer::{Cache, Pass, Said, Scratch, Transformer};
-use crate::weights::{Config, Weights};
+use crate::weights::Weights;
 
 pub(crate) struct Var<A> {
-    config: Config,
     batch: usize,
     guidance: f32,
     transformer: Transformer<A>,
@@ -40,17 +40,30 @@ struct Scale<A> {
 }
 
 impl<A: Float> Var<A> {
-    pub(crate) fn load(device: &Device, weights: &Weights, batch: usize, settings: &Settings) -> Result<Self> {
-        let config = weights.config.clone();
+    /// `budget`: the part of the cache that is kept after each scale; all of it, without compression, if not given.
+    pub(crate) fn load(
+        device: &Device,
+        weights: &Weights,
+        batch: usize,
+        settings: &Settings,
+        budget: Option<f32>,
+    ) -> Result<Self> {
+        let config = &weights.config;
         let transformer = Transformer::load(device, weights, "var")?;
         let (shape, most) = (transformer.shape, config.scales.iter().map(|side| side * side).max().unwrap_or(0));
+        let kept = budget.map(|budget| rows_kept(config, budget));
         let scale = |k: usize| -> Result<Scale<A>> {
             let (first, l) = (config.first(k), config.scales[k] * config.scales[k]);
             let place: Vec<i32> = (0..2 * batch * l).map(|row| (first + row % l) as i32).collect();
+            let mut sampler = Sampler::new(device, batch * l, shape.vocab, 0, settings)?;
+            sampler.places(device, (0..batch * l).map(|row| first + row % l))?;
             Ok(Scale {
                 // With the class said, and without.
-                pass: Pass::of_scale(device, shape, &config, 2 * batch, k)?,
-                sampler: Sampler::new(device, batch * l, shape.vocab, 0, settings)?,
+                pass: match &kept {
+                    Some(kept) => Pass::of_scale_within(device, shape, config, 2 * batch, k, kept)?,
+                    None => Pass::of_scale(device, shape, config, 2 * batch, k)?,
+                },
+                sampler,
                 place: device.upload(&place)?,
                 tokens: device.zeros(batch * l)?,
             })
@@ -68,7 +81,6 @@ impl<A: Float> Var<A> {
             next: device.zeros(2 * batch * most * config.channels)?,
             count: device.upload(&(0..2 * batch as i32).collect::<Vec<_>>())?,
             transformer,
-            config,
         })
     }
 
@@ -80,11 +92,9 @@ impl<A: Float> Var<A> {
     pub(crate) fn begin(&mut self, device: &Device, images: &[Image]) -> Result<()> {
         assert_eq!(images.len(), self.batch);
         self.transformer.say(device, &conditions(images), &mut self.said)?;
-        for (k, scale) in self.scales.iter_mut().enumerate() {
-            let (first, l) = (self.config.first(k), scale.tokens.len() / self.batch);
-            let seeds: Vec<u64> = images.iter().flat_map(|image| std::iter::repeat_n(image.seed, l)).collect();
-            let places: Vec<usize> = (0..self.batch * l).map(|row| first + row % l).collect();
-            scale.sampler.place(device, &seeds, &places)?;
+        for scale in &mut self.scales {
+            let l = scale.tokens.len() / self.batch;
+            scale.sampler.seeds(device, images.iter().flat_map(|image| std::iter::repeat_n(image.seed, l)))?;
         }
         Ok(())
     }
