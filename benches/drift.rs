@@ -60,9 +60,10 @@ impl ForFloats for Bench<'_> {
         ));
         let run = |plan: &Drift<P>| {
             let (accumulated, steps, decision, workspace, counters) = &mut *state.borrow_mut();
+            let previous = &mut *previous.borrow_mut();
             let args = DriftArgs {
                 features: features.input(),
-                previous: previous.borrow_mut().output(),
+                previous: previous.output(),
                 accumulated: accumulated.output(),
                 steps: steps.output(),
                 force: None,

@@ -73,12 +73,24 @@ pub const NXS_STATUS_TARGET_BEYOND: u32 = 8;
 pub const NXS_STATUS_DRAFT_IMPOSSIBLE: u32 = 16;
 pub const NXS_STATUS_ROW_OUT_OF_RANGE: u32 = 32;
 pub const NXS_STATUS_DRAFTS_IGNORED: u32 = 64;
+pub const NXS_STATUS_SEQUENCE_FULL: u32 = 1024;
 pub const NXS_STATUS_TREE_BAD: u32 = 4096;
 pub const NXS_RULE_GREEDY: u32 = 0;
 pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
 pub const NXS_RULE_BLOCK: u32 = 3;
 pub const NXS_VERIFY_ROW_BYTES: u32 = 64;
+pub const NXS_VISUAL_LANTERN: u32 = 0;
+pub const NXS_VISUAL_GROUPED: u32 = 1;
+pub const NXS_VISUAL_JACOBI: u32 = 2;
+pub const NXS_REDRAFT_NONE: u32 = 0;
+pub const NXS_REDRAFT_INDEPENDENT: u32 = 1;
+pub const NXS_REDRAFT_MAXIMAL: u32 = 2;
+pub const NXS_REDRAFT_GUMBEL: u32 = 3;
+pub const NXS_CONFIDENCE_PROBABILITY: u32 = 0;
+pub const NXS_CONFIDENCE_LOG_PROBABILITY: u32 = 1;
+pub const NXS_CONFIDENCE_MARGIN: u32 = 2;
+pub const NXS_CONFIDENCE_ENTROPY: u32 = 3;
 pub const NXS_DRIFT_TEST: u32 = 0;
 pub const NXS_DRIFT_COMPUTE: u32 = 1;
 pub const NXS_DRIFT_LEAVE: u32 = 2;
@@ -103,6 +115,17 @@ pub const NXS_PACK_LLOYD_MAX: u32 = 4;
 pub const NXS_PACK_NOT_FINITE: u32 = 1;
 pub const NXS_PACK_ROW_CLAMPED: u32 = 2;
 pub const NXS_PACK_COUNT_CLAMPED: u32 = 4;
+pub const NXS_IMPORTANCE_MAX_LOGIT: u32 = 0;
+pub const NXS_IMPORTANCE_MEAN_PROB: u32 = 1;
+pub const NXS_IMPORTANCE_MAX_PROB: u32 = 2;
+pub const NXS_IMPORTANCE_LOGIT: u32 = 3;
+pub const NXS_POOL_NONE: u32 = 0;
+pub const NXS_POOL_MAX: u32 = 1;
+pub const NXS_POOL_AVERAGE: u32 = 2;
+pub const NXS_REDUNDANCY_COSINE: u32 = 0;
+pub const NXS_REDUNDANCY_SOFTMAX: u32 = 1;
+pub const NXS_REDUNDANCY_SIMILAR: u32 = 2;
+pub const NXS_REDUNDANCY_SIMILAR_TOKENS: u32 = 8192;
 pub type nxs_status = i32;
 pub type nxs_dtype = i32;
 #[repr(C)]
@@ -1526,6 +1549,746 @@ impl Default for nxs_verify_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct nxs_visual_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub target_free_or_null: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub draft_free_or_null: *const ::core::ffi::c_void,
+    pub cu_rows: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub syntax_or_null: *const u32,
+    pub neighbours_or_null: *const ::core::ffi::c_void,
+    pub embeddings_or_null: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub guidance_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub redrafts_or_null: *mut i32,
+    pub redraft_stats_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub neighbours_stride_row: i64,
+    pub embeddings_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub first_code: i64,
+    pub codes: i64,
+    pub max_drafts: i32,
+    pub rule: i32,
+    pub redraft: i32,
+    pub accumulated: i32,
+    pub zeroed: i32,
+    pub below: i32,
+    pub above: i32,
+    pub dim: i32,
+    pub bound: f32,
+    pub probability_gap: f32,
+    pub distance: f32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+    pub neighbours_dtype: nxs_dtype,
+    pub embeddings_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_visual_verify_params"][::core::mem::size_of::<nxs_visual_verify_params>() - 400usize];
+    ["Alignment of nxs_visual_verify_params"][::core::mem::align_of::<nxs_visual_verify_params>() - 8usize];
+    ["Offset of field: nxs_visual_verify_params::target"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target) - 0usize];
+    ["Offset of field: nxs_visual_verify_params::target_free_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_free_or_null) - 8usize];
+    ["Offset of field: nxs_visual_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_or_null) - 16usize];
+    ["Offset of field: nxs_visual_verify_params::draft_free_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_free_or_null) - 24usize];
+    ["Offset of field: nxs_visual_verify_params::cu_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, cu_rows) - 32usize];
+    ["Offset of field: nxs_visual_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, drafts) - 40usize];
+    ["Offset of field: nxs_visual_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, row_index_or_null) - 48usize];
+    ["Offset of field: nxs_visual_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_row_or_null) - 56usize];
+    ["Offset of field: nxs_visual_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_stats_or_null) - 64usize];
+    ["Offset of field: nxs_visual_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, allow_or_null) - 72usize];
+    ["Offset of field: nxs_visual_verify_params::syntax_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, syntax_or_null) - 80usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_or_null) - 88usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_or_null) - 96usize];
+    ["Offset of field: nxs_visual_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, temperature_or_null) - 104usize];
+    ["Offset of field: nxs_visual_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_temperature_or_null) - 112usize];
+    ["Offset of field: nxs_visual_verify_params::guidance_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, guidance_or_null) - 120usize];
+    ["Offset of field: nxs_visual_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, top_k_or_null) - 128usize];
+    ["Offset of field: nxs_visual_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, top_p_or_null) - 136usize];
+    ["Offset of field: nxs_visual_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, min_p_or_null) - 144usize];
+    ["Offset of field: nxs_visual_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, seeds_or_null) - 152usize];
+    ["Offset of field: nxs_visual_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, positions_or_null) - 160usize];
+    ["Offset of field: nxs_visual_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, uniforms_or_null) - 168usize];
+    ["Offset of field: nxs_visual_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, tokens) - 176usize];
+    ["Offset of field: nxs_visual_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, emitted) - 184usize];
+    ["Offset of field: nxs_visual_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, accepted) - 192usize];
+    ["Offset of field: nxs_visual_verify_params::status"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, status) - 200usize];
+    ["Offset of field: nxs_visual_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, last_row_or_null) - 208usize];
+    ["Offset of field: nxs_visual_verify_params::redrafts_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redrafts_or_null) - 216usize];
+    ["Offset of field: nxs_visual_verify_params::redraft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redraft_stats_or_null) - 224usize];
+    ["Offset of field: nxs_visual_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, workspace) - 232usize];
+    ["Offset of field: nxs_visual_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, counters) - 240usize];
+    ["Offset of field: nxs_visual_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_stride_row) - 248usize];
+    ["Offset of field: nxs_visual_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_stride_row) - 256usize];
+    ["Offset of field: nxs_visual_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, allow_stride_row) - 264usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_stride_row) - 272usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_stride_row) - 280usize];
+    ["Offset of field: nxs_visual_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, batch) - 288usize];
+    ["Offset of field: nxs_visual_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, vocab) - 296usize];
+    ["Offset of field: nxs_visual_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_rows) - 304usize];
+    ["Offset of field: nxs_visual_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_rows) - 312usize];
+    ["Offset of field: nxs_visual_verify_params::first_code"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, first_code) - 320usize];
+    ["Offset of field: nxs_visual_verify_params::codes"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, codes) - 328usize];
+    ["Offset of field: nxs_visual_verify_params::max_drafts"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, max_drafts) - 336usize];
+    ["Offset of field: nxs_visual_verify_params::rule"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, rule) - 340usize];
+    ["Offset of field: nxs_visual_verify_params::redraft"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redraft) - 344usize];
+    ["Offset of field: nxs_visual_verify_params::accumulated"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, accumulated) - 348usize];
+    ["Offset of field: nxs_visual_verify_params::zeroed"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, zeroed) - 352usize];
+    ["Offset of field: nxs_visual_verify_params::below"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, below) - 356usize];
+    ["Offset of field: nxs_visual_verify_params::above"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, above) - 360usize];
+    ["Offset of field: nxs_visual_verify_params::dim"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, dim) - 364usize];
+    ["Offset of field: nxs_visual_verify_params::bound"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, bound) - 368usize];
+    ["Offset of field: nxs_visual_verify_params::probability_gap"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, probability_gap) - 372usize];
+    ["Offset of field: nxs_visual_verify_params::distance"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, distance) - 376usize];
+    ["Offset of field: nxs_visual_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, fallback) - 380usize];
+    ["Offset of field: nxs_visual_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, blocks) - 384usize];
+    ["Offset of field: nxs_visual_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, dtype) - 388usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_dtype) - 392usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_dtype) - 396usize];
+};
+impl Default for nxs_visual_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_pooled_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub target_free_or_null: *const ::core::ffi::c_void,
+    pub drafts: *const i32,
+    pub neighbours_or_null: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub guidance_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub threshold_or_null: *const f32,
+    pub resample: *mut u8,
+    pub positions_or_null: *mut i32,
+    pub islands_or_null: *mut i32,
+    pub counts: *mut i32,
+    pub pooled_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub neighbours_stride_row: i64,
+    pub batch: i64,
+    pub height: i64,
+    pub width: i64,
+    pub vocab: i64,
+    pub first_code: i64,
+    pub codes: i64,
+    pub neighbours: i32,
+    pub radius: i32,
+    pub threshold: f32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+    pub neighbours_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_pooled_verify_params"][::core::mem::size_of::<nxs_pooled_verify_params>() - 232usize];
+    ["Alignment of nxs_pooled_verify_params"][::core::mem::align_of::<nxs_pooled_verify_params>() - 8usize];
+    ["Offset of field: nxs_pooled_verify_params::target"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target) - 0usize];
+    ["Offset of field: nxs_pooled_verify_params::target_free_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target_free_or_null) - 8usize];
+    ["Offset of field: nxs_pooled_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, drafts) - 16usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_or_null) - 24usize];
+    ["Offset of field: nxs_pooled_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, temperature_or_null) - 32usize];
+    ["Offset of field: nxs_pooled_verify_params::guidance_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, guidance_or_null) - 40usize];
+    ["Offset of field: nxs_pooled_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, top_k_or_null) - 48usize];
+    ["Offset of field: nxs_pooled_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, top_p_or_null) - 56usize];
+    ["Offset of field: nxs_pooled_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, min_p_or_null) - 64usize];
+    ["Offset of field: nxs_pooled_verify_params::threshold_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, threshold_or_null) - 72usize];
+    ["Offset of field: nxs_pooled_verify_params::resample"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, resample) - 80usize];
+    ["Offset of field: nxs_pooled_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, positions_or_null) - 88usize];
+    ["Offset of field: nxs_pooled_verify_params::islands_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, islands_or_null) - 96usize];
+    ["Offset of field: nxs_pooled_verify_params::counts"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, counts) - 104usize];
+    ["Offset of field: nxs_pooled_verify_params::pooled_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, pooled_or_null) - 112usize];
+    ["Offset of field: nxs_pooled_verify_params::status"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, status) - 120usize];
+    ["Offset of field: nxs_pooled_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, workspace) - 128usize];
+    ["Offset of field: nxs_pooled_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, counters) - 136usize];
+    ["Offset of field: nxs_pooled_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target_stride_row) - 144usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_stride_row"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_stride_row) - 152usize];
+    ["Offset of field: nxs_pooled_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, batch) - 160usize];
+    ["Offset of field: nxs_pooled_verify_params::height"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, height) - 168usize];
+    ["Offset of field: nxs_pooled_verify_params::width"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, width) - 176usize];
+    ["Offset of field: nxs_pooled_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, vocab) - 184usize];
+    ["Offset of field: nxs_pooled_verify_params::first_code"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, first_code) - 192usize];
+    ["Offset of field: nxs_pooled_verify_params::codes"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, codes) - 200usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours) - 208usize];
+    ["Offset of field: nxs_pooled_verify_params::radius"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, radius) - 212usize];
+    ["Offset of field: nxs_pooled_verify_params::threshold"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, threshold) - 216usize];
+    ["Offset of field: nxs_pooled_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, blocks) - 220usize];
+    ["Offset of field: nxs_pooled_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, dtype) - 224usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_dtype"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_dtype) - 228usize];
+};
+impl Default for nxs_pooled_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_typical_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub drafts: *const i32,
+    pub paths_or_null: *const i32,
+    pub row_index_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub accepted_nodes_or_null: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub path_or_null: *mut i32,
+    pub last_row_or_null: *mut i32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub target_rows: i64,
+    pub nodes: i32,
+    pub paths: i32,
+    pub depth: i32,
+    pub epsilon: f32,
+    pub alpha: f32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_typical_verify_params"][::core::mem::size_of::<nxs_typical_verify_params>() - 200usize];
+    ["Alignment of nxs_typical_verify_params"][::core::mem::align_of::<nxs_typical_verify_params>() - 8usize];
+    ["Offset of field: nxs_typical_verify_params::target"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target) - 0usize];
+    ["Offset of field: nxs_typical_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, drafts) - 8usize];
+    ["Offset of field: nxs_typical_verify_params::paths_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, paths_or_null) - 16usize];
+    ["Offset of field: nxs_typical_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, row_index_or_null) - 24usize];
+    ["Offset of field: nxs_typical_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, temperature_or_null) - 32usize];
+    ["Offset of field: nxs_typical_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, seeds_or_null) - 40usize];
+    ["Offset of field: nxs_typical_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, positions_or_null) - 48usize];
+    ["Offset of field: nxs_typical_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, uniforms_or_null) - 56usize];
+    ["Offset of field: nxs_typical_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, tokens) - 64usize];
+    ["Offset of field: nxs_typical_verify_params::accepted_nodes_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, accepted_nodes_or_null) - 72usize];
+    ["Offset of field: nxs_typical_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, emitted) - 80usize];
+    ["Offset of field: nxs_typical_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, accepted) - 88usize];
+    ["Offset of field: nxs_typical_verify_params::path_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, path_or_null) - 96usize];
+    ["Offset of field: nxs_typical_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, last_row_or_null) - 104usize];
+    ["Offset of field: nxs_typical_verify_params::status"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, status) - 112usize];
+    ["Offset of field: nxs_typical_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, workspace) - 120usize];
+    ["Offset of field: nxs_typical_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, counters) - 128usize];
+    ["Offset of field: nxs_typical_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target_stride_row) - 136usize];
+    ["Offset of field: nxs_typical_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, batch) - 144usize];
+    ["Offset of field: nxs_typical_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, vocab) - 152usize];
+    ["Offset of field: nxs_typical_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target_rows) - 160usize];
+    ["Offset of field: nxs_typical_verify_params::nodes"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, nodes) - 168usize];
+    ["Offset of field: nxs_typical_verify_params::paths"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, paths) - 172usize];
+    ["Offset of field: nxs_typical_verify_params::depth"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, depth) - 176usize];
+    ["Offset of field: nxs_typical_verify_params::epsilon"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, epsilon) - 180usize];
+    ["Offset of field: nxs_typical_verify_params::alpha"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, alpha) - 184usize];
+    ["Offset of field: nxs_typical_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, fallback) - 188usize];
+    ["Offset of field: nxs_typical_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, blocks) - 192usize];
+    ["Offset of field: nxs_typical_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, dtype) - 196usize];
+};
+impl Default for nxs_typical_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_confidence_rank_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub masked_or_null: *const u8,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub threshold_or_null: *const f32,
+    pub counts: *const i32,
+    pub noise_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub tokens: *mut i32,
+    pub candidates_or_null: *mut i32,
+    pub confidence_or_null: *mut f32,
+    pub committed: *mut i32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub batch: i64,
+    pub length: i64,
+    pub vocab: i64,
+    pub confidence: i32,
+    pub row_in_step: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_confidence_rank_params"][::core::mem::size_of::<nxs_confidence_rank_params>() - 192usize];
+    ["Alignment of nxs_confidence_rank_params"][::core::mem::align_of::<nxs_confidence_rank_params>() - 8usize];
+    ["Offset of field: nxs_confidence_rank_params::logits"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, logits) - 0usize];
+    ["Offset of field: nxs_confidence_rank_params::masked_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, masked_or_null) - 8usize];
+    ["Offset of field: nxs_confidence_rank_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_confidence_rank_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, top_k_or_null) - 24usize];
+    ["Offset of field: nxs_confidence_rank_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, top_p_or_null) - 32usize];
+    ["Offset of field: nxs_confidence_rank_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, min_p_or_null) - 40usize];
+    ["Offset of field: nxs_confidence_rank_params::threshold_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, threshold_or_null) - 48usize];
+    ["Offset of field: nxs_confidence_rank_params::counts"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, counts) - 56usize];
+    ["Offset of field: nxs_confidence_rank_params::noise_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, noise_or_null) - 64usize];
+    ["Offset of field: nxs_confidence_rank_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, seeds_or_null) - 72usize];
+    ["Offset of field: nxs_confidence_rank_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, positions_or_null) - 80usize];
+    ["Offset of field: nxs_confidence_rank_params::tokens"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, tokens) - 88usize];
+    ["Offset of field: nxs_confidence_rank_params::candidates_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, candidates_or_null) - 96usize];
+    ["Offset of field: nxs_confidence_rank_params::confidence_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, confidence_or_null) - 104usize];
+    ["Offset of field: nxs_confidence_rank_params::committed"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, committed) - 112usize];
+    ["Offset of field: nxs_confidence_rank_params::status"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, status) - 120usize];
+    ["Offset of field: nxs_confidence_rank_params::workspace"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, workspace) - 128usize];
+    ["Offset of field: nxs_confidence_rank_params::counters"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, counters) - 136usize];
+    ["Offset of field: nxs_confidence_rank_params::stride_row"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, stride_row) - 144usize];
+    ["Offset of field: nxs_confidence_rank_params::batch"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, batch) - 152usize];
+    ["Offset of field: nxs_confidence_rank_params::length"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, length) - 160usize];
+    ["Offset of field: nxs_confidence_rank_params::vocab"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, vocab) - 168usize];
+    ["Offset of field: nxs_confidence_rank_params::confidence"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, confidence) - 176usize];
+    ["Offset of field: nxs_confidence_rank_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, row_in_step) - 180usize];
+    ["Offset of field: nxs_confidence_rank_params::blocks"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, blocks) - 184usize];
+    ["Offset of field: nxs_confidence_rank_params::dtype"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, dtype) - 188usize];
+};
+impl Default for nxs_confidence_rank_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_gated_sample_params {
+    pub first: *const ::core::ffi::c_void,
+    pub second: *const ::core::ffi::c_void,
+    pub gate: *const f32,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub stats_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub stride_row: i64,
+    pub rows: i64,
+    pub vocab: i64,
+    pub row_in_step: i32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_gated_sample_params"][::core::mem::size_of::<nxs_gated_sample_params>() - 152usize];
+    ["Alignment of nxs_gated_sample_params"][::core::mem::align_of::<nxs_gated_sample_params>() - 8usize];
+    ["Offset of field: nxs_gated_sample_params::first"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, first) - 0usize];
+    ["Offset of field: nxs_gated_sample_params::second"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, second) - 8usize];
+    ["Offset of field: nxs_gated_sample_params::gate"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, gate) - 16usize];
+    ["Offset of field: nxs_gated_sample_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, temperature_or_null) - 24usize];
+    ["Offset of field: nxs_gated_sample_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, top_k_or_null) - 32usize];
+    ["Offset of field: nxs_gated_sample_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, top_p_or_null) - 40usize];
+    ["Offset of field: nxs_gated_sample_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, min_p_or_null) - 48usize];
+    ["Offset of field: nxs_gated_sample_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, seeds_or_null) - 56usize];
+    ["Offset of field: nxs_gated_sample_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, positions_or_null) - 64usize];
+    ["Offset of field: nxs_gated_sample_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, uniforms_or_null) - 72usize];
+    ["Offset of field: nxs_gated_sample_params::tokens"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, tokens) - 80usize];
+    ["Offset of field: nxs_gated_sample_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, stats_or_null) - 88usize];
+    ["Offset of field: nxs_gated_sample_params::status"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, status) - 96usize];
+    ["Offset of field: nxs_gated_sample_params::workspace"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, workspace) - 104usize];
+    ["Offset of field: nxs_gated_sample_params::stride_row"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, stride_row) - 112usize];
+    ["Offset of field: nxs_gated_sample_params::rows"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, rows) - 120usize];
+    ["Offset of field: nxs_gated_sample_params::vocab"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, vocab) - 128usize];
+    ["Offset of field: nxs_gated_sample_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, row_in_step) - 136usize];
+    ["Offset of field: nxs_gated_sample_params::fallback"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, fallback) - 140usize];
+    ["Offset of field: nxs_gated_sample_params::blocks"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, blocks) - 144usize];
+    ["Offset of field: nxs_gated_sample_params::dtype"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, dtype) - 148usize];
+};
+impl Default for nxs_gated_sample_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_select_candidate_params {
+    pub scores: *const f32,
+    pub sequences_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub parents: *mut i32,
+    pub selected_or_null: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub candidates: i64,
+    pub length: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_select_candidate_params"][::core::mem::size_of::<nxs_select_candidate_params>() - 96usize];
+    ["Alignment of nxs_select_candidate_params"][::core::mem::align_of::<nxs_select_candidate_params>() - 8usize];
+    ["Offset of field: nxs_select_candidate_params::scores"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, scores) - 0usize];
+    ["Offset of field: nxs_select_candidate_params::sequences_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, sequences_or_null) - 8usize];
+    ["Offset of field: nxs_select_candidate_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_select_candidate_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, seeds_or_null) - 24usize];
+    ["Offset of field: nxs_select_candidate_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, positions_or_null) - 32usize];
+    ["Offset of field: nxs_select_candidate_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, uniforms_or_null) - 40usize];
+    ["Offset of field: nxs_select_candidate_params::parents"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, parents) - 48usize];
+    ["Offset of field: nxs_select_candidate_params::selected_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, selected_or_null) - 56usize];
+    ["Offset of field: nxs_select_candidate_params::status"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, status) - 64usize];
+    ["Offset of field: nxs_select_candidate_params::batch"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, batch) - 72usize];
+    ["Offset of field: nxs_select_candidate_params::candidates"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, candidates) - 80usize];
+    ["Offset of field: nxs_select_candidate_params::length"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, length) - 88usize];
+};
+impl Default for nxs_select_candidate_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_backspace_params {
+    pub emitted: *const i32,
+    pub least_or_null: *const i32,
+    pub sequences: *mut i32,
+    pub lengths: *mut i32,
+    pub kept: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub most: i64,
+    pub capacity: i64,
+    pub backspace: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_backspace_params"][::core::mem::size_of::<nxs_backspace_params>() - 80usize];
+    ["Alignment of nxs_backspace_params"][::core::mem::align_of::<nxs_backspace_params>() - 8usize];
+    ["Offset of field: nxs_backspace_params::emitted"][::core::mem::offset_of!(nxs_backspace_params, emitted) - 0usize];
+    ["Offset of field: nxs_backspace_params::least_or_null"]
+        [::core::mem::offset_of!(nxs_backspace_params, least_or_null) - 8usize];
+    ["Offset of field: nxs_backspace_params::sequences"]
+        [::core::mem::offset_of!(nxs_backspace_params, sequences) - 16usize];
+    ["Offset of field: nxs_backspace_params::lengths"]
+        [::core::mem::offset_of!(nxs_backspace_params, lengths) - 24usize];
+    ["Offset of field: nxs_backspace_params::kept"][::core::mem::offset_of!(nxs_backspace_params, kept) - 32usize];
+    ["Offset of field: nxs_backspace_params::status"][::core::mem::offset_of!(nxs_backspace_params, status) - 40usize];
+    ["Offset of field: nxs_backspace_params::batch"][::core::mem::offset_of!(nxs_backspace_params, batch) - 48usize];
+    ["Offset of field: nxs_backspace_params::most"][::core::mem::offset_of!(nxs_backspace_params, most) - 56usize];
+    ["Offset of field: nxs_backspace_params::capacity"]
+        [::core::mem::offset_of!(nxs_backspace_params, capacity) - 64usize];
+    ["Offset of field: nxs_backspace_params::backspace"]
+        [::core::mem::offset_of!(nxs_backspace_params, backspace) - 72usize];
+};
+impl Default for nxs_backspace_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_beam_rank_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub scores: *const f32,
+    pub temperature_or_null: *const f32,
+    pub parents: *mut i32,
+    pub tokens: *mut i32,
+    pub best: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub beams: i32,
+    pub width: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_beam_rank_params"][::core::mem::size_of::<nxs_beam_rank_params>() - 112usize];
+    ["Alignment of nxs_beam_rank_params"][::core::mem::align_of::<nxs_beam_rank_params>() - 8usize];
+    ["Offset of field: nxs_beam_rank_params::logits"][::core::mem::offset_of!(nxs_beam_rank_params, logits) - 0usize];
+    ["Offset of field: nxs_beam_rank_params::scores"][::core::mem::offset_of!(nxs_beam_rank_params, scores) - 8usize];
+    ["Offset of field: nxs_beam_rank_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_beam_rank_params::parents"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, parents) - 24usize];
+    ["Offset of field: nxs_beam_rank_params::tokens"][::core::mem::offset_of!(nxs_beam_rank_params, tokens) - 32usize];
+    ["Offset of field: nxs_beam_rank_params::best"][::core::mem::offset_of!(nxs_beam_rank_params, best) - 40usize];
+    ["Offset of field: nxs_beam_rank_params::status"][::core::mem::offset_of!(nxs_beam_rank_params, status) - 48usize];
+    ["Offset of field: nxs_beam_rank_params::workspace"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, workspace) - 56usize];
+    ["Offset of field: nxs_beam_rank_params::counters"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, counters) - 64usize];
+    ["Offset of field: nxs_beam_rank_params::stride_row"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, stride_row) - 72usize];
+    ["Offset of field: nxs_beam_rank_params::batch"][::core::mem::offset_of!(nxs_beam_rank_params, batch) - 80usize];
+    ["Offset of field: nxs_beam_rank_params::vocab"][::core::mem::offset_of!(nxs_beam_rank_params, vocab) - 88usize];
+    ["Offset of field: nxs_beam_rank_params::beams"][::core::mem::offset_of!(nxs_beam_rank_params, beams) - 96usize];
+    ["Offset of field: nxs_beam_rank_params::width"][::core::mem::offset_of!(nxs_beam_rank_params, width) - 100usize];
+    ["Offset of field: nxs_beam_rank_params::blocks"][::core::mem::offset_of!(nxs_beam_rank_params, blocks) - 104usize];
+    ["Offset of field: nxs_beam_rank_params::dtype"][::core::mem::offset_of!(nxs_beam_rank_params, dtype) - 108usize];
+};
+impl Default for nxs_beam_rank_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct nxs_drift_params {
     pub features: *const ::core::ffi::c_void,
     pub previous: *mut ::core::ffi::c_void,
@@ -2317,6 +3080,336 @@ impl Default for nxs_rotate_params {
         }
     }
 }
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_importance_params {
+    pub q: *const ::core::ffi::c_void,
+    pub k: *const ::core::ffi::c_void,
+    pub scores: *mut f32,
+    pub rows_or_null: *const i32,
+    pub masked_or_null: *const i32,
+    pub lengths_or_null: *const i32,
+    pub lse_or_null: *const f32,
+    pub stats_or_null: *mut f32,
+    pub sums_or_null: *mut f32,
+    pub q_stride_set: i64,
+    pub q_stride_row: i64,
+    pub q_stride_head: i64,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub scores_stride_set: i64,
+    pub scores_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub lse_stride_set: i64,
+    pub lse_stride_head: i64,
+    pub lse_stride_query: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub queries: i64,
+    pub q_rows: i64,
+    pub heads: i32,
+    pub groups: i32,
+    pub dim: i32,
+    pub aggregation: i32,
+    pub causal: i32,
+    pub excluded: i32,
+    pub unscored: i32,
+    pub pool: i32,
+    pub pool_width: i32,
+    pub masked: i32,
+    pub accumulate: i32,
+    pub dtype: nxs_dtype,
+    pub variant: i32,
+    pub scale: f32,
+    pub factor: f32,
+    pub stat_rows: i32,
+    pub stat_span: i32,
+    pub stat_splits: i32,
+    pub sum_rows: i32,
+    pub sum_span: i32,
+    pub sum_rows_split: i32,
+    pub sum_splits: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_importance_params"][::core::mem::size_of::<nxs_importance_params>() - 296usize];
+    ["Alignment of nxs_importance_params"][::core::mem::align_of::<nxs_importance_params>() - 8usize];
+    ["Offset of field: nxs_importance_params::q"][::core::mem::offset_of!(nxs_importance_params, q) - 0usize];
+    ["Offset of field: nxs_importance_params::k"][::core::mem::offset_of!(nxs_importance_params, k) - 8usize];
+    ["Offset of field: nxs_importance_params::scores"]
+        [::core::mem::offset_of!(nxs_importance_params, scores) - 16usize];
+    ["Offset of field: nxs_importance_params::rows_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, rows_or_null) - 24usize];
+    ["Offset of field: nxs_importance_params::masked_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, masked_or_null) - 32usize];
+    ["Offset of field: nxs_importance_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_or_null) - 40usize];
+    ["Offset of field: nxs_importance_params::lse_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_or_null) - 48usize];
+    ["Offset of field: nxs_importance_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, stats_or_null) - 56usize];
+    ["Offset of field: nxs_importance_params::sums_or_null"]
+        [::core::mem::offset_of!(nxs_importance_params, sums_or_null) - 64usize];
+    ["Offset of field: nxs_importance_params::q_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_set) - 72usize];
+    ["Offset of field: nxs_importance_params::q_stride_row"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_row) - 80usize];
+    ["Offset of field: nxs_importance_params::q_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, q_stride_head) - 88usize];
+    ["Offset of field: nxs_importance_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_set) - 96usize];
+    ["Offset of field: nxs_importance_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_token) - 104usize];
+    ["Offset of field: nxs_importance_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_head) - 112usize];
+    ["Offset of field: nxs_importance_params::scores_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_set) - 120usize];
+    ["Offset of field: nxs_importance_params::scores_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_head) - 128usize];
+    ["Offset of field: nxs_importance_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_set) - 136usize];
+    ["Offset of field: nxs_importance_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_head) - 144usize];
+    ["Offset of field: nxs_importance_params::lse_stride_set"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_set) - 152usize];
+    ["Offset of field: nxs_importance_params::lse_stride_head"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_head) - 160usize];
+    ["Offset of field: nxs_importance_params::lse_stride_query"]
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_query) - 168usize];
+    ["Offset of field: nxs_importance_params::sets"][::core::mem::offset_of!(nxs_importance_params, sets) - 176usize];
+    ["Offset of field: nxs_importance_params::tokens"]
+        [::core::mem::offset_of!(nxs_importance_params, tokens) - 184usize];
+    ["Offset of field: nxs_importance_params::queries"]
+        [::core::mem::offset_of!(nxs_importance_params, queries) - 192usize];
+    ["Offset of field: nxs_importance_params::q_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, q_rows) - 200usize];
+    ["Offset of field: nxs_importance_params::heads"][::core::mem::offset_of!(nxs_importance_params, heads) - 208usize];
+    ["Offset of field: nxs_importance_params::groups"]
+        [::core::mem::offset_of!(nxs_importance_params, groups) - 212usize];
+    ["Offset of field: nxs_importance_params::dim"][::core::mem::offset_of!(nxs_importance_params, dim) - 216usize];
+    ["Offset of field: nxs_importance_params::aggregation"]
+        [::core::mem::offset_of!(nxs_importance_params, aggregation) - 220usize];
+    ["Offset of field: nxs_importance_params::causal"]
+        [::core::mem::offset_of!(nxs_importance_params, causal) - 224usize];
+    ["Offset of field: nxs_importance_params::excluded"]
+        [::core::mem::offset_of!(nxs_importance_params, excluded) - 228usize];
+    ["Offset of field: nxs_importance_params::unscored"]
+        [::core::mem::offset_of!(nxs_importance_params, unscored) - 232usize];
+    ["Offset of field: nxs_importance_params::pool"][::core::mem::offset_of!(nxs_importance_params, pool) - 236usize];
+    ["Offset of field: nxs_importance_params::pool_width"]
+        [::core::mem::offset_of!(nxs_importance_params, pool_width) - 240usize];
+    ["Offset of field: nxs_importance_params::masked"]
+        [::core::mem::offset_of!(nxs_importance_params, masked) - 244usize];
+    ["Offset of field: nxs_importance_params::accumulate"]
+        [::core::mem::offset_of!(nxs_importance_params, accumulate) - 248usize];
+    ["Offset of field: nxs_importance_params::dtype"][::core::mem::offset_of!(nxs_importance_params, dtype) - 252usize];
+    ["Offset of field: nxs_importance_params::variant"]
+        [::core::mem::offset_of!(nxs_importance_params, variant) - 256usize];
+    ["Offset of field: nxs_importance_params::scale"][::core::mem::offset_of!(nxs_importance_params, scale) - 260usize];
+    ["Offset of field: nxs_importance_params::factor"]
+        [::core::mem::offset_of!(nxs_importance_params, factor) - 264usize];
+    ["Offset of field: nxs_importance_params::stat_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_rows) - 268usize];
+    ["Offset of field: nxs_importance_params::stat_span"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_span) - 272usize];
+    ["Offset of field: nxs_importance_params::stat_splits"]
+        [::core::mem::offset_of!(nxs_importance_params, stat_splits) - 276usize];
+    ["Offset of field: nxs_importance_params::sum_rows"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows) - 280usize];
+    ["Offset of field: nxs_importance_params::sum_span"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_span) - 284usize];
+    ["Offset of field: nxs_importance_params::sum_rows_split"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows_split) - 288usize];
+    ["Offset of field: nxs_importance_params::sum_splits"]
+        [::core::mem::offset_of!(nxs_importance_params, sum_splits) - 292usize];
+};
+impl Default for nxs_importance_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_key_norms_params {
+    pub k: *const ::core::ffi::c_void,
+    pub inverse_norms: *mut f32,
+    pub unit_sum: *mut f32,
+    pub lengths_or_null: *const i32,
+    pub parts: *mut f32,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub norms_stride_set: i64,
+    pub norms_stride_head: i64,
+    pub sum_stride_set: i64,
+    pub sum_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub span: i32,
+    pub accumulate: i32,
+    pub dtype: nxs_dtype,
+    pub eps: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_key_norms_params"][::core::mem::size_of::<nxs_key_norms_params>() - 152usize];
+    ["Alignment of nxs_key_norms_params"][::core::mem::align_of::<nxs_key_norms_params>() - 8usize];
+    ["Offset of field: nxs_key_norms_params::k"][::core::mem::offset_of!(nxs_key_norms_params, k) - 0usize];
+    ["Offset of field: nxs_key_norms_params::inverse_norms"]
+        [::core::mem::offset_of!(nxs_key_norms_params, inverse_norms) - 8usize];
+    ["Offset of field: nxs_key_norms_params::unit_sum"]
+        [::core::mem::offset_of!(nxs_key_norms_params, unit_sum) - 16usize];
+    ["Offset of field: nxs_key_norms_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_or_null) - 24usize];
+    ["Offset of field: nxs_key_norms_params::parts"][::core::mem::offset_of!(nxs_key_norms_params, parts) - 32usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_set) - 40usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_token) - 48usize];
+    ["Offset of field: nxs_key_norms_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_head) - 56usize];
+    ["Offset of field: nxs_key_norms_params::norms_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_set) - 64usize];
+    ["Offset of field: nxs_key_norms_params::norms_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_head) - 72usize];
+    ["Offset of field: nxs_key_norms_params::sum_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_set) - 80usize];
+    ["Offset of field: nxs_key_norms_params::sum_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_head) - 88usize];
+    ["Offset of field: nxs_key_norms_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_set) - 96usize];
+    ["Offset of field: nxs_key_norms_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_head) - 104usize];
+    ["Offset of field: nxs_key_norms_params::sets"][::core::mem::offset_of!(nxs_key_norms_params, sets) - 112usize];
+    ["Offset of field: nxs_key_norms_params::tokens"][::core::mem::offset_of!(nxs_key_norms_params, tokens) - 120usize];
+    ["Offset of field: nxs_key_norms_params::heads"][::core::mem::offset_of!(nxs_key_norms_params, heads) - 128usize];
+    ["Offset of field: nxs_key_norms_params::dim"][::core::mem::offset_of!(nxs_key_norms_params, dim) - 132usize];
+    ["Offset of field: nxs_key_norms_params::span"][::core::mem::offset_of!(nxs_key_norms_params, span) - 136usize];
+    ["Offset of field: nxs_key_norms_params::accumulate"]
+        [::core::mem::offset_of!(nxs_key_norms_params, accumulate) - 140usize];
+    ["Offset of field: nxs_key_norms_params::dtype"][::core::mem::offset_of!(nxs_key_norms_params, dtype) - 144usize];
+    ["Offset of field: nxs_key_norms_params::eps"][::core::mem::offset_of!(nxs_key_norms_params, eps) - 148usize];
+};
+impl Default for nxs_key_norms_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_redundancy_params {
+    pub k: *const ::core::ffi::c_void,
+    pub inverse_norms: *const f32,
+    pub unit_sum: *const f32,
+    pub scores: *mut f32,
+    pub lengths_or_null: *const i32,
+    pub parts_or_null: *mut f32,
+    pub retained_or_null: *mut ::core::ffi::c_void,
+    pub k_stride_set: i64,
+    pub k_stride_token: i64,
+    pub k_stride_head: i64,
+    pub norms_stride_set: i64,
+    pub norms_stride_head: i64,
+    pub sum_stride_set: i64,
+    pub sum_stride_head: i64,
+    pub scores_stride_set: i64,
+    pub scores_stride_head: i64,
+    pub lengths_stride_set: i64,
+    pub lengths_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub form: i32,
+    pub span: i32,
+    pub nth: i32,
+    pub nth_of_length: i32,
+    pub first: i32,
+    pub lonely: i32,
+    pub dtype: nxs_dtype,
+    pub threshold: f32,
+    pub ratio: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_redundancy_params"][::core::mem::size_of::<nxs_redundancy_params>() - 208usize];
+    ["Alignment of nxs_redundancy_params"][::core::mem::align_of::<nxs_redundancy_params>() - 8usize];
+    ["Offset of field: nxs_redundancy_params::k"][::core::mem::offset_of!(nxs_redundancy_params, k) - 0usize];
+    ["Offset of field: nxs_redundancy_params::inverse_norms"]
+        [::core::mem::offset_of!(nxs_redundancy_params, inverse_norms) - 8usize];
+    ["Offset of field: nxs_redundancy_params::unit_sum"]
+        [::core::mem::offset_of!(nxs_redundancy_params, unit_sum) - 16usize];
+    ["Offset of field: nxs_redundancy_params::scores"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores) - 24usize];
+    ["Offset of field: nxs_redundancy_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_or_null) - 32usize];
+    ["Offset of field: nxs_redundancy_params::parts_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, parts_or_null) - 40usize];
+    ["Offset of field: nxs_redundancy_params::retained_or_null"]
+        [::core::mem::offset_of!(nxs_redundancy_params, retained_or_null) - 48usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_set) - 56usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_token"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_token) - 64usize];
+    ["Offset of field: nxs_redundancy_params::k_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_head) - 72usize];
+    ["Offset of field: nxs_redundancy_params::norms_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_set) - 80usize];
+    ["Offset of field: nxs_redundancy_params::norms_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_head) - 88usize];
+    ["Offset of field: nxs_redundancy_params::sum_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_set) - 96usize];
+    ["Offset of field: nxs_redundancy_params::sum_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_head) - 104usize];
+    ["Offset of field: nxs_redundancy_params::scores_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_set) - 112usize];
+    ["Offset of field: nxs_redundancy_params::scores_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_head) - 120usize];
+    ["Offset of field: nxs_redundancy_params::lengths_stride_set"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_set) - 128usize];
+    ["Offset of field: nxs_redundancy_params::lengths_stride_head"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_head) - 136usize];
+    ["Offset of field: nxs_redundancy_params::sets"][::core::mem::offset_of!(nxs_redundancy_params, sets) - 144usize];
+    ["Offset of field: nxs_redundancy_params::tokens"]
+        [::core::mem::offset_of!(nxs_redundancy_params, tokens) - 152usize];
+    ["Offset of field: nxs_redundancy_params::heads"][::core::mem::offset_of!(nxs_redundancy_params, heads) - 160usize];
+    ["Offset of field: nxs_redundancy_params::dim"][::core::mem::offset_of!(nxs_redundancy_params, dim) - 164usize];
+    ["Offset of field: nxs_redundancy_params::form"][::core::mem::offset_of!(nxs_redundancy_params, form) - 168usize];
+    ["Offset of field: nxs_redundancy_params::span"][::core::mem::offset_of!(nxs_redundancy_params, span) - 172usize];
+    ["Offset of field: nxs_redundancy_params::nth"][::core::mem::offset_of!(nxs_redundancy_params, nth) - 176usize];
+    ["Offset of field: nxs_redundancy_params::nth_of_length"]
+        [::core::mem::offset_of!(nxs_redundancy_params, nth_of_length) - 180usize];
+    ["Offset of field: nxs_redundancy_params::first"][::core::mem::offset_of!(nxs_redundancy_params, first) - 184usize];
+    ["Offset of field: nxs_redundancy_params::lonely"]
+        [::core::mem::offset_of!(nxs_redundancy_params, lonely) - 188usize];
+    ["Offset of field: nxs_redundancy_params::dtype"][::core::mem::offset_of!(nxs_redundancy_params, dtype) - 192usize];
+    ["Offset of field: nxs_redundancy_params::threshold"]
+        [::core::mem::offset_of!(nxs_redundancy_params, threshold) - 196usize];
+    ["Offset of field: nxs_redundancy_params::ratio"][::core::mem::offset_of!(nxs_redundancy_params, ratio) - 200usize];
+};
+impl Default for nxs_redundancy_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
 unsafe extern "C" {
     pub fn nxs_abi_version() -> u32;
     pub fn nxs_status_name(status: nxs_status) -> *const ::core::ffi::c_char;
@@ -2349,6 +3442,21 @@ unsafe extern "C" {
     pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_visual_verify(params: *const nxs_visual_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_pooled_verify(params: *const nxs_pooled_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_typical_verify(params: *const nxs_typical_verify_params, stream: *mut ::core::ffi::c_void)
+    -> nxs_status;
+    pub fn nxs_confidence_rank(
+        params: *const nxs_confidence_rank_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_gated_sample(params: *const nxs_gated_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_select_candidate(
+        params: *const nxs_select_candidate_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_backspace(params: *const nxs_backspace_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_beam_rank(params: *const nxs_beam_rank_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_drift(params: *const nxs_drift_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_select(params: *const nxs_select_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_compact(params: *const nxs_compact_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
@@ -2356,4 +3464,7 @@ unsafe extern "C" {
     pub fn nxs_tree_build(params: *const nxs_tree_build_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_pack(params: *const nxs_pack_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_rotate(params: *const nxs_rotate_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_importance(params: *const nxs_importance_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_key_norms(params: *const nxs_key_norms_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_redundancy(params: *const nxs_redundancy_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
 }

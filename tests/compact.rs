@@ -62,7 +62,7 @@ fn case(in_place: bool) -> impl Strategy<Value = Case> {
                 if renumber.is_some() && turn > 0 && dims[0] > 1 {
                     dims = dims.map(|dim| dim.next_multiple_of(2));
                     let pairs = if turn == 1 { RopePairs::Interleaved } else { RopePairs::Half };
-                    let rotary = if seed % 2 == 0 { dims[0] } else { (dims[0] / 2).next_multiple_of(2) };
+                    let rotary = if seed.is_multiple_of(2) { dims[0] } else { (dims[0] / 2).next_multiple_of(2) };
                     rotated = Some((pairs, rotary));
                 }
                 Case {

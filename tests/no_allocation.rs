@@ -400,3 +400,127 @@ fn verification_of_trees_allocates_nothing() {
         });
     }
 }
+
+#[cfg(feature = "verification")]
+#[test]
+fn visual_verification_allocates_nothing() {
+    use nextscale::verification::{
+        Accepted, ConfidenceOut, ConfidenceRank, ConfidenceRankArgs, Drafts, Emitted, Grouped, Lantern, Neighbours,
+        PooledOptions, PooledOut, PooledVerifier, PooledVerifierArgs, Redraft, TypicalOut, TypicalVerifier,
+        TypicalVerifierArgs, VisualOptions, VisualOut, VisualRule, VisualVerifier, VisualVerifierArgs,
+    };
+    for device in TestDevice::all() {
+        let info = &DeviceInfo::A100;
+        let logits = Buffer::of(&device, &[0.5f32; 4 * 3000], 0);
+        let (cu_rows, drafts) = (Buffer::of(&device, &[0, 2, 4], 0), Buffer::of(&device, &[1, -1, 2, -1], 0));
+        let near = Buffer::of(&device, &[7u16; 3000 * 3], 0);
+        let (seeds, counts) = (Buffer::of(&device, &[1i64, 2], 0), Buffer::of(&device, &[1, -1], 0));
+        let [mut tokens, mut redrafts] = [4, 4].map(|len| Buffer::<i32>::poisoned(&device, len, 0));
+        let mut emitted = Buffer::<Emitted>::poisoned(&device, 2, 0);
+        let mut accepted = Buffer::<Accepted>::poisoned(&device, 2, 0);
+        let mut status = Buffer::<u32>::poisoned(&device, 2, 0);
+        let mut resample = Buffer::<u8>::poisoned(&device, 4, 0);
+        let mut counted = Buffer::<i32>::poisoned(&device, 4, 0);
+        let lantern = VisualRule::Lantern(Lantern { accumulated: 3, zeroed: 3, bound: 0.1 });
+        let rules = [lantern, VisualRule::Grouped(Grouped::default()), VisualRule::Jacobi];
+        let visual = rules.map(|rule| {
+            let builder = VisualVerifier::<f32>::builder(2, 1, 3000, rule).drafts(Drafts::Logits);
+            builder.redraft(Redraft::Gumbel).build(info).unwrap()
+        });
+        let pooled = PooledVerifier::<f32>::builder(2, [1, 2], 3000).radius(1).build(info).unwrap();
+        let typical = TypicalVerifier::<f32>::builder(2, 2, 3000).build(info).unwrap();
+        let rank = ConfidenceRank::<f32>::builder(2, 2, 3000).build(info).unwrap();
+        let sizes = [visual[0].workspace_bytes(), pooled.workspace_bytes(), typical.workspace_bytes()];
+        let most = sizes.into_iter().fold(rank.workspace_bytes(), u64::max);
+        let mut workspace = Buffer::<u8>::poisoned(&device, most as usize, 0);
+        let mut counters = Buffer::of(&device, &[0u32; 4], 0);
+        assert_allocates_nothing(&device, || {
+            for (plan, rule) in visual.iter().zip(rules) {
+                let args = VisualVerifierArgs {
+                    target: logits.input(),
+                    cu_rows: cu_rows.input(),
+                    drafts: drafts.input(),
+                    options: VisualOptions {
+                        draft: Some(logits.input()),
+                        neighbours: matches!(rule, VisualRule::Lantern(_)).then(|| Neighbours::U16(near.input())),
+                        seeds: Some(seeds.input()),
+                        ..VisualOptions::default()
+                    },
+                    out: VisualOut {
+                        tokens: tokens.output(),
+                        emitted: emitted.output(),
+                        accepted: accepted.output(),
+                        status: status.output(),
+                        last_row: None,
+                        redrafts: Some(redrafts.output()),
+                        redraft_stats: None,
+                    },
+                    workspace: workspace.output(),
+                    counters: counters.output(),
+                };
+                plan.run(&device.stream(), args).unwrap();
+            }
+            let args = PooledVerifierArgs {
+                target: logits.input(),
+                drafts: drafts.input(),
+                options: PooledOptions::default(),
+                out: PooledOut {
+                    resample: resample.output(),
+                    positions: Some(tokens.output()),
+                    islands: Some(redrafts.output()),
+                    counts: counted.output(),
+                    pooled: None,
+                    status: status.output(),
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            pooled.run(&device.stream(), args).unwrap();
+            let args = TypicalVerifierArgs {
+                target: logits.input(),
+                drafts: drafts.input(),
+                paths: None,
+                row_index: None,
+                temperature: None,
+                seeds: Some(seeds.input()),
+                positions: None,
+                uniforms: None,
+                out: TypicalOut {
+                    tokens: tokens.output(),
+                    emitted: emitted.output(),
+                    accepted: accepted.output(),
+                    nodes: Some(redrafts.output()),
+                    path: None,
+                    last_row: None,
+                    status: status.output(),
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            typical.run(&device.stream(), args).unwrap();
+            let args = ConfidenceRankArgs {
+                logits: logits.input(),
+                masked: None,
+                temperature: None,
+                top_k: None,
+                top_p: None,
+                min_p: None,
+                threshold: None,
+                counts: counts.input(),
+                noise: None,
+                seeds: Some(seeds.input()),
+                positions: None,
+                out: ConfidenceOut {
+                    tokens: tokens.output(),
+                    candidates: Some(redrafts.output()),
+                    confidence: None,
+                    committed: counted.output(),
+                    status: status.output(),
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            rank.run(&device.stream(), args).unwrap();
+        });
+    }
+}

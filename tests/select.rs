@@ -89,7 +89,7 @@ fn case() -> impl Strategy<Value = Case> {
                 weighted,
                 demoted,
                 newest,
-                shared_bytes: (seed % 2 == 0).then_some(16384),
+                shared_bytes: seed.is_multiple_of(2).then_some(16384),
                 seed,
             }
         })
@@ -331,9 +331,8 @@ impl Oracle<'_> {
         let heads = self.case.heads;
         let quotas: Vec<_> = (0..heads).map(|h| self.quota(set * heads + h, self.budget(set * heads + h))).collect();
         let (mut scores, mut of_head) = (Vec::new(), Vec::new());
-        for h in 0..heads {
+        for (h, &[sink, recent, _]) in quotas.iter().enumerate() {
             let list = set * heads + h;
-            let [sink, recent, _] = quotas[h];
             let all = self.final_scores(list, sink, recent);
             scores.extend_from_slice(&all[sink..all.len() - recent]);
             of_head.resize(scores.len(), h);

@@ -10,12 +10,17 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod candidates;
 mod compact;
+mod confidence_rank;
 mod draft_sample;
 mod drift;
+mod importance;
 mod multi_scale;
 mod pack;
 mod philox_fill;
+mod pooled_verify;
+mod redundancy;
 mod request;
 mod row_stats;
 mod runner;
@@ -27,7 +32,9 @@ mod select;
 mod tensors;
 mod tree_build;
 mod tree_verify;
+mod typical_verify;
 mod verify;
+mod visual_verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -51,6 +58,14 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &visual_verify::OP,
+    &pooled_verify::OP,
+    &typical_verify::OP,
+    &confidence_rank::OP,
+    &candidates::GATED,
+    &candidates::SELECT,
+    &candidates::BEAMS,
+    &candidates::BACKSPACE,
     &tree_verify::OP,
     &tree_build::OP,
     &draft_sample::OP,
@@ -58,6 +73,9 @@ static OPS: &[&Op] = &[
     &drift::OP,
     &select::OP,
     &compact::OP,
+    &importance::OP,
+    &redundancy::NORMS,
+    &redundancy::OP,
     &pack::PACK,
     &pack::UNPACK,
     &pack::ROTATE,

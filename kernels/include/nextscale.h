@@ -620,6 +620,7 @@ nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 #define NXS_STATUS_DRAFT_IMPOSSIBLE 16u /* q is 0 for a draft */
 #define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
 #define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
+#define NXS_STATUS_SEQUENCE_FULL 1024u  /* tokens had no place in their sequence and were dropped */
 #define NXS_STATUS_TREE_BAD 4096u       /* a link of a tree of drafts leads nowhere, or a node comes before its parent */
 
 /* partials[r, c] = the partial of chunk c of logits[r]. */
@@ -723,6 +724,278 @@ typedef struct nxs_verify_params {
 #define NXS_VERIFY_ROW_BYTES 64
 
 nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
+
+/* When a draft of an image model is accepted. */
+#define NXS_VISUAL_LANTERN 0
+#define NXS_VISUAL_GROUPED 1
+#define NXS_VISUAL_JACOBI 2
+
+/* What is drawn for the positions behind a step's end. */
+#define NXS_REDRAFT_NONE 0
+#define NXS_REDRAFT_INDEPENDENT 1
+#define NXS_REDRAFT_MAXIMAL 2
+#define NXS_REDRAFT_GUMBEL 3
+
+/*
+ * Verification of chains of image tokens. Rows, requests and draws are those of nxs_verify; rules and their parameters are
+ * described at nextscale::verification::VisualVerifier. Codes are the `codes` tokens from first_code on. With
+ * target_free_or_null a logit is free + guidance * (target - free), and -inf where either is. `rows` below is
+ * batch * (max_drafts + 1), `chunks` that of vocab.
+ */
+typedef struct nxs_visual_verify_params {
+  const void *target;                      /* [target_rows, vocab] dtype: raw logits */
+  const void *target_free_or_null;         /* [target_rows, vocab] dtype: those without the condition */
+  const void *draft_or_null;               /* [draft_rows, vocab] dtype; null: drafts are not random */
+  const void *draft_free_or_null;          /* [draft_rows, vocab] dtype; goes with the two before it */
+  const int32_t *cu_rows;                  /* [batch + 1], ascending */
+  const int32_t *drafts;                   /* [rows]: at row r the draft that it scores; -1: none from here on */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft; null: b * max_drafts + i */
+  const float *draft_stats_or_null;        /* [draft_rows, 4]: rows of draft are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const uint32_t *syntax_or_null;          /* [ceil(vocab / 32)]: drafts that are accepted whatever their probability */
+  const void *neighbours_or_null;          /* [codes, most of accumulated and zeroed]: nearest codes, nearest first, without
+                                              the code itself; those outside 0 to codes - 1 are none. For NXS_VISUAL_LANTERN */
+  const void *embeddings_or_null;          /* [codes, dim], for NXS_VISUAL_GROUPED */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const float *guidance_or_null;           /* [batch]; null: 1 */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after row 0 */
+  const float *uniforms_or_null;           /* [rows, 4] by request and row: accept test, three for a token */
+  int32_t *tokens;                         /* [batch, max_drafts + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch] */
+  int32_t *redrafts_or_null;               /* [batch, max_drafts + 1]: drafts of positions behind the step's end, else -1 */
+  float *redraft_stats_or_null;            /* [batch, max_drafts + 1, 4] beside redrafts, as nxs_draft_sample's; else NaN */
+  void *workspace;                         /* 16-byte aligned: [rows, 8] words, then for each block 5 * chunks f32 and,
+                                              where that is odd, one more */
+  uint32_t *counters;                      /* [2 * batch], all 0 before the first run and after each */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row; /* of the rows without the condition too */
+  int64_t neighbours_stride_row, embeddings_stride_row;
+  int64_t batch, vocab;                    /* vocab from 1 to 2^18, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int64_t first_code, codes;               /* 0 <= first_code, codes >= 1, first_code + codes <= vocab */
+  int32_t max_drafts;                      /* 0 to 1023 */
+  int32_t rule;                            /* NXS_VISUAL_* */
+  int32_t redraft;                         /* NXS_REDRAFT_*; with one, redrafts is not null */
+  int32_t accumulated, zeroed;             /* neighbours whose probability is added; that a rejection zeroes: 0 to 65535 */
+  int32_t below, above;                    /* of a group, beside the draft: each 0 to 15 */
+  int32_t dim;                             /* of the embeddings, 1 to 65536 */
+  float bound;                             /* up to 1: most probability added; above: 1 + the most, in parts of the draft's */
+  float probability_gap, distance;         /* of a group: below them; distance is squared */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t blocks;                          /* of the persistent grid */
+  nxs_dtype dtype;                         /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype neighbours_dtype;              /* NXS_U16 or NXS_I32 */
+  nxs_dtype embeddings_dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_visual_verify_params;
+
+nxs_status nxs_visual_verify(const nxs_visual_verify_params *params, void *stream);
+
+/*
+ * Acceptance of a whole block of image tokens by the probability of their neighbourhoods, as described at
+ * nextscale::verification::PooledVerifier. Row b * height * width + t of target is the distribution of token t of request b.
+ * Codes and guidance are those of nxs_visual_verify. `rows` is batch * height * width, `chunks` that of vocab.
+ */
+typedef struct nxs_pooled_verify_params {
+  const void *target;              /* [rows, vocab] dtype: raw logits */
+  const void *target_free_or_null; /* [rows, vocab] dtype: those without the condition */
+  const int32_t *drafts;           /* [rows]; -1 is rejected */
+  const void *neighbours_or_null;  /* [codes, neighbours], without the code itself; may be null where neighbours is 0 */
+  const float *temperature_or_null; /* [batch]; null: 1 */
+  const float *guidance_or_null;   /* [batch]; null: 1 */
+  const int32_t *top_k_or_null;    /* [batch] */
+  const float *top_p_or_null;      /* [batch] */
+  const float *min_p_or_null;      /* [batch] */
+  const float *threshold_or_null;  /* [batch]; null: threshold */
+  uint8_t *resample;               /* [rows]: 0 accepted, 1 rejected, 2 near and behind a rejected one */
+  int32_t *positions_or_null;      /* [rows]: of each request those that are not 0, ascending, then -1 */
+  int32_t *islands_or_null;        /* [rows]: the number of the 8-connected island, by its first token; -1 where accepted */
+  int32_t *counts;                 /* [batch, 2]: positions, islands */
+  float *pooled_or_null;           /* [rows]: probability of the neighbourhood */
+  uint32_t *status;                /* [batch] NXS_STATUS_* */
+  void *workspace;                 /* 16-byte aligned: [3, rows] words, rounded up to 16 bytes, then [blocks, chunks, 2] f32 */
+  uint32_t *counters;              /* [batch], all 0 before the first run and after each */
+  int64_t target_stride_row, neighbours_stride_row;
+  int64_t batch, height, width;    /* batch up to 2^20, height * width from 1 to 2^20, fewer than 2^31 rows */
+  int64_t vocab;                   /* 1 to 2^18 */
+  int64_t first_code, codes;
+  int32_t neighbours;              /* 0 to 65535 */
+  int32_t radius;                  /* rows and columns on each side: 0 to 255 */
+  float threshold;
+  int32_t blocks;                  /* of the persistent grid */
+  nxs_dtype dtype;                 /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype neighbours_dtype;      /* NXS_U16 or NXS_I32 */
+} nxs_pooled_verify_params;
+
+nxs_status nxs_pooled_verify(const nxs_pooled_verify_params *params, void *stream);
+
+/* What a row's confidence is, of its probabilities at temperature 1: p of the candidate, its logarithm, the greatest less the
+ * second, or the sum of p ln p. */
+#define NXS_CONFIDENCE_PROBABILITY 0
+#define NXS_CONFIDENCE_LOG_PROBABILITY 1
+#define NXS_CONFIDENCE_MARGIN 2
+#define NXS_CONFIDENCE_ENTROPY 3
+
+/*
+ * Typical acceptance of candidate paths, as described at nextscale::verification::TypicalVerifier. Node n of request b is
+ * row b * nodes + n of the step; `rows` is batch * nodes, `chunks` that of vocab.
+ */
+typedef struct nxs_typical_verify_params {
+  const void *target;               /* [target_rows, vocab] dtype: raw logits of what follows a node */
+  const int32_t *drafts;            /* [rows]: the token of a node; that of node 0 is not looked at */
+  const int32_t *paths_or_null;     /* [paths, depth]: nodes of each path, the first 0, then -1; null: 0 to nodes - 1 */
+  const int32_t *row_index_or_null; /* [rows]: the row of target; null: the row of the step */
+  const float *temperature_or_null; /* [batch]; null: 1 */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch]: of the token after node 0 */
+  const float *uniforms_or_null;    /* [batch, 3], in place of seeds: for the token that follows */
+  int32_t *tokens;                  /* [batch, depth]: what is emitted, then -1 */
+  int32_t *accepted_nodes_or_null;  /* [batch, depth]: nodes of the path up to the last that is accepted, then -1 */
+  int32_t *emitted;                 /* [batch] */
+  int32_t *accepted;                /* [batch]: how many drafts */
+  int32_t *path_or_null;            /* [batch]: which path */
+  int32_t *last_row_or_null;        /* [batch]: row of the step of the last accepted node */
+  uint32_t *status;                 /* [batch] NXS_STATUS_* */
+  void *workspace;                  /* 16-byte aligned: [rows, 8] words, then [rows, chunks, 4] f32 */
+  uint32_t *counters;               /* [batch], all 0 before the first run and after each */
+  int64_t target_stride_row;
+  int64_t batch, vocab;             /* vocab from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows;              /* fewer than 2^31 */
+  int32_t nodes;                    /* 1 to 1024 */
+  int32_t paths, depth;             /* 1 to 1024 each; without paths_or_null 1 and nodes */
+  float epsilon, alpha;             /* accepted: p above min(epsilon, alpha * exp(-entropy)) */
+  int32_t fallback;                 /* the token where none can be drawn */
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_typical_verify_params;
+
+nxs_status nxs_typical_verify(const nxs_typical_verify_params *params, void *stream);
+
+/*
+ * Which tokens of a sequence under decoding are committed: those of which the model is sure, as described at
+ * nextscale::verification::ConfidenceRank. `rows` is batch * length, `chunks` that of vocab.
+ */
+typedef struct nxs_confidence_rank_params {
+  const void *logits;               /* [rows, vocab] dtype */
+  const uint8_t *masked_or_null;    /* [rows]: 0 is decided already and not looked at; null: all are masked */
+  const float *temperature_or_null; /* [batch], of the candidates; null: 0, the most probable token */
+  const int32_t *top_k_or_null;     /* [batch] */
+  const float *top_p_or_null;       /* [batch] */
+  const float *min_p_or_null;       /* [batch] */
+  const float *threshold_or_null;   /* [batch]: all whose confidence is above are committed; null: none is */
+  const int32_t *counts;            /* [batch]: how many are committed where none is above; negative: all that are masked */
+  const float *noise_or_null;       /* [batch]: the temperature of Gumbel noise on confidences; 0 and null: none */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch]: of row 0 */
+  int32_t *tokens;                  /* [rows]: the candidate where it is committed, else -1 */
+  int32_t *candidates_or_null;      /* [rows]: of masked rows, else -1 */
+  float *confidence_or_null;        /* [rows]: of masked rows, else NaN */
+  int32_t *committed;               /* [batch]: how many */
+  uint32_t *status;                 /* [batch] NXS_STATUS_* */
+  void *workspace;                  /* 16-byte aligned: [rows, 4] words, then for each block [chunks, 6] f32,
+                                       rounded up to 16 bytes */
+  uint32_t *counters;               /* [batch], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t batch, length, vocab;     /* vocab from 1 to 2^24, batch up to 2^20, length 1 to 2^20, fewer than 2^31 rows */
+  int32_t confidence;               /* NXS_CONFIDENCE_* */
+  int32_t row_in_step;              /* 0 to 2^24 - 1: number of this step, which keeps draws of two steps apart */
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_confidence_rank_params;
+
+nxs_status nxs_confidence_rank(const nxs_confidence_rank_params *params, void *stream);
+
+/*
+ * A token of each row of two heads, mixed by the row's gate before anything else: logit = second + gate * (first - second),
+ * and -inf where either is. The rest is as in nxs_draft_sample.
+ */
+typedef struct nxs_gated_sample_params {
+  const void *first, *second;       /* [rows, vocab] dtype */
+  const float *gate;                /* [rows] */
+  const float *temperature_or_null; /* [rows]; null: 1 */
+  const int32_t *top_k_or_null;     /* [rows] */
+  const float *top_p_or_null;       /* [rows] */
+  const float *min_p_or_null;       /* [rows] */
+  const int64_t *seeds_or_null;     /* [rows] */
+  const int64_t *positions_or_null; /* [rows], of the step's first draft */
+  const float *uniforms_or_null;    /* [rows, 3], in place of seeds */
+  int32_t *tokens;                  /* [rows] */
+  float *stats_or_null;             /* [rows, 4] as nxs_draft_sample's */
+  uint32_t *status;                 /* [rows] NXS_STATUS_* */
+  void *workspace;                  /* 8-byte aligned: [blocks, ceil(vocab / NXS_CHUNK_COLUMNS), 2] f32 */
+  int64_t stride_row;               /* of both */
+  int64_t rows, vocab;              /* vocab from 1 to 2^24, rows up to 2^20 */
+  int32_t row_in_step;              /* 0 to 1023 */
+  int32_t fallback;
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_gated_sample_params;
+
+nxs_status nxs_gated_sample(const nxs_gated_sample_params *params, void *stream);
+
+/*
+ * One of a request's candidates, by the softmax of score / temperature (importance resampling: scores are logarithms of
+ * weights), or the one of the greatest score (best of n), and its tokens.
+ */
+typedef struct nxs_select_candidate_params {
+  const float *scores;              /* [batch, candidates]; NaN and -inf are never selected */
+  const int32_t *sequences_or_null; /* [batch, candidates, length] */
+  const float *temperature_or_null; /* [batch]; null: 1; below 1e-5: the greatest, of ties the first */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch] */
+  const float *uniforms_or_null;    /* [batch, 3], in place of seeds */
+  int32_t *parents;                 /* [batch]: which; 0 where none can be selected */
+  int32_t *selected_or_null;        /* [batch, length]: its sequence; goes with sequences_or_null */
+  uint32_t *status;                 /* [batch] NXS_STATUS_*, the scores being the target */
+  int64_t batch, candidates, length; /* batch up to 2^20, candidates 1 to NXS_CHUNK_COLUMNS, length from 0 on */
+} nxs_select_candidate_params;
+
+nxs_status nxs_select_candidate(const nxs_select_candidate_params *params, void *stream);
+
+/* What is emitted, appended to sequences; the token `backspace` takes the last one away instead, down to `least`. */
+typedef struct nxs_backspace_params {
+  const int32_t *emitted;       /* [batch, most]; up to the first that is negative */
+  const int32_t *least_or_null; /* [batch]: tokens that are never taken away; null: 0 */
+  int32_t *sequences;           /* [batch, capacity], read and written */
+  int32_t *lengths;             /* [batch], read and written; those outside 0 to capacity are taken for the nearest of these */
+  int32_t *kept;                /* [batch]: the least length on the way: what of a cache remains */
+  uint32_t *status;             /* [batch] NXS_STATUS_SEQUENCE_FULL or 0 */
+  int64_t batch, most, capacity; /* each from 0 to 2^31 - 1 */
+  int32_t backspace;            /* from 0 on */
+} nxs_backspace_params;
+
+nxs_status nxs_backspace(const nxs_backspace_params *params, void *stream);
+
+/*
+ * The best continuations of a request's beams: of all (beam, token), those of the greatest score + ln p(token), p the
+ * softmax of the beam's row; of ties the lower beam, then the more probable token, then the lower one.
+ */
+typedef struct nxs_beam_rank_params {
+  const void *logits;          /* [batch * beams, vocab] dtype */
+  const float *scores;         /* [batch, beams]: sums of ln p so far; NaN and -inf: a beam that is not there */
+  const float *temperature_or_null; /* [batch]; null: 1; below 1e-5: 1e-5 */
+  int32_t *parents;            /* [batch, width]: beams, for the cache to follow; -1 where there are no more */
+  int32_t *tokens;             /* [batch, width], or -1 */
+  float *best;                 /* [batch, width]: their scores, or -inf */
+  uint32_t *status;            /* [batch] NXS_STATUS_* */
+  void *workspace;             /* 16-byte aligned: for each row 2 * width + 2 words, then
+                                  [blocks, ceil(vocab / NXS_CHUNK_COLUMNS), 2] f32 */
+  uint32_t *counters;          /* [batch], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t batch, vocab;        /* vocab from 1 to 2^24, batch up to 2^20 */
+  int32_t beams, width;        /* 1 to 32 each */
+  int32_t blocks;              /* of the persistent grid */
+  nxs_dtype dtype;             /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_beam_rank_params;
+
+nxs_status nxs_beam_rank(const nxs_beam_rank_params *params, void *stream);
 
 /* ---- compression: drift, select, compact -------------------------------------------------------------------- */
 
@@ -1054,6 +1327,142 @@ typedef struct nxs_rotate_params {
 } nxs_rotate_params;
 
 nxs_status nxs_rotate(const nxs_rotate_params *params, void *stream);
+
+/* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
+
+/*
+ * Importance of cached keys: column scores of softmax(scale * Q K^T) over the keys of a set, one set (a layer of a
+ * sequence) and KV head at a time; no matrix is ever stored. With s[g, i, j] = scale * q[i, h * groups + g, :] . k[j, h, :]
+ * for the visible keys j of query i, that is j < length - excluded, and with `causal` also j <= length - queries + i:
+ *   NXS_IMPORTANCE_MAX_LOGIT  x[i, j] = softmax over j of (max over g of s[g, i, j])
+ *   NXS_IMPORTANCE_MEAN_PROB  x[i, j] = sum over g of softmax over j of s[g, i, j]
+ *   NXS_IMPORTANCE_MAX_PROB   x[i, j] = max over g of softmax over j of s[g, i, j]
+ *   NXS_IMPORTANCE_LOGIT      x[i, j] = sum over g of s[g, i, j]
+ * and 0 where j is not visible:
+ *   raw[j] = factor * sum over i of x[i, j]          for j < scored = length - excluded - unscored
+ *   scores[set, h, j] = pool(raw)[j], plus the old scores[set, h, j] with `accumulate`; 0 (nothing) for j >= scored
+ * pool: maximum or average over pool_width columns around j; an average counts columns beyond either end as 0 and divides
+ * by pool_width. Columns listed in `masked` are -inf before the pooling. A query that sees no key adds nothing.
+ * A NaN makes the scores of its set and head NaN and no other's.
+ *
+ * Schedule: two passes, each a grid of blocks over all sets and heads. Statistics: tiles of stat_rows queries (MAX_LOGIT) or
+ * rows, a row being (query, group), times stat_splits spans of stat_span keys. Columns: spans of sum_span keys times sum_splits
+ * spans of sum_rows_split queries or rows, taken sum_rows at a time. Then, if needed, a pass that adds splits, masks and pools.
+ */
+#define NXS_IMPORTANCE_MAX_LOGIT 0
+#define NXS_IMPORTANCE_MEAN_PROB 1
+#define NXS_IMPORTANCE_MAX_PROB 2
+#define NXS_IMPORTANCE_LOGIT 3
+#define NXS_POOL_NONE 0
+#define NXS_POOL_MAX 1
+#define NXS_POOL_AVERAGE 2
+
+typedef struct nxs_importance_params {
+  const void *q;                  /* [sets, q_rows, heads * groups, dim] dtype; 16-byte aligned, as is k */
+  const void *k;                  /* [sets, tokens, heads, dim] dtype */
+  float *scores;                  /* [sets, heads, tokens], tokens contiguous */
+  const int32_t *rows_or_null;    /* [queries]: the row of q that query i is; null: i. Clamped into q */
+  const int32_t *masked_or_null;  /* [masked]: columns; those outside a set are ignored */
+  const int32_t *lengths_or_null; /* [sets, heads]: keys there are, clamped into 0 to tokens; null: tokens */
+  const float *lse_or_null;       /* [sets, heads * groups, queries]: natural log of each row's sum of exponentials over the
+                                     visible keys, every dimension strided; takes the place of the first pass. Not with LOGIT, with
+                                     MAX_LOGIT only where groups are 1 */
+  float *stats_or_null;           /* workspace, 16-byte aligned: [sets, heads, rows] log2 of sums where stat_splits are 1, else
+                                     [stat_splits, sets, heads, rows, 2] maxima and sums; rows: queries (MAX_LOGIT) or
+                                     queries * groups. Not read with LOGIT or lse */
+  float *sums_or_null;            /* workspace, 16-byte aligned: [sum_splits, sets, heads, tokens]; null: the second pass writes
+                                     scores itself (sum_splits 1, no pool, nothing masked) */
+  int64_t q_stride_set, q_stride_row, q_stride_head;   /* multiples of 8, as are those of k */
+  int64_t k_stride_set, k_stride_token, k_stride_head;
+  int64_t scores_stride_set, scores_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t lse_stride_set, lse_stride_head, lse_stride_query;
+  int64_t sets, tokens, queries, q_rows; /* tokens, and queries * groups, below 2^31 - 2^16 */
+  int32_t heads, groups, dim;     /* KV heads; query heads of each, up to 16 but with MEAN_PROB any; dim: 64, 96 or 128 */
+  int32_t aggregation;            /* NXS_IMPORTANCE_ */
+  int32_t causal;                 /* 1: query i sees keys up to length - queries + i: the queries are those of the last keys */
+  int32_t excluded, unscored;     /* trailing keys that are left out; that are seen but not scored */
+  int32_t pool, pool_width;       /* NXS_POOL_; width: odd, 1 to 63 */
+  int32_t masked;                 /* 0 to 1024 */
+  int32_t accumulate;             /* 1: adds to the scores there are; then nothing may be masked */
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  int32_t variant;                /* 0: portable (sm_80); 1: Hopper (sm_90a) */
+  float scale;                    /* of the logits; > 0 */
+  float factor;                   /* of the sums: 1, or 1 over what a mean divides by */
+  int32_t stat_rows, stat_span, stat_splits; /* see NXS_IMPORTANCE_ limits in the launcher: multiples of 8, 256 and 1 */
+  int32_t sum_rows, sum_span, sum_rows_split, sum_splits;
+} nxs_importance_params;
+
+nxs_status nxs_importance(const nxs_importance_params *params, void *stream);
+
+/*
+ * Norms of keys, as they are appended: with u[j] = k[j] / (|k[j]| + eps), for j < length
+ *   inverse_norms[set, h, j] = 1 / (|k[j]| + eps);  unit_sum[set, h, :] = sum over j of u[j], plus what it was with `accumulate`
+ * in f32; the sum in a fixed order: spans of `span` keys, then the spans ascending. A zero key has a unit vector of 0.
+ */
+typedef struct nxs_key_norms_params {
+  const void *k;                  /* [sets, tokens, heads, dim] dtype, the keys that are new; 16-byte aligned */
+  float *inverse_norms;           /* [sets, heads, tokens], tokens contiguous; 0 for j >= length */
+  float *unit_sum;                /* [sets, heads, dim] */
+  const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
+  float *parts;                   /* workspace, 16-byte aligned: [sets, heads, spans, dim] */
+  int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
+  int64_t norms_stride_set, norms_stride_head;
+  int64_t sum_stride_set, sum_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t sets, tokens;
+  int32_t heads, dim;             /* dim: 64, 96 or 128 */
+  int32_t span;                   /* a multiple of 64 */
+  int32_t accumulate;
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  float eps;                      /* >= 0 */
+} nxs_key_norms_params;
+
+nxs_status nxs_key_norms(const nxs_key_norms_params *params, void *stream);
+
+/*
+ * Redundancy of cached keys, from what nxs_key_norms has left: u[j] = k[j] * inverse_norms[j], n = length,
+ *   NXS_REDUNDANCY_COSINE   u[j] . unit_sum / |unit_sum|             the cosine to the mean of the unit keys; 0 where either is 0
+ *   NXS_REDUNDANCY_SOFTMAX  softmax over j of (u[j] . unit_sum / n)
+ *   NXS_REDUNDANCY_SIMILAR  softmax over j of (sum over i != j with retain(i) != j of u[i] . u[j]) / n
+ * retain(i): of the j != i with u[i] . u[j] > threshold, the nth from the last on (the first one with `first`); where there
+ * are fewer, 0 with `lonely`, else none. 0 for j >= length.
+ */
+#define NXS_REDUNDANCY_COSINE 0
+#define NXS_REDUNDANCY_SOFTMAX 1
+#define NXS_REDUNDANCY_SIMILAR 2
+
+typedef struct nxs_redundancy_params {
+  const void *k;                  /* [sets, tokens, heads, dim] dtype; 16-byte aligned */
+  const float *inverse_norms;     /* [sets, heads, tokens], tokens contiguous */
+  const float *unit_sum;          /* [sets, heads, dim] */
+  float *scores;                  /* [sets, heads, tokens], tokens contiguous */
+  const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
+  float *parts_or_null;           /* workspace of SOFTMAX, 16-byte aligned: [sets, heads, spans] */
+  void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens to an even number] of 8 bytes:
+                                     retain i32 (-1: none), its cosine f32 */
+  int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
+  int64_t norms_stride_set, norms_stride_head;
+  int64_t sum_stride_set, sum_stride_head;
+  int64_t scores_stride_set, scores_stride_head;
+  int64_t lengths_stride_set, lengths_stride_head;
+  int64_t sets, tokens;           /* tokens: with SIMILAR up to NXS_REDUNDANCY_SIMILAR_TOKENS */
+  int32_t heads, dim;             /* dim: 64, 96 or 128 */
+  int32_t form;                   /* NXS_REDUNDANCY_ */
+  int32_t span;                   /* of COSINE and SOFTMAX: keys of a block, a multiple of 64 */
+  int32_t nth;                    /* of SIMILAR: from 1 on; 0: retain is 0 for all i, whatever is similar, with `lonely` */
+  int32_t nth_of_length;          /* 1: nth is length - max(1, floor(length * ratio)) + 1 */
+  int32_t first, lonely;
+  nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
+  float threshold;                /* 0 to 1 */
+  float ratio;                    /* 0 to 1 */
+} nxs_redundancy_params;
+
+#define NXS_REDUNDANCY_SIMILAR_TOKENS 8192
+
+nxs_status nxs_redundancy(const nxs_redundancy_params *params, void *stream);
+
+/* ---- end of compression: importance, redundancy --------------------------------------------------------------- */
 
 #ifdef __cplusplus
 }

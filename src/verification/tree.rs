@@ -75,8 +75,8 @@ impl Tree {
             return Err(Error::Length { arg: "next_sibling", need: n as u64, got: next_sibling.len() as u64 });
         }
         let mut parents = vec![-1; n];
-        for node in 0..n {
-            let mut child = first_child[node];
+        for (node, &first) in first_child.iter().enumerate() {
+            let mut child = first;
             while child != -1 {
                 // A node that has a parent already is in two lists, or twice in one.
                 if child <= node as i32 || child as usize >= n || parents[child as usize] != -1 {

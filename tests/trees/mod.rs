@@ -382,7 +382,13 @@ impl<P: Float, Q: Float> Step<P, Q> {
             if p.iter().all(|&p| p == 0.0) {
                 return (path, None, margin);
             }
-            let is_peak = p.iter().filter(|&&p| p > 0.0).count() == 1;
+            // Not where truncation or the mask left only one.
+            let top = self.target_logits(first + node).unwrap().into_iter().fold(f64::NEG_INFINITY, f64::max);
+            let temperature = self.sampling(b).temperature;
+            let is_peak = rule == Rule::Greedy
+                || temperature < 1e-5
+                || top == f64::INFINITY
+                || (top / f64::from(temperature)).abs() > 1.4e6;
             let children = if depth < self.max_depth { self.children(b, node) } else { Vec::new() };
             let word = |of: &Option<Vec<i64>>| of.as_ref().map_or(0, |of| of[b] as u64);
             let drawn = draws(word(&self.seeds), word(&self.positions), depth);

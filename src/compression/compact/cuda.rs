@@ -43,7 +43,7 @@ pub(super) fn run<I: Element, O: Element>(
             ("sin", table[1], table_align),
         ]
         .into_iter()
-        .find(|&(_, address, need)| address as u64 % need != 0)
+        .find(|&(_, address, need)| !(address as u64).is_multiple_of(need))
     };
     let mut unit = plan.unit;
     if let (Access::Wide, Some((arg, _, need))) = (plan.access, misaligned(unit)) {

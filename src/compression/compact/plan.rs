@@ -192,7 +192,7 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
         size("sets * heads", sets * heads, 0, MOST_ROWS)?;
         size("heads * kept", heads * kept, 0, MOST_ROWS)?;
         let same = I::DTYPE == O::DTYPE;
-        if !same && !(is_float(I::DTYPE) && is_float(O::DTYPE)) {
+        if !(same || is_float(I::DTYPE) && is_float(O::DTYPE)) {
             return unsupported("dtypes", "equal ones, or f32, f16 and bf16");
         }
         if in_place && !same {
@@ -425,13 +425,14 @@ impl Plan {
             for ((layout, arg), (align, element)) in
                 [&tensor.input, &tensor.out].into_iter().zip(names).zip([input, out].into_iter().zip(self.element))
             {
-                let bad = layout.strides()[..3].iter().position(|&stride| stride as u64 * element % align != 0);
+                let bad =
+                    layout.strides()[..3].iter().position(|&stride| !(stride as u64 * element).is_multiple_of(align));
                 if let Some(dim) = bad {
                     return Err(Error::Stride { arg, dim, got: layout.strides()[dim], need: NEED });
                 }
             }
         }
-        if self.rotary_dim % unit != 0 && !self.copies {
+        if !self.rotary_dim.is_multiple_of(unit) && !self.copies {
             return Err(Error::Unsupported { arg: "rotary_dim", what: NEED });
         }
         if self.rotary_dim > 0 && unit == 8 && self.table.strides()[0] % 4 != 0 {

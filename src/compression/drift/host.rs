@@ -94,7 +94,7 @@ pub(super) fn run<P: Float>(plan: &Plan, args: &mut DriftArgs<'_, P>) {
         } else {
             measured = change(plan, features, previous);
             let sum = accumulated[chunk] + rescale(plan, measured);
-            compute = !(sum < plan.threshold());
+            compute = sum.is_nan() || sum >= plan.threshold();
             accumulated[chunk] = if compute { 0.0 } else { sum };
         }
         decision[chunk] = compute.into();

@@ -44,9 +44,9 @@ impl Nodes {
             *said |= status::TREE_BAD;
         }
         let mut depths = [NONE; MOST_CANDIDATES as usize];
-        for candidate in 0..parents.len() {
+        for (candidate, to) in depths[..parents.len()].iter_mut().enumerate() {
             match depth_of(parents, candidate, plan.max_depth) {
-                Ok(depth) => depths[candidate] = depth,
+                Ok(depth) => *to = depth,
                 Err(wrong) => *said |= wrong,
             }
         }

@@ -522,7 +522,8 @@ pub(super) fn run<P: Float, Q: Float>(plan: &Plan, args: &mut TreeVerifierArgs<'
             log_probs[of_step.clone()].fill(f32::NAN);
         }
         let mut at = At { node: 0, depth: 0 };
-        while nodes > 0 {
+        let mut going = nodes > 0;
+        while going {
             let place = of_step.start + at.depth;
             if let Some(path) = &mut path {
                 path[place] = at.node as i32;
@@ -549,7 +550,7 @@ pub(super) fn run<P: Float, Q: Float>(plan: &Plan, args: &mut TreeVerifierArgs<'
             }
             match step {
                 Step::Go(child) => at = At { node: child, depth: at.depth + 1 },
-                Step::Emit(_) => break,
+                Step::Emit(_) => going = false,
             }
         }
         emitted[b] = Emitted(if nodes > 0 { at.depth as i32 + 1 } else { 0 });
