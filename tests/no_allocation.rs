@@ -524,3 +524,49 @@ fn visual_verification_allocates_nothing() {
         });
     }
 }
+
+#[cfg(feature = "compression")]
+#[test]
+fn pack_unpack_and_rotate_allocate_nothing() {
+    use nextscale::compression::{Format, Pack, PackArgs, Rotate, RotateArgs, Rotation, UnpackArgs};
+    for device in TestDevice::all() {
+        let input = Buffer::of(&device, &[1f32; 32 * 64], 0);
+        let mut out = Buffer::<f32>::poisoned(&device, 32 * 64, 0);
+        for format in [Format::Fp8, Format::INT4, Format::kivi_key(2, 32), Format::turbo_key(3)] {
+            let mut builder = Pack::<f32, f32>::builder(format, 32, 1, 64);
+            if format.rows() == 1 {
+                builder = builder.rotation(Rotation::seeded(1));
+            }
+            let plan = builder.build(&DeviceInfo::A100).unwrap();
+            let mut codes = Buffer::<u8>::poisoned(&device, plan.codes_len() as usize, 0);
+            let mut numbers = Buffer::<f32>::poisoned(&device, plan.numbers_len() as usize, 0);
+            assert_allocates_nothing(&device, || {
+                let args = PackArgs {
+                    input: input.input(),
+                    codes: codes.output(),
+                    numbers: Some(numbers.output()),
+                    scales: None,
+                    kept: None,
+                    counts: None,
+                    flags: None,
+                };
+                plan.pack(&device.stream(), args).unwrap();
+            });
+            assert_allocates_nothing(&device, || {
+                let args = UnpackArgs {
+                    codes: codes.input(),
+                    numbers: Some(numbers.input()),
+                    scales: None,
+                    counts: None,
+                    out: out.output(),
+                    flags: None,
+                };
+                plan.unpack(&device.stream(), args).unwrap();
+            });
+        }
+        let plan = Rotate::<f32>::builder(Rotation::HADAMARD, 32, 1, 64).build(&DeviceInfo::A100).unwrap();
+        assert_allocates_nothing(&device, || {
+            plan.run(&device.stream(), RotateArgs { input: input.input(), out: out.output() }).unwrap();
+        });
+    }
+}

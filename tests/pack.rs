@@ -1171,3 +1171,108 @@ fn a_broken_packer_is_caught() {
     let numbers: Vec<f32> = packed.numbers.iter().map(|n| n * 1.1).collect();
     assert!(worst(&packed.codes, &numbers, false) > 1.0, "scales off");
 }
+
+/// The same bytes from run to run, and of a row whatever else is packed beside it.
+#[test]
+fn bitwise_repeatable_in_any_batch() {
+    for device in TestDevice::all() {
+        for format in [Format::Fp8, Format::INT4, Format::turbo_key(4), Format::kivi_key(4, 32)] {
+            let case = Case { rotation: Some(5), ..Case::simple(format, 96, 3, 128) };
+            let case = fitting(case);
+            let all = inputs::<bf16>(&case);
+            let whole = pack::<bf16, f32>(&device, &case, true, &all);
+            assert_eq!(pack::<bf16, f32>(&device, &case, true, &all).codes, whole.codes);
+            // Rows 32 to 63 alone.
+            let few = Case { tokens: 32, ..case.clone() };
+            let part = |from: usize| all.input[from * 3 * 128..][..32 * 3 * 128].to_vec();
+            let alone = Inputs { input: part(32), kept: vec![], counts: vec![], scales: vec![] };
+            let alone = pack::<bf16, f32>(&device, &few, true, &alone);
+            let bytes = 3 * case.slot();
+            assert_eq!(alone.codes, whole.codes[32 * bytes..64 * bytes], "{format:?}");
+        }
+    }
+}
+
+#[cfg(feature = "cudarc-0_19")]
+mod cuda {
+    use super::*;
+
+    /// A captured pack and unpack replay with other rows, kept indices and counts.
+    #[test]
+    fn graphs_replay() {
+        let Some(TestDevice::Cuda(stream)) = TestDevice::cuda() else { return };
+        let device = TestDevice::Cuda(stream.clone());
+        for format in [Format::Fp8, Format::INT4, Format::turbo_key(3), Format::kivi_key(2, 32)] {
+            let case = fitting(Case { kept: Some(32), counted: true, ..Case::simple(format, 64, 4, 128) });
+            let plan = case.plan::<bf16, f32>(true).unwrap();
+            let first = inputs::<bf16>(&case);
+            let mut input = Buffer::of(&device, &first.input, 0);
+            let (mut kept, mut counts) = (Buffer::of(&device, &first.kept, 0), Buffer::of(&device, &first.counts, 0));
+            let outputs = || {
+                let codes = Buffer::<u8>::poisoned(&device, plan.codes_len() as usize, 0);
+                let numbers = Buffer::<f32>::poisoned(&device, plan.numbers_len() as usize, 0);
+                (codes, numbers, Buffer::<bf16>::poisoned(&device, 32 * 4 * 128, 0))
+            };
+            type Outputs = (Buffer<u8>, Buffer<f32>, Buffer<bf16>);
+            let run = |input: &Buffer<bf16>, kept: &Buffer<i32>, counts: &Buffer<i32>, outputs: &mut Outputs| {
+                let (codes, numbers, out) = outputs;
+                let args = PackArgs {
+                    input: input.input(),
+                    codes: codes.output(),
+                    numbers: Some(numbers.output()),
+                    scales: None,
+                    kept: Some(kept.input()),
+                    counts: Some(counts.input()),
+                    flags: None,
+                };
+                plan.pack(&stream, args).unwrap();
+                let args = UnpackArgs {
+                    codes: codes.input(),
+                    numbers: Some(numbers.input()),
+                    scales: None,
+                    counts: Some(counts.input()),
+                    out: out.output(),
+                    flags: None,
+                };
+                plan.unpack(&stream, args).unwrap();
+            };
+            let (mut eager, mut replayed) = (outputs(), outputs());
+            run(&input, &kept, &counts, &mut eager); // loads the code
+            let graph = support::capture(&stream, || run(&input, &kept, &counts, &mut replayed));
+            for seed in 10..13 {
+                let other = inputs::<bf16>(&Case { seed, ..case.clone() });
+                input.write(&other.input);
+                kept.write(&other.kept);
+                counts.write(&other.counts);
+                // What a count leaves alone is of the run before: both are made new.
+                for (codes, numbers, out) in [&mut eager, &mut replayed] {
+                    codes.write(&vec![0; codes.read().len()]);
+                    numbers.write(&vec![0.0; numbers.read().len()]);
+                    out.write(&vec![bf16::from_f32(0.0); out.read().len()]);
+                }
+                graph.launch().unwrap();
+                run(&input, &kept, &counts, &mut eager);
+                assert_eq!(eager.0.read(), replayed.0.read());
+                assert_eq!(eager.1.read(), replayed.1.read());
+                assert_eq!(eager.2.read(), replayed.2.read());
+            }
+        }
+    }
+
+    /// Two streams at work at once do not meet.
+    #[test]
+    fn two_streams() {
+        let (Some(one), Some(two)) = (TestDevice::cuda(), TestDevice::cuda()) else { return };
+        let cases = [3, 4].map(|seed| Case { seed, ..Case::simple(Format::INT4, 4096, 8, 128) });
+        let both = [&one, &two].map(|device| {
+            let device = device.clone();
+            let cases = cases.clone();
+            std::thread::spawn(move || {
+                cases.map(|case| pack::<bf16, f32>(&device, &case, true, &inputs::<bf16>(&case)).codes)
+            })
+        });
+        let [a, b] = both.map(|thread| thread.join().unwrap());
+        assert_eq!(a, b);
+        assert_ne!(a[0], a[1]);
+    }
+}
