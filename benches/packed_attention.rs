@@ -1,5 +1,5 @@
-//! Generation steps over caches in bf16, fp8 and 4 bits, on the shapes of `benches/shapes.json`. `benches/support` says what
-//! the modes time.
+//! Generation steps over caches in bf16, fp8 and 4 bits, on the shapes of `benches/shapes.json`. `benches/support`
+//! says what the modes time.
 
 mod support;
 

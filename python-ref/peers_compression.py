@@ -66,7 +66,8 @@ class Pack:
             self.thresholds = (centroids[1:] + centroids[:-1]) / 2
 
     def reference(self):
-        # Where another compiler rounds a scale otherwise, each code may be one off: a unit of fp8, of a byte's fields one each.
+        # Where another compiler rounds a scale otherwise, each code may be one off: a unit of fp8, of a byte's fields
+        # one each.
         want = self.result(self.compute(self.x))
         fields = sum(1 << self.case["bits"] * i for i in range(8 // self.case["bits"]))
         return want, torch.full_like(want, 32.0 if self.case["format"] == "fp8" else float(fields))

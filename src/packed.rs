@@ -13,10 +13,10 @@ pub const ROTATION_DOMAIN: u32 = 0x726f_7461;
 
 /// How a row of `dim` elements, one token of one head, is packed.
 ///
-/// The codes of a row lie in a **slot**: element k of `bits` bits at bit `k * bits` of its little-endian bytes, so that the slot
-/// is [`Format::code_bytes`] long. The **numbers** that go with codes lie in an array of their own, f32 or, but for the
-/// first two, f16; or, where a row has one group, in the slot itself: from the next multiple of 16 bytes on, with zeroes
-/// before and after up to 16 bytes (`dim + 16` bytes of fp8, as FlashInfer has it).
+/// The codes of a row lie in a **slot**: element k of `bits` bits at bit `k * bits` of its little-endian bytes, so
+/// that the slot is [`Format::code_bytes`] long. The **numbers** that go with codes lie in an array of their own, f32
+/// or, but for the first two, f16; or, where a row has one group, in the slot itself: from the next multiple of 16
+/// bytes on, with zeroes before and after up to 16 bytes (`dim + 16` bytes of fp8, as FlashInfer has it).
 ///
 /// | format | a number of | value of code q | error of a value x, before it is rounded to its type |
 /// |---|---|---|---|
@@ -25,8 +25,8 @@ pub const ROTATION_DOMAIN: u32 = 0x726f_7461;
 /// | [`Channel`](Format::Channel) | channel and group of rows: scale, min | `q * scale + min` | `scale / 2` |
 /// | [`LloydMax`](Format::LloydMax) | row: norm | `norm / sqrt(dim) * centroid[q]` | mean square of rotated rows: 0.117, 0.0345, 0.0095 of `norm^2 / dim` at 2, 3, 4 bits |
 ///
-/// each times `1 + 2^-7`; numbers kept as f16 add `2^-11 ((2^bits - 1) scale + abs(min))`, and `2^-11 norm`. Fp8 and int8
-/// with given scales clamp what is beyond them.
+/// each times `1 + 2^-7`; numbers kept as f16 add `2^-11 ((2^bits - 1) scale + abs(min))`, and `2^-11 norm`. Fp8 and
+/// int8 with given scales clamp what is beyond them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Format {
@@ -132,8 +132,8 @@ impl Format {
     }
 
     /// # Errors
-    /// [`Error::Size`] for a `dim` outside 8 to 256, [`Error::Unsupported`] for one that is no multiple of 8, and for bits or
-    /// groups that there are not.
+    /// [`Error::Size`] for a `dim` outside 8 to 256, [`Error::Unsupported`] for one that is no multiple of 8, and for
+    /// bits or groups that there are not.
     pub fn check(self, dim: usize) -> Result<()> {
         let refuse = |arg, what| Err(Error::Unsupported { arg, what });
         if !(8..=MOST_DIM).contains(&dim) {
@@ -160,12 +160,12 @@ impl Format {
     }
 }
 
-/// An orthonormal rotation of rows: `R x = H (signs * x)`, with the Walsh-Hadamard transform `H` in natural order, divided by
-/// the root of its size.
+/// An orthonormal rotation of rows: `R x = H (signs * x)`, with the Walsh-Hadamard transform `H` in natural order,
+/// divided by the root of its size.
 ///
-/// H has the size of a row where that is a power of two; else each block of the greatest power of two that divides it (32 of
-/// 96) is transformed for itself. Queries that meet rotated keys are rotated alike, and the sums of rotated values are rotated
-/// back ([`Rotate`](crate::compression::Rotate)).
+/// H has the size of a row where that is a power of two; else each block of the greatest power of two that divides it
+/// (32 of 96) is transformed for itself. Queries that meet rotated keys are rotated alike, and the sums of rotated
+/// values are rotated back ([`Rotate`](crate::compression::Rotate)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Rotation {
     signs: [u32; MOST_DIM / 32],
@@ -253,9 +253,10 @@ pub(crate) struct Codebook {
 }
 
 impl Codebook {
-    /// The least mean square error for the normal distribution of variance 1 (J. Max, 1960; S. Lloyd, 1982): each centroid is
-    /// the mean of its cell, each threshold the middle between centroids. Lloyd's iteration in f64 with the density and `erfc`
-    /// in closed form, until nothing moves by more than 1e-15; a test holds both conditions against numerical integrals.
+    /// The least mean square error for the normal distribution of variance 1 (J. Max, 1960; S. Lloyd, 1982): each
+    /// centroid is the mean of its cell, each threshold the middle between centroids. Lloyd's iteration in f64 with
+    /// the density and `erfc` in closed form, until nothing moves by more than 1e-15; a test holds both conditions
+    /// against numerical integrals.
     #[allow(clippy::excessive_precision)]
     pub(crate) fn of(bits: u32) -> Codebook {
         match bits {

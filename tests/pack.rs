@@ -1,4 +1,5 @@
-//! Packing, unpacking and rotation on every device, against a reader of the documented layouts that is written here, in f64.
+//! Packing, unpacking and rotation on every device, against a reader of the documented layouts that is written here,
+//! in f64.
 
 #![cfg(feature = "compression")]
 
@@ -1077,7 +1078,8 @@ fn bad_buffers_are_refused() {
 /// Sets that lie more than 2^31 bytes apart.
 #[test]
 fn offsets_are_64_bit() {
-    // On the host and the emulator by reading far in a buffer that is mostly not there is not possible: layouts are looked at.
+    // On the host and the emulator by reading far in a buffer that is mostly not there is not possible: layouts are
+    // looked at.
     let plan = Pack::<bf16, f32>::builder(Format::Fp8, 4, 2, 64)
         .sets(3)
         .input_strides([1 << 33, 128, 64])

@@ -29,7 +29,8 @@ static nxs_status check_format(const nxs_pack_params& p) {
     default: NXS_REQUIRE((p.bits >= 2 && p.bits <= 4) || p.bits == 8, NXS_E_UNSUPPORTED); break;
   }
   if (p.format == NXS_PACK_UNIFORM)
-    NXS_REQUIRE(p.group == p.dim || (is_power_of_two(p.group) && p.group >= 8 && p.dim % p.group == 0), NXS_E_UNSUPPORTED);
+    NXS_REQUIRE(p.group == p.dim || (is_power_of_two(p.group) && p.group >= 8 && p.dim % p.group == 0),
+        NXS_E_UNSUPPORTED);
   if (p.format == NXS_PACK_CHANNEL) {
     NXS_REQUIRE(p.group == 32 || p.group == 64 || p.group == 128, NXS_E_UNSUPPORTED);
     NXS_REQUIRE(p.rows % p.group == 0, NXS_E_SHAPE);
@@ -63,7 +64,8 @@ extern "C" nxs_status nxs_pack(const nxs_pack_params* params, void* stream) {
   const bool in_slot = !p.numbers_or_null && !p.scales_or_null;
   if (in_slot) {
     NXS_REQUIRE(p.format != NXS_PACK_CHANNEL && (p.format != NXS_PACK_UNIFORM || p.group == p.dim), NXS_E_NULL);
-    NXS_REQUIRE(p.codes_stride_set % 16 == 0 && p.codes_stride_row % 16 == 0 && p.codes_stride_head % 16 == 0, NXS_E_STRIDE);
+    NXS_REQUIRE(p.codes_stride_set % 16 == 0 && p.codes_stride_row % 16 == 0 && p.codes_stride_head % 16 == 0,
+        NXS_E_STRIDE);
     NXS_REQUIRE(is_aligned(p.codes, 16), NXS_E_ALIGNMENT);
   }
   NXS_REQUIRE(is_aligned(p.unpacked, dtype_bytes(p.dtype)), NXS_E_ALIGNMENT);

@@ -1,11 +1,12 @@
 // Keys and values in few bits, and back: formats, formulas and layouts are those of nextscale.h.
 //
 // Who does what
-//            Rows: 2^n lanes share a row (token, head), eight elements each: a warp takes 1 (dim 256) to 32 rows at once and
-//            kPasses times as many one after the other, whose loads are all under way before the first is used. Extremes,
-//            sums and the rotation go by shuffles within a row's lanes. Grid x: rows times heads, heads innermost; y: sets.
-//            Groups of rows (NXS_PACK_CHANNEL): a block a group and head. It reads the group for the extremes of its channels,
-//            which meet in shared memory, and again, from L1 or L2, for the codes.
+//            Rows: 2^n lanes share a row (token, head), eight elements each: a warp takes 1 (dim 256) to 32 rows at
+//            once and kPasses times as many one after the other, whose loads are all under way before the first is
+//            used. Extremes, sums and the rotation go by shuffles within a row's lanes. Grid x: rows times heads,
+//            heads innermost; y: sets.
+//            Groups of rows (NXS_PACK_CHANNEL): a block a group and head. It reads the group for the extremes of its
+//            channels, which meet in shared memory, and again, from L1 or L2, for the codes.
 // Bytes      inputs read once, outputs written once; a gathered row is one contiguous piece.
 // FLOPs      an element: about 6 (scaled), 8 (uniform), 25 (Lloyd-Max), and log2(dim) + 1 to rotate it.
 // Exact      single f32 operations in a fixed order, as src/compression/pack/host.rs has them; nothing is contracted.
@@ -76,7 +77,8 @@ NXS_DEVICE u32 uniform_code(float x, float min, float inverse, float most) {
 // ---- codes of eight elements
 
 // All lanes of the warp take part. `to`: of this lane's bits.
-template <bool kWide> NXS_DEVICE void store_codes(const PackParams& q, u8* slot, u32 lane, const u32 (&code)[8], bool there) {
+template <bool kWide> NXS_DEVICE void store_codes(const PackParams& q, u8* slot, u32 lane, const u32 (&code)[8],
+    bool there) {
   const u32 bits = static_cast<u32>(q.p.bits);
   u8* to = slot + lane * bits;
   u64 word = 0;
@@ -198,7 +200,8 @@ NXS_DEVICE i64 numbers_of(const PackParams& q, u32 set, const Unit& unit) {
 
 // Numbers of a row with one group, or of one of its groups, by the first lane of those that share them.
 template <int kCount>
-NXS_DEVICE void store_numbers(const PackParams& q, u32 set, const Unit& unit, u8* slot, u32 lane, const float (&number)[kCount]) {
+NXS_DEVICE void store_numbers(const PackParams& q, u32 set, const Unit& unit, u8* slot, u32 lane,
+    const float (&number)[kCount]) {
   if (!unit.there || lane % q.group_lanes != 0) return;
   if (q.inline_at) {
     Vec<u32, 4> words = {{0, 0, 0, 0}};
@@ -412,8 +415,8 @@ __global__ void __launch_bounds__(kPackThreads) unpack_kernel(const __grid_const
 
 // ---- groups of rows
 
-// Shared memory: of each warp the extremes and the greatest magnitude of each channel; then of the block min, 1 / scale (or
-// scale) and that magnitude.
+// Shared memory: of each warp the extremes and the greatest magnitude of each channel; then of the block min, 1 /
+// scale (or scale) and that magnitude.
 constexpr u32 kChannels = 256, kChannelBytes = (kPackWarps + 1) * 3 * kChannels * 4;
 NXS_DEVICE u32 channel_at(u32 shared, u32 warp, u32 which, u32 channel) {
   return shared + ((warp * 3 + which) * kChannels + channel) * 4;
@@ -520,7 +523,8 @@ __global__ void __launch_bounds__(kPackThreads, 3) pack_channels_kernel(const __
     u32 code[8];
 #pragma unroll
     for (u32 i = 0; i < 8; ++i)
-      code[i] = uniform_code(tamed(to_f32(raw.data[i]), magnitude[i]), min[i], inverse[i], static_cast<float>(q.most_code));
+      code[i] = uniform_code(tamed(to_f32(raw.data[i]), magnitude[i]), min[i], inverse[i],
+          static_cast<float>(q.most_code));
     store_codes<kWide>(q, slot_of(q, group.set, unit), lane, code, unit.there);
   }
   raise(q, flags);
@@ -551,15 +555,16 @@ __global__ void __launch_bounds__(kPackThreads, 3) unpack_channels_kernel(const 
 #pragma unroll
     for (u32 i = 0; i < 8; ++i)
       x[i] = fma(static_cast<float>(static_cast<u32>(word >> bits * i) & q.most_code), scale[i], min[i]);
-    store_eight_if<T, kWide>(static_cast<T*>(p.unpacked) + group.set * p.unpacked_stride_set + unit.row * p.unpacked_stride_row +
-                                 unit.head * p.unpacked_stride_head + lane * 8,
-                             x, true);
+    T* to = static_cast<T*>(p.unpacked) + group.set * p.unpacked_stride_set + unit.row * p.unpacked_stride_row +
+            unit.head * p.unpacked_stride_head + lane * 8;
+    store_eight_if<T, kWide>(to, x, true);
   }
 }
 
 // ---- launches: one file for each dtype and direction
 
-template <typename T, bool kWide> nxs_status pack_for_access(const PackParams& q, const LaunchShape& shape, void* stream) {
+template <typename T, bool kWide> nxs_status pack_for_access(const PackParams& q, const LaunchShape& shape,
+    void* stream) {
   switch (q.p.format) {
     case NXS_PACK_UNIFORM: return launch(pack_kernel<T, Kind::kUniform, kWide>, shape, stream, q);
     case NXS_PACK_LLOYD_MAX: return launch(pack_kernel<T, Kind::kLloydMax, kWide>, shape, stream, q);
@@ -567,7 +572,8 @@ template <typename T, bool kWide> nxs_status pack_for_access(const PackParams& q
     default: return launch(pack_kernel<T, Kind::kScaled, kWide>, shape, stream, q);
   }
 }
-template <typename T, bool kWide> nxs_status unpack_for_access(const PackParams& q, const LaunchShape& shape, void* stream) {
+template <typename T, bool kWide> nxs_status unpack_for_access(const PackParams& q, const LaunchShape& shape,
+    void* stream) {
   switch (q.p.format) {
     case NXS_PACK_UNIFORM: return launch(unpack_kernel<T, Kind::kUniform, kWide>, shape, stream, q);
     case NXS_PACK_LLOYD_MAX: return launch(unpack_kernel<T, Kind::kLloydMax, kWide>, shape, stream, q);
@@ -584,7 +590,8 @@ template <typename T> LaunchShape pack_shape(const PackParams& q) {
   if (q.p.format == NXS_PACK_CHANNEL) {
     if (!q.p.unpack) shape.dynamic_smem = kChannelBytes;
   } else {
-    const i64 passes = q.p.unpack ? unpack_passes(q.p.vector) : pack_passes(sizeof(T), q.p.vector), units = (i64{kPackThreads} >> q.log2_lanes) * passes;
+    const i64 passes = q.p.unpack ? unpack_passes(q.p.vector) : pack_passes(sizeof(T), q.p.vector);
+    const i64 units = (i64{kPackThreads} >> q.log2_lanes) * passes;
     blocks = (q.p.rows * heads + units - 1) / units;
   }
   shape.grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(q.p.sets));

@@ -1,8 +1,8 @@
 // Rotation of rows, and its inverse: queries for rotated keys, sums of rotated values.
 //
 // Who does what
-//            2^n lanes share a row, eight elements each; a warp takes four times as many rows as fit, whose loads are under way
-//            together. Grid x: rows times heads; y: batch.
+//            2^n lanes share a row, eight elements each; a warp takes four times as many rows as fit, whose loads are
+//            under way together. Grid x: rows times heads; y: batch.
 // Bytes      input read once, out written once.  FLOPs  log2(dim) + 1 an element.
 // Limits     dim a multiple of 8 up to 256; rows * heads < 2^31.
 #include "common/check.h"
@@ -52,9 +52,10 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(const __grid_con
 template <typename T> static nxs_status rotate(const RotateParams& q, void* stream) {
   const i64 units = i64{kRotateThreads >> q.log2_lanes} * kRotatePasses;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((q.p.rows * q.p.heads + units - 1) / units), static_cast<unsigned>(q.p.batch));
+  shape.grid = dim3(static_cast<unsigned>((q.p.rows * q.p.heads + units - 1) / units),
+      static_cast<unsigned>(q.p.batch));
   shape.block = kRotateThreads;
-  return q.p.vector ? launch(rotate_kernel<T, true>, shape, stream, q) : launch(rotate_kernel<T, false>, shape, stream, q);
+  return launch(q.p.vector ? rotate_kernel<T, true> : rotate_kernel<T, false>, shape, stream, q);
 }
 
 }  // namespace nxs::compression
@@ -70,8 +71,8 @@ extern "C" nxs_status nxs_rotate(const nxs_rotate_params* params, void* stream) 
   if (p.batch == 0 || p.rows == 0) return NXS_OK;
   NXS_REQUIRE(p.input && p.out, NXS_E_NULL);
   const i64 vec = p.vector ? 16 / dtype_bytes(p.dtype) : 1;
-  for (const i64 stride : {p.input_stride_batch, p.input_stride_row, p.input_stride_head, p.out_stride_batch, p.out_stride_row,
-                           p.out_stride_head})
+  for (const i64 stride : {p.input_stride_batch, p.input_stride_row, p.input_stride_head, p.out_stride_batch,
+                           p.out_stride_row, p.out_stride_head})
     NXS_REQUIRE(stride >= 0 && stride % vec == 0, NXS_E_STRIDE);
   const i64 alignment = p.vector ? 16 : dtype_bytes(p.dtype);
   NXS_REQUIRE(is_aligned(p.input, alignment) && is_aligned(p.out, alignment), NXS_E_ALIGNMENT);

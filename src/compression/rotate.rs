@@ -17,12 +17,12 @@ const MOST: u64 = (1 << 31) - 1;
 
 /// A plan for `out = R input`, row by row, with an orthonormal [`Rotation`], or with its inverse.
 ///
-/// `input` and `out` are `[batch, rows, heads, dim]`, batch, row and head strides each; `dim` is a multiple of 8 up to 256. Of
-/// rotated keys `(R q) . (R k) = q . k`; of rotated values the inverse is applied to what attention gives, once a query
-/// instead of once a value.
+/// `input` and `out` are `[batch, rows, heads, dim]`, batch, row and head strides each; `dim` is a multiple of 8 up
+/// to 256. Of rotated keys `(R q) . (R k) = q . k`; of rotated values the inverse is applied to what attention gives,
+/// once a query instead of once a value.
 ///
-/// In f32, rounded once to `T`; the same bit for bit on the host and on every device. A NaN or an infinity spoils its block of
-/// the row.
+/// In f32, rounded once to `T`; the same bit for bit on the host and on every device. A NaN or an infinity spoils its
+/// block of the row.
 ///
 /// ```
 /// use nextscale::compression::{Rotate, RotateArgs, Rotation};
@@ -99,8 +99,8 @@ impl<T: Float> RotateBuilder<T> {
     ///
     /// # Errors
     /// [`Error::Size`] for a `dim` outside 8 to 256, heads of 0, a batch beyond 65535, 2^31 rows times heads;
-    /// [`Error::Unsupported`] for a `dim` that is no multiple of 8; [`Error::Stride`] for negative strides or an output that
-    /// overlaps itself; [`Error::UnsupportedDevice`] below compute capability 8.0.
+    /// [`Error::Unsupported`] for a `dim` that is no multiple of 8; [`Error::Stride`] for negative strides or an
+    /// output that overlaps itself; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Rotate<T>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
@@ -151,8 +151,8 @@ impl<T: Float> Rotate<T> {
     /// Rotates on `stream`; on a CUDA stream it enqueues one kernel.
     ///
     /// # Errors
-    /// Nothing was launched or written: a buffer too short, misaligned, overlapping, on another device or ordered on another
-    /// stream; on CUDA what CUDA said.
+    /// Nothing was launched or written: a buffer too short, misaligned, overlapping, on another device or ordered on
+    /// another stream; on CUDA what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, args: RotateArgs<'_, T>) -> Result<()> {
         let stream = stream.as_stream();
         Operands::of(&stream)

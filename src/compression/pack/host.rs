@@ -19,7 +19,8 @@ fn stored<N: Float>(x: f32) -> f32 {
     if N::DTYPE == DType::F16 { N::from_f32(x.clamp(-65504.0, 65504.0)).to_f32() } else { x }
 }
 
-/// To 17 bits, ties away from 0: then products with codes are exact, and what a second packing finds rounds to the same.
+/// To 17 bits, ties away from 0: then products with codes are exact, and what a second packing finds rounds to the
+/// same.
 fn to_17_bits(x: f32) -> f32 {
     f32::from_bits((x.to_bits() + 0x40) & !0x7f)
 }

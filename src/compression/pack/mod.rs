@@ -17,8 +17,8 @@ use crate::plan::{Traffic, typed_plan};
 use crate::stream::AsStream;
 use crate::view::{In, Out};
 
-/// A plan that packs rows of keys or of values in a [`Format`], and unpacks them: gathering, rotating, quantizing and storing
-/// in one pass.
+/// A plan that packs rows of keys or of values in a [`Format`], and unpacks them: gathering, rotating, quantizing and
+/// storing in one pass.
 ///
 /// | operand | shape | layout |
 /// |---|---|---|
@@ -30,33 +30,35 @@ use crate::view::{In, Out};
 /// | `counts` | `[sets, heads]` i32 | set and head strides: rows that there are of a head |
 /// | `out` | `[sets, rows, heads, dim]` | set, row and head strides: what is unpacked |
 ///
-/// `T` is the type of what is packed and unpacked (`f32`, `f16`, `bf16`), `N` of the numbers: `f32`, and for all formats but fp8
-/// and int8 `f16`. `dim` is a multiple of 8 up to 256. Without kept indices rows are the tokens. Rows beyond a head's count are
-/// left alone. The numbers of a group are `scale`, or `scale, min`, or `norm`. A cache is appended to by packing into views of
-/// it; with [`Format::Channel`] a group at a time, so that the newest rows stay as they are until they are one.
+/// `T` is the type of what is packed and unpacked (`f32`, `f16`, `bf16`), `N` of the numbers: `f32`, and for all
+/// formats but fp8 and int8 `f16`. `dim` is a multiple of 8 up to 256. Without kept indices rows are the tokens. Rows
+/// beyond a head's count are left alone. The numbers of a group are `scale`, or `scale, min`, or `norm`. A cache is
+/// appended to by packing into views of it; with [`Format::Channel`] a group at a time, so that the newest rows stay
+/// as they are until they are one.
 ///
-/// **Arithmetic** is in f32, and the same bit for bit on the host and on every GPU, in any batch: nextscale.h has the formulas,
-/// [`Format`] the bounds of the errors. A group of equal elements is restored exactly as far as `N` holds them (f16 holds every
-/// bf16 and f16 from 2^-16 to 65504): its scale is 0.
+/// **Arithmetic** is in f32, and the same bit for bit on the host and on every GPU, in any batch: nextscale.h has the
+/// formulas, [`Format`] the bounds of the errors. A group of equal elements is restored exactly as far as `N` holds
+/// them (f16 holds every bf16 and f16 from 2^-16 to 65504): its scale is 0.
 ///
-/// **NaN and infinity.** A NaN counts as 0; what is 2^59 or more in magnitude, infinity included, as the greatest magnitude
-/// below that in its row (for [`Format::Channel`], in its channel and group), with its sign. Both set
+/// **NaN and infinity.** A NaN counts as 0; what is 2^59 or more in magnitude, infinity included, as the greatest
+/// magnitude below that in its row (for [`Format::Channel`], in its channel and group), with its sign. Both set
 /// [`Pack::NOT_FINITE`] in `flags`.
 ///
-/// **Requantizing.** What was packed from `T`, unpacked to `T` or to f32 and packed again gives the same bytes, in a plan
-/// without rotation: rotated rows come back as rotated ones from the plan that is the same but for
+/// **Requantizing.** What was packed from `T`, unpacked to `T` or to f32 and packed again gives the same bytes, in a
+/// plan without rotation: rotated rows come back as rotated ones from the plan that is the same but for
 /// [`PackBuilder::rotation`], and their codes hold in f32. This cannot hold:
 /// - for a rotated row that was rotated back, which rounds it;
-/// - for [`Format::LloydMax`], where the norm of what is unpacked is rounded (renormalized: within `2^-11` with numbers of f16,
-///   `2^-20` with f32) or that of the centroids (not renormalized);
+/// - for [`Format::LloydMax`], where the norm of what is unpacked is rounded (renormalized: within `2^-11` with
+///   numbers of f16, `2^-20` with f32) or that of the centroids (not renormalized);
 /// - for fp8 where the result is a subnormal f16;
-/// - for [`Format::Uniform`] and [`Format::Channel`] where `T` is f32 and a min is rounded to f16, where numbers of f16 are beyond
-///   65504 or subnormal, where values are 2^16 scales or more from 0 in f32, and where a scale or a value lies halfway between two numbers
-///   (which takes some care to construct).
+/// - for [`Format::Uniform`] and [`Format::Channel`] where `T` is f32 and a min is rounded to f16, where numbers of
+///   f16 are beyond 65504 or subnormal, where values are 2^16 scales or more from 0 in f32, and where a scale or a
+///   value lies halfway between two numbers (which takes some care to construct).
 ///
 /// Caches that are compacted need not be requantized: slots and numbers move as they are.
 ///
-/// Sources: KIVI (arXiv 2402.02750), QuaRot (arXiv 2404.00456), TurboQuant (arXiv 2504.19874), the slots of vLLM and FlashInfer.
+/// Sources: KIVI (arXiv 2402.02750), QuaRot (arXiv 2404.00456), TurboQuant (arXiv 2504.19874), the slots of vLLM and
+/// FlashInfer.
 ///
 /// ```
 /// use nextscale::compression::{Format, Pack, PackArgs, UnpackArgs};
@@ -188,8 +190,9 @@ impl<T: Float, N: Float> Pack<T, N> {
     /// Packs on `stream`; on a CUDA stream it enqueues one kernel.
     ///
     /// # Errors
-    /// Nothing was launched or written: a buffer missing, too short, misaligned, overlapping one that is written, on another
-    /// device or ordered on another stream; on the host a kept index or a count out of range; on CUDA what CUDA said.
+    /// Nothing was launched or written: a buffer missing, too short, misaligned, overlapping one that is written, on
+    /// another device or ordered on another stream; on the host a kept index or a count out of range; on CUDA what
+    /// CUDA said.
     pub fn pack<S: AsStream + ?Sized>(&self, stream: &S, mut args: PackArgs<'_, T, N>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;

@@ -111,8 +111,8 @@ impl<T: Float, N: Float> PackBuilder<T, N> {
         self
     }
 
-    /// Strides of `numbers` in elements, `[set, row, head]`, a row being a group of them for [`Format::Channel`]; contiguous if
-    /// not given.
+    /// Strides of `numbers` in elements, `[set, row, head]`, a row being a group of them for [`Format::Channel`];
+    /// contiguous if not given.
     pub fn numbers_strides(mut self, strides: [i64; 3]) -> Self {
         self.numbers = Some(strides);
         self
@@ -146,11 +146,11 @@ impl<T: Float, N: Float> PackBuilder<T, N> {
     ///
     /// # Errors
     /// [`Error::Size`] and [`Error::Unsupported`] for a `head_dim`, bits or a group that the format has not
-    /// ([`Format::check`]), heads of 0, more than 65535 sets, 2^31 - 1 tokens or rows times heads; rows that are no multiple of the
-    /// group of a [`Format::Channel`]; a rotation of a [`Format::Channel`]; inline numbers of more than one group; given scales
-    /// of other formats than fp8 and int8; [`Error::DType`] for numbers of a type that the format has not; [`Error::Stride`] for
-    /// negative strides, outputs that overlap, or strides that wide access or inline numbers do not allow;
-    /// [`Error::UnsupportedDevice`] below compute capability 8.0.
+    /// ([`Format::check`]), heads of 0, more than 65535 sets, 2^31 - 1 tokens or rows times heads; rows that are no
+    /// multiple of the group of a [`Format::Channel`]; a rotation of a [`Format::Channel`]; inline numbers of more
+    /// than one group; given scales of other formats than fp8 and int8; [`Error::DType`] for numbers of a type that
+    /// the format has not; [`Error::Stride`] for negative strides, outputs that overlap, or strides that wide access
+    /// or inline numbers do not allow; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Pack<T, N>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
