@@ -17,7 +17,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &RedundancyA
     if T::DTYPE == DType::F32 {
         return Err(Error::DType { arg: "k", what: "kernels take bf16 and f16" });
     }
-    if args.k.span().address % 16 != 0 {
+    if !args.k.span().address.is_multiple_of(16) {
         return Err(Error::Alignment { arg: "k", need: 16 });
     }
     let [k_stride_set, k_stride_token, k_stride_head, _] = plan.k.strides();
