@@ -34,10 +34,14 @@ import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from peers_compression import Pack, PackedAttention
+from peers_keep import Compact, Drift, Select
 from peers_importance import Importance, Redundancy
 from peers_multi_scale import MultiScale
 from peers_rvq_encode import RvqEncode
+from peers_trees import TreeVerify
 from peers_verification import Verify
+from peers_visual import VisualVerify
 
 SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.json"
 CALLS = 20
@@ -316,8 +320,15 @@ OPS = {
     "attention_prepare": AttentionPrepare,
     "multi_scale": MultiScale,
     "verify": Verify,
+    "drift": Drift,
+    "select": Select,
+    "compact": Compact,
+    "tree_verify": TreeVerify,
     "importance": Importance,
     "redundancy": Redundancy,
+    "visual_verify": VisualVerify,
+    "pack": Pack,
+    "packed_attention": PackedAttention,
 }
 
 

@@ -19,8 +19,12 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import compare_compression
+import compare_keep
 import compare_importance
 import compare_multi_scale
+import compare_trees
+import compare_visual
 from compare_attention import scale_attention
 from compare_rvq_encode import rvq_encode
 from compare_verification import draft_sample, row_stats, verify
@@ -338,7 +342,7 @@ OPS = {
     "draft_sample": draft_sample,
     "row_stats": row_stats,
     "philox_fill": philox_fill,
-} | compare_multi_scale.OPS | compare_importance.OPS
+} | compare_multi_scale.OPS | compare_keep.OPS | compare_importance.OPS | compare_trees.OPS | compare_visual.OPS | compare_compression.OPS
 
 
 def main():

@@ -2,6 +2,7 @@
 """Tests of the references, and of the goldens against what the references answer now. `python test_ref.py`."""
 
 import json
+import random
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import make_golden
-from nextscale_ref import attention, multi_scale, philox, rvq, scale_attention
+from nextscale_ref import attention, multi_scale, philox, rvq, scale_attention, trees, verification
 
 
 def test_philox_known_answers():
@@ -373,6 +374,37 @@ def test_fsq_levels():
         assert level.tolist() == [[7, 4], [0, 0]]
         value = multi_scale.fsq_value(level, levels, bound)
         assert value.tolist() == ([[0.75, 1.0], [-1.0, -1.0]] if bound == "tanh" else [[1.0, 1.0], [-1.0, -1.0]])
+
+
+def test_tree_walk_of_a_chain_is_decide():
+    rng = random.Random(1)
+
+    def row(vocab):
+        weights = [rng.random() ** 3 for _ in range(vocab)]
+        return [weight / sum(weights) for weight in weights]
+
+    compared = 0
+    for _ in range(300):
+        vocab, count, rule = rng.choice([3, 9, 40]), rng.randint(0, 4), rng.choice([1, 2])
+        p, q = [row(vocab) for _ in range(count + 1)], [row(vocab) for _ in range(count)]
+        ids = [rng.choices(range(vocab), of)[0] for of in q]
+        seed, at, margins = rng.getrandbits(64), rng.getrandbits(40), ([1.0], [1.0])
+        chain = verification.decide(rule, p, q, ids, lambda i: verification.draws(seed, at + i, i), margins[0])
+        path, last = trees.walk(
+            rule, lambda n: p[n], lambda n: q[n], lambda n: [n + 1] if n < count else [], lambda n: ids[n - 1], count,
+            False, lambda n, depth: verification.draws(seed, at + depth, depth)[1:],
+            lambda n, depth, child, j: trees.accept_draw(seed, at, depth, j), margins[1])
+        if min(margins[0] + margins[1]) > 1e-4:
+            assert chain == (len(path) - 1, last)
+            compared += 1
+    assert compared > 250
+
+
+def test_trees_of_candidates():
+    scores = [0.0, -0.5, -2.0, -0.1, -2.0, -0.1, -3.0]
+    assert trees.choose([-1, 0, 0, 1, 1, 2, 2], scores, 4, 2, False) == [0, 1, 2, 3]
+    assert trees.choose([-1, 0, 0, 1, 1, 2, 2], [0, -0.5, -2, -0.7, -0.8, -0.1, -0.1], 3, 2, True) == [0, 1, 3]
+    assert trees.paths_of([-1, 0, 1, -1, 3, 2], 2) == [[0], [0, 1], [0, 1, 2], None, None, None]
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ pub const NXS_SCHEDULE_CHUNK_KEYS: u32 = 128;
 pub const NXS_SCHEDULE_WIDE_CHUNK_KEYS: u32 = 160;
 pub const NXS_MASK_NONE: u32 = 0;
 pub const NXS_MASK_HIDDEN: u32 = 1;
+pub const NXS_KV_PLAIN: u32 = 0;
+pub const NXS_KV_FP8: u32 = 1;
+pub const NXS_KV_INT4: u32 = 2;
 pub const NXS_NORM_NONE: u32 = 0;
 pub const NXS_NORM_L2: u32 = 1;
 pub const NXS_NORM_RMS: u32 = 2;
@@ -70,11 +73,48 @@ pub const NXS_STATUS_TARGET_BEYOND: u32 = 8;
 pub const NXS_STATUS_DRAFT_IMPOSSIBLE: u32 = 16;
 pub const NXS_STATUS_ROW_OUT_OF_RANGE: u32 = 32;
 pub const NXS_STATUS_DRAFTS_IGNORED: u32 = 64;
+pub const NXS_STATUS_SEQUENCE_FULL: u32 = 1024;
+pub const NXS_STATUS_TREE_BAD: u32 = 4096;
 pub const NXS_RULE_GREEDY: u32 = 0;
 pub const NXS_RULE_MATCH: u32 = 1;
 pub const NXS_RULE_REJECT: u32 = 2;
 pub const NXS_RULE_BLOCK: u32 = 3;
 pub const NXS_VERIFY_ROW_BYTES: u32 = 64;
+pub const NXS_VISUAL_LANTERN: u32 = 0;
+pub const NXS_VISUAL_GROUPED: u32 = 1;
+pub const NXS_VISUAL_JACOBI: u32 = 2;
+pub const NXS_REDRAFT_NONE: u32 = 0;
+pub const NXS_REDRAFT_INDEPENDENT: u32 = 1;
+pub const NXS_REDRAFT_MAXIMAL: u32 = 2;
+pub const NXS_REDRAFT_GUMBEL: u32 = 3;
+pub const NXS_CONFIDENCE_PROBABILITY: u32 = 0;
+pub const NXS_CONFIDENCE_LOG_PROBABILITY: u32 = 1;
+pub const NXS_CONFIDENCE_MARGIN: u32 = 2;
+pub const NXS_CONFIDENCE_ENTROPY: u32 = 3;
+pub const NXS_DRIFT_TEST: u32 = 0;
+pub const NXS_DRIFT_COMPUTE: u32 = 1;
+pub const NXS_DRIFT_LEAVE: u32 = 2;
+pub const NXS_DRIFT_SLAB: u32 = 16384;
+pub const NXS_DRIFT_TERMS: u32 = 8;
+pub const NXS_SELECT_PER_HEAD: u32 = 0;
+pub const NXS_SELECT_PER_SET: u32 = 1;
+pub const NXS_SELECT_SHARED: u32 = 2;
+pub const NXS_SELECT_ADA: u32 = 3;
+pub const NXS_SELECT_NAN: u32 = 1;
+pub const NXS_SELECT_CLAMPED: u32 = 2;
+pub const NXS_COMPACT_EXTRAS: u32 = 4;
+pub const NXS_COMPACT_ROW_CLAMPED: u32 = 1;
+pub const NXS_COMPACT_POSITION_CLAMPED: u32 = 2;
+pub const NXS_COMPACT_COUNT_CLAMPED: u32 = 4;
+pub const NXS_TREE_STATE_BYTES: u32 = 16;
+pub const NXS_PACK_FP8: u32 = 0;
+pub const NXS_PACK_INT8: u32 = 1;
+pub const NXS_PACK_UNIFORM: u32 = 2;
+pub const NXS_PACK_CHANNEL: u32 = 3;
+pub const NXS_PACK_LLOYD_MAX: u32 = 4;
+pub const NXS_PACK_NOT_FINITE: u32 = 1;
+pub const NXS_PACK_ROW_CLAMPED: u32 = 2;
+pub const NXS_PACK_COUNT_CLAMPED: u32 = 4;
 pub const NXS_IMPORTANCE_MAX_LOGIT: u32 = 0;
 pub const NXS_IMPORTANCE_MEAN_PROB: u32 = 1;
 pub const NXS_IMPORTANCE_MAX_PROB: u32 = 2;
@@ -197,10 +237,19 @@ pub struct nxs_scale_attention_params {
     pub blocks: i32,
     pub scale: f32,
     pub logit_bound: f32,
+    pub kv_format: i32,
+    pub k_numbers_or_null: *const f32,
+    pub v_numbers_or_null: *const f32,
+    pub k_numbers_stride_batch: i64,
+    pub k_numbers_stride_row: i64,
+    pub k_numbers_stride_head: i64,
+    pub v_numbers_stride_batch: i64,
+    pub v_numbers_stride_row: i64,
+    pub v_numbers_stride_head: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 336usize];
+    ["Size of nxs_scale_attention_params"][::core::mem::size_of::<nxs_scale_attention_params>() - 408usize];
     ["Alignment of nxs_scale_attention_params"][::core::mem::align_of::<nxs_scale_attention_params>() - 8usize];
     ["Offset of field: nxs_scale_attention_params::q"][::core::mem::offset_of!(nxs_scale_attention_params, q) - 0usize];
     ["Offset of field: nxs_scale_attention_params::k"][::core::mem::offset_of!(nxs_scale_attention_params, k) - 8usize];
@@ -300,6 +349,24 @@ const _: () = {
         [::core::mem::offset_of!(nxs_scale_attention_params, scale) - 328usize];
     ["Offset of field: nxs_scale_attention_params::logit_bound"]
         [::core::mem::offset_of!(nxs_scale_attention_params, logit_bound) - 332usize];
+    ["Offset of field: nxs_scale_attention_params::kv_format"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, kv_format) - 336usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_or_null) - 344usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_or_null"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_or_null) - 352usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_batch) - 360usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_row) - 368usize];
+    ["Offset of field: nxs_scale_attention_params::k_numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, k_numbers_stride_head) - 376usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_batch"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_batch) - 384usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_row) - 392usize];
+    ["Offset of field: nxs_scale_attention_params::v_numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_scale_attention_params, v_numbers_stride_head) - 400usize];
 };
 impl Default for nxs_scale_attention_params {
     fn default() -> Self {
@@ -1482,6 +1549,1539 @@ impl Default for nxs_verify_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct nxs_visual_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub target_free_or_null: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub draft_free_or_null: *const ::core::ffi::c_void,
+    pub cu_rows: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub syntax_or_null: *const u32,
+    pub neighbours_or_null: *const ::core::ffi::c_void,
+    pub embeddings_or_null: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub guidance_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub redrafts_or_null: *mut i32,
+    pub redraft_stats_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub neighbours_stride_row: i64,
+    pub embeddings_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub first_code: i64,
+    pub codes: i64,
+    pub max_drafts: i32,
+    pub rule: i32,
+    pub redraft: i32,
+    pub accumulated: i32,
+    pub zeroed: i32,
+    pub below: i32,
+    pub above: i32,
+    pub dim: i32,
+    pub bound: f32,
+    pub probability_gap: f32,
+    pub distance: f32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+    pub neighbours_dtype: nxs_dtype,
+    pub embeddings_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_visual_verify_params"][::core::mem::size_of::<nxs_visual_verify_params>() - 400usize];
+    ["Alignment of nxs_visual_verify_params"][::core::mem::align_of::<nxs_visual_verify_params>() - 8usize];
+    ["Offset of field: nxs_visual_verify_params::target"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target) - 0usize];
+    ["Offset of field: nxs_visual_verify_params::target_free_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_free_or_null) - 8usize];
+    ["Offset of field: nxs_visual_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_or_null) - 16usize];
+    ["Offset of field: nxs_visual_verify_params::draft_free_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_free_or_null) - 24usize];
+    ["Offset of field: nxs_visual_verify_params::cu_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, cu_rows) - 32usize];
+    ["Offset of field: nxs_visual_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, drafts) - 40usize];
+    ["Offset of field: nxs_visual_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, row_index_or_null) - 48usize];
+    ["Offset of field: nxs_visual_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_row_or_null) - 56usize];
+    ["Offset of field: nxs_visual_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_stats_or_null) - 64usize];
+    ["Offset of field: nxs_visual_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, allow_or_null) - 72usize];
+    ["Offset of field: nxs_visual_verify_params::syntax_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, syntax_or_null) - 80usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_or_null) - 88usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_or_null) - 96usize];
+    ["Offset of field: nxs_visual_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, temperature_or_null) - 104usize];
+    ["Offset of field: nxs_visual_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_temperature_or_null) - 112usize];
+    ["Offset of field: nxs_visual_verify_params::guidance_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, guidance_or_null) - 120usize];
+    ["Offset of field: nxs_visual_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, top_k_or_null) - 128usize];
+    ["Offset of field: nxs_visual_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, top_p_or_null) - 136usize];
+    ["Offset of field: nxs_visual_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, min_p_or_null) - 144usize];
+    ["Offset of field: nxs_visual_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, seeds_or_null) - 152usize];
+    ["Offset of field: nxs_visual_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, positions_or_null) - 160usize];
+    ["Offset of field: nxs_visual_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, uniforms_or_null) - 168usize];
+    ["Offset of field: nxs_visual_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, tokens) - 176usize];
+    ["Offset of field: nxs_visual_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, emitted) - 184usize];
+    ["Offset of field: nxs_visual_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, accepted) - 192usize];
+    ["Offset of field: nxs_visual_verify_params::status"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, status) - 200usize];
+    ["Offset of field: nxs_visual_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, last_row_or_null) - 208usize];
+    ["Offset of field: nxs_visual_verify_params::redrafts_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redrafts_or_null) - 216usize];
+    ["Offset of field: nxs_visual_verify_params::redraft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redraft_stats_or_null) - 224usize];
+    ["Offset of field: nxs_visual_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, workspace) - 232usize];
+    ["Offset of field: nxs_visual_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, counters) - 240usize];
+    ["Offset of field: nxs_visual_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_stride_row) - 248usize];
+    ["Offset of field: nxs_visual_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_stride_row) - 256usize];
+    ["Offset of field: nxs_visual_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, allow_stride_row) - 264usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_stride_row) - 272usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_stride_row"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_stride_row) - 280usize];
+    ["Offset of field: nxs_visual_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, batch) - 288usize];
+    ["Offset of field: nxs_visual_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, vocab) - 296usize];
+    ["Offset of field: nxs_visual_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, target_rows) - 304usize];
+    ["Offset of field: nxs_visual_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, draft_rows) - 312usize];
+    ["Offset of field: nxs_visual_verify_params::first_code"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, first_code) - 320usize];
+    ["Offset of field: nxs_visual_verify_params::codes"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, codes) - 328usize];
+    ["Offset of field: nxs_visual_verify_params::max_drafts"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, max_drafts) - 336usize];
+    ["Offset of field: nxs_visual_verify_params::rule"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, rule) - 340usize];
+    ["Offset of field: nxs_visual_verify_params::redraft"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, redraft) - 344usize];
+    ["Offset of field: nxs_visual_verify_params::accumulated"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, accumulated) - 348usize];
+    ["Offset of field: nxs_visual_verify_params::zeroed"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, zeroed) - 352usize];
+    ["Offset of field: nxs_visual_verify_params::below"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, below) - 356usize];
+    ["Offset of field: nxs_visual_verify_params::above"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, above) - 360usize];
+    ["Offset of field: nxs_visual_verify_params::dim"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, dim) - 364usize];
+    ["Offset of field: nxs_visual_verify_params::bound"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, bound) - 368usize];
+    ["Offset of field: nxs_visual_verify_params::probability_gap"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, probability_gap) - 372usize];
+    ["Offset of field: nxs_visual_verify_params::distance"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, distance) - 376usize];
+    ["Offset of field: nxs_visual_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, fallback) - 380usize];
+    ["Offset of field: nxs_visual_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, blocks) - 384usize];
+    ["Offset of field: nxs_visual_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, dtype) - 388usize];
+    ["Offset of field: nxs_visual_verify_params::neighbours_dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, neighbours_dtype) - 392usize];
+    ["Offset of field: nxs_visual_verify_params::embeddings_dtype"]
+        [::core::mem::offset_of!(nxs_visual_verify_params, embeddings_dtype) - 396usize];
+};
+impl Default for nxs_visual_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_pooled_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub target_free_or_null: *const ::core::ffi::c_void,
+    pub drafts: *const i32,
+    pub neighbours_or_null: *const ::core::ffi::c_void,
+    pub temperature_or_null: *const f32,
+    pub guidance_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub threshold_or_null: *const f32,
+    pub resample: *mut u8,
+    pub positions_or_null: *mut i32,
+    pub islands_or_null: *mut i32,
+    pub counts: *mut i32,
+    pub pooled_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub neighbours_stride_row: i64,
+    pub batch: i64,
+    pub height: i64,
+    pub width: i64,
+    pub vocab: i64,
+    pub first_code: i64,
+    pub codes: i64,
+    pub neighbours: i32,
+    pub radius: i32,
+    pub threshold: f32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+    pub neighbours_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_pooled_verify_params"][::core::mem::size_of::<nxs_pooled_verify_params>() - 232usize];
+    ["Alignment of nxs_pooled_verify_params"][::core::mem::align_of::<nxs_pooled_verify_params>() - 8usize];
+    ["Offset of field: nxs_pooled_verify_params::target"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target) - 0usize];
+    ["Offset of field: nxs_pooled_verify_params::target_free_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target_free_or_null) - 8usize];
+    ["Offset of field: nxs_pooled_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, drafts) - 16usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_or_null) - 24usize];
+    ["Offset of field: nxs_pooled_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, temperature_or_null) - 32usize];
+    ["Offset of field: nxs_pooled_verify_params::guidance_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, guidance_or_null) - 40usize];
+    ["Offset of field: nxs_pooled_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, top_k_or_null) - 48usize];
+    ["Offset of field: nxs_pooled_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, top_p_or_null) - 56usize];
+    ["Offset of field: nxs_pooled_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, min_p_or_null) - 64usize];
+    ["Offset of field: nxs_pooled_verify_params::threshold_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, threshold_or_null) - 72usize];
+    ["Offset of field: nxs_pooled_verify_params::resample"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, resample) - 80usize];
+    ["Offset of field: nxs_pooled_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, positions_or_null) - 88usize];
+    ["Offset of field: nxs_pooled_verify_params::islands_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, islands_or_null) - 96usize];
+    ["Offset of field: nxs_pooled_verify_params::counts"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, counts) - 104usize];
+    ["Offset of field: nxs_pooled_verify_params::pooled_or_null"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, pooled_or_null) - 112usize];
+    ["Offset of field: nxs_pooled_verify_params::status"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, status) - 120usize];
+    ["Offset of field: nxs_pooled_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, workspace) - 128usize];
+    ["Offset of field: nxs_pooled_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, counters) - 136usize];
+    ["Offset of field: nxs_pooled_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, target_stride_row) - 144usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_stride_row"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_stride_row) - 152usize];
+    ["Offset of field: nxs_pooled_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, batch) - 160usize];
+    ["Offset of field: nxs_pooled_verify_params::height"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, height) - 168usize];
+    ["Offset of field: nxs_pooled_verify_params::width"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, width) - 176usize];
+    ["Offset of field: nxs_pooled_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, vocab) - 184usize];
+    ["Offset of field: nxs_pooled_verify_params::first_code"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, first_code) - 192usize];
+    ["Offset of field: nxs_pooled_verify_params::codes"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, codes) - 200usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours) - 208usize];
+    ["Offset of field: nxs_pooled_verify_params::radius"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, radius) - 212usize];
+    ["Offset of field: nxs_pooled_verify_params::threshold"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, threshold) - 216usize];
+    ["Offset of field: nxs_pooled_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, blocks) - 220usize];
+    ["Offset of field: nxs_pooled_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, dtype) - 224usize];
+    ["Offset of field: nxs_pooled_verify_params::neighbours_dtype"]
+        [::core::mem::offset_of!(nxs_pooled_verify_params, neighbours_dtype) - 228usize];
+};
+impl Default for nxs_pooled_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_typical_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub drafts: *const i32,
+    pub paths_or_null: *const i32,
+    pub row_index_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub accepted_nodes_or_null: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub path_or_null: *mut i32,
+    pub last_row_or_null: *mut i32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub target_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub target_rows: i64,
+    pub nodes: i32,
+    pub paths: i32,
+    pub depth: i32,
+    pub epsilon: f32,
+    pub alpha: f32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_typical_verify_params"][::core::mem::size_of::<nxs_typical_verify_params>() - 200usize];
+    ["Alignment of nxs_typical_verify_params"][::core::mem::align_of::<nxs_typical_verify_params>() - 8usize];
+    ["Offset of field: nxs_typical_verify_params::target"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target) - 0usize];
+    ["Offset of field: nxs_typical_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, drafts) - 8usize];
+    ["Offset of field: nxs_typical_verify_params::paths_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, paths_or_null) - 16usize];
+    ["Offset of field: nxs_typical_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, row_index_or_null) - 24usize];
+    ["Offset of field: nxs_typical_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, temperature_or_null) - 32usize];
+    ["Offset of field: nxs_typical_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, seeds_or_null) - 40usize];
+    ["Offset of field: nxs_typical_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, positions_or_null) - 48usize];
+    ["Offset of field: nxs_typical_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, uniforms_or_null) - 56usize];
+    ["Offset of field: nxs_typical_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, tokens) - 64usize];
+    ["Offset of field: nxs_typical_verify_params::accepted_nodes_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, accepted_nodes_or_null) - 72usize];
+    ["Offset of field: nxs_typical_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, emitted) - 80usize];
+    ["Offset of field: nxs_typical_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, accepted) - 88usize];
+    ["Offset of field: nxs_typical_verify_params::path_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, path_or_null) - 96usize];
+    ["Offset of field: nxs_typical_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, last_row_or_null) - 104usize];
+    ["Offset of field: nxs_typical_verify_params::status"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, status) - 112usize];
+    ["Offset of field: nxs_typical_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, workspace) - 120usize];
+    ["Offset of field: nxs_typical_verify_params::counters"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, counters) - 128usize];
+    ["Offset of field: nxs_typical_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target_stride_row) - 136usize];
+    ["Offset of field: nxs_typical_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, batch) - 144usize];
+    ["Offset of field: nxs_typical_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, vocab) - 152usize];
+    ["Offset of field: nxs_typical_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, target_rows) - 160usize];
+    ["Offset of field: nxs_typical_verify_params::nodes"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, nodes) - 168usize];
+    ["Offset of field: nxs_typical_verify_params::paths"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, paths) - 172usize];
+    ["Offset of field: nxs_typical_verify_params::depth"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, depth) - 176usize];
+    ["Offset of field: nxs_typical_verify_params::epsilon"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, epsilon) - 180usize];
+    ["Offset of field: nxs_typical_verify_params::alpha"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, alpha) - 184usize];
+    ["Offset of field: nxs_typical_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, fallback) - 188usize];
+    ["Offset of field: nxs_typical_verify_params::blocks"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, blocks) - 192usize];
+    ["Offset of field: nxs_typical_verify_params::dtype"]
+        [::core::mem::offset_of!(nxs_typical_verify_params, dtype) - 196usize];
+};
+impl Default for nxs_typical_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_confidence_rank_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub masked_or_null: *const u8,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub threshold_or_null: *const f32,
+    pub counts: *const i32,
+    pub noise_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub tokens: *mut i32,
+    pub candidates_or_null: *mut i32,
+    pub confidence_or_null: *mut f32,
+    pub committed: *mut i32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub batch: i64,
+    pub length: i64,
+    pub vocab: i64,
+    pub confidence: i32,
+    pub row_in_step: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_confidence_rank_params"][::core::mem::size_of::<nxs_confidence_rank_params>() - 192usize];
+    ["Alignment of nxs_confidence_rank_params"][::core::mem::align_of::<nxs_confidence_rank_params>() - 8usize];
+    ["Offset of field: nxs_confidence_rank_params::logits"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, logits) - 0usize];
+    ["Offset of field: nxs_confidence_rank_params::masked_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, masked_or_null) - 8usize];
+    ["Offset of field: nxs_confidence_rank_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_confidence_rank_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, top_k_or_null) - 24usize];
+    ["Offset of field: nxs_confidence_rank_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, top_p_or_null) - 32usize];
+    ["Offset of field: nxs_confidence_rank_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, min_p_or_null) - 40usize];
+    ["Offset of field: nxs_confidence_rank_params::threshold_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, threshold_or_null) - 48usize];
+    ["Offset of field: nxs_confidence_rank_params::counts"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, counts) - 56usize];
+    ["Offset of field: nxs_confidence_rank_params::noise_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, noise_or_null) - 64usize];
+    ["Offset of field: nxs_confidence_rank_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, seeds_or_null) - 72usize];
+    ["Offset of field: nxs_confidence_rank_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, positions_or_null) - 80usize];
+    ["Offset of field: nxs_confidence_rank_params::tokens"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, tokens) - 88usize];
+    ["Offset of field: nxs_confidence_rank_params::candidates_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, candidates_or_null) - 96usize];
+    ["Offset of field: nxs_confidence_rank_params::confidence_or_null"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, confidence_or_null) - 104usize];
+    ["Offset of field: nxs_confidence_rank_params::committed"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, committed) - 112usize];
+    ["Offset of field: nxs_confidence_rank_params::status"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, status) - 120usize];
+    ["Offset of field: nxs_confidence_rank_params::workspace"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, workspace) - 128usize];
+    ["Offset of field: nxs_confidence_rank_params::counters"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, counters) - 136usize];
+    ["Offset of field: nxs_confidence_rank_params::stride_row"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, stride_row) - 144usize];
+    ["Offset of field: nxs_confidence_rank_params::batch"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, batch) - 152usize];
+    ["Offset of field: nxs_confidence_rank_params::length"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, length) - 160usize];
+    ["Offset of field: nxs_confidence_rank_params::vocab"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, vocab) - 168usize];
+    ["Offset of field: nxs_confidence_rank_params::confidence"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, confidence) - 176usize];
+    ["Offset of field: nxs_confidence_rank_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, row_in_step) - 180usize];
+    ["Offset of field: nxs_confidence_rank_params::blocks"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, blocks) - 184usize];
+    ["Offset of field: nxs_confidence_rank_params::dtype"]
+        [::core::mem::offset_of!(nxs_confidence_rank_params, dtype) - 188usize];
+};
+impl Default for nxs_confidence_rank_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_gated_sample_params {
+    pub first: *const ::core::ffi::c_void,
+    pub second: *const ::core::ffi::c_void,
+    pub gate: *const f32,
+    pub temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub tokens: *mut i32,
+    pub stats_or_null: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub stride_row: i64,
+    pub rows: i64,
+    pub vocab: i64,
+    pub row_in_step: i32,
+    pub fallback: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_gated_sample_params"][::core::mem::size_of::<nxs_gated_sample_params>() - 152usize];
+    ["Alignment of nxs_gated_sample_params"][::core::mem::align_of::<nxs_gated_sample_params>() - 8usize];
+    ["Offset of field: nxs_gated_sample_params::first"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, first) - 0usize];
+    ["Offset of field: nxs_gated_sample_params::second"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, second) - 8usize];
+    ["Offset of field: nxs_gated_sample_params::gate"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, gate) - 16usize];
+    ["Offset of field: nxs_gated_sample_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, temperature_or_null) - 24usize];
+    ["Offset of field: nxs_gated_sample_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, top_k_or_null) - 32usize];
+    ["Offset of field: nxs_gated_sample_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, top_p_or_null) - 40usize];
+    ["Offset of field: nxs_gated_sample_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, min_p_or_null) - 48usize];
+    ["Offset of field: nxs_gated_sample_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, seeds_or_null) - 56usize];
+    ["Offset of field: nxs_gated_sample_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, positions_or_null) - 64usize];
+    ["Offset of field: nxs_gated_sample_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, uniforms_or_null) - 72usize];
+    ["Offset of field: nxs_gated_sample_params::tokens"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, tokens) - 80usize];
+    ["Offset of field: nxs_gated_sample_params::stats_or_null"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, stats_or_null) - 88usize];
+    ["Offset of field: nxs_gated_sample_params::status"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, status) - 96usize];
+    ["Offset of field: nxs_gated_sample_params::workspace"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, workspace) - 104usize];
+    ["Offset of field: nxs_gated_sample_params::stride_row"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, stride_row) - 112usize];
+    ["Offset of field: nxs_gated_sample_params::rows"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, rows) - 120usize];
+    ["Offset of field: nxs_gated_sample_params::vocab"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, vocab) - 128usize];
+    ["Offset of field: nxs_gated_sample_params::row_in_step"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, row_in_step) - 136usize];
+    ["Offset of field: nxs_gated_sample_params::fallback"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, fallback) - 140usize];
+    ["Offset of field: nxs_gated_sample_params::blocks"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, blocks) - 144usize];
+    ["Offset of field: nxs_gated_sample_params::dtype"]
+        [::core::mem::offset_of!(nxs_gated_sample_params, dtype) - 148usize];
+};
+impl Default for nxs_gated_sample_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_select_candidate_params {
+    pub scores: *const f32,
+    pub sequences_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub parents: *mut i32,
+    pub selected_or_null: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub candidates: i64,
+    pub length: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_select_candidate_params"][::core::mem::size_of::<nxs_select_candidate_params>() - 96usize];
+    ["Alignment of nxs_select_candidate_params"][::core::mem::align_of::<nxs_select_candidate_params>() - 8usize];
+    ["Offset of field: nxs_select_candidate_params::scores"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, scores) - 0usize];
+    ["Offset of field: nxs_select_candidate_params::sequences_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, sequences_or_null) - 8usize];
+    ["Offset of field: nxs_select_candidate_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_select_candidate_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, seeds_or_null) - 24usize];
+    ["Offset of field: nxs_select_candidate_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, positions_or_null) - 32usize];
+    ["Offset of field: nxs_select_candidate_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, uniforms_or_null) - 40usize];
+    ["Offset of field: nxs_select_candidate_params::parents"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, parents) - 48usize];
+    ["Offset of field: nxs_select_candidate_params::selected_or_null"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, selected_or_null) - 56usize];
+    ["Offset of field: nxs_select_candidate_params::status"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, status) - 64usize];
+    ["Offset of field: nxs_select_candidate_params::batch"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, batch) - 72usize];
+    ["Offset of field: nxs_select_candidate_params::candidates"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, candidates) - 80usize];
+    ["Offset of field: nxs_select_candidate_params::length"]
+        [::core::mem::offset_of!(nxs_select_candidate_params, length) - 88usize];
+};
+impl Default for nxs_select_candidate_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_backspace_params {
+    pub emitted: *const i32,
+    pub least_or_null: *const i32,
+    pub sequences: *mut i32,
+    pub lengths: *mut i32,
+    pub kept: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub most: i64,
+    pub capacity: i64,
+    pub backspace: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_backspace_params"][::core::mem::size_of::<nxs_backspace_params>() - 80usize];
+    ["Alignment of nxs_backspace_params"][::core::mem::align_of::<nxs_backspace_params>() - 8usize];
+    ["Offset of field: nxs_backspace_params::emitted"][::core::mem::offset_of!(nxs_backspace_params, emitted) - 0usize];
+    ["Offset of field: nxs_backspace_params::least_or_null"]
+        [::core::mem::offset_of!(nxs_backspace_params, least_or_null) - 8usize];
+    ["Offset of field: nxs_backspace_params::sequences"]
+        [::core::mem::offset_of!(nxs_backspace_params, sequences) - 16usize];
+    ["Offset of field: nxs_backspace_params::lengths"]
+        [::core::mem::offset_of!(nxs_backspace_params, lengths) - 24usize];
+    ["Offset of field: nxs_backspace_params::kept"][::core::mem::offset_of!(nxs_backspace_params, kept) - 32usize];
+    ["Offset of field: nxs_backspace_params::status"][::core::mem::offset_of!(nxs_backspace_params, status) - 40usize];
+    ["Offset of field: nxs_backspace_params::batch"][::core::mem::offset_of!(nxs_backspace_params, batch) - 48usize];
+    ["Offset of field: nxs_backspace_params::most"][::core::mem::offset_of!(nxs_backspace_params, most) - 56usize];
+    ["Offset of field: nxs_backspace_params::capacity"]
+        [::core::mem::offset_of!(nxs_backspace_params, capacity) - 64usize];
+    ["Offset of field: nxs_backspace_params::backspace"]
+        [::core::mem::offset_of!(nxs_backspace_params, backspace) - 72usize];
+};
+impl Default for nxs_backspace_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_beam_rank_params {
+    pub logits: *const ::core::ffi::c_void,
+    pub scores: *const f32,
+    pub temperature_or_null: *const f32,
+    pub parents: *mut i32,
+    pub tokens: *mut i32,
+    pub best: *mut f32,
+    pub status: *mut u32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub beams: i32,
+    pub width: i32,
+    pub blocks: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_beam_rank_params"][::core::mem::size_of::<nxs_beam_rank_params>() - 112usize];
+    ["Alignment of nxs_beam_rank_params"][::core::mem::align_of::<nxs_beam_rank_params>() - 8usize];
+    ["Offset of field: nxs_beam_rank_params::logits"][::core::mem::offset_of!(nxs_beam_rank_params, logits) - 0usize];
+    ["Offset of field: nxs_beam_rank_params::scores"][::core::mem::offset_of!(nxs_beam_rank_params, scores) - 8usize];
+    ["Offset of field: nxs_beam_rank_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, temperature_or_null) - 16usize];
+    ["Offset of field: nxs_beam_rank_params::parents"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, parents) - 24usize];
+    ["Offset of field: nxs_beam_rank_params::tokens"][::core::mem::offset_of!(nxs_beam_rank_params, tokens) - 32usize];
+    ["Offset of field: nxs_beam_rank_params::best"][::core::mem::offset_of!(nxs_beam_rank_params, best) - 40usize];
+    ["Offset of field: nxs_beam_rank_params::status"][::core::mem::offset_of!(nxs_beam_rank_params, status) - 48usize];
+    ["Offset of field: nxs_beam_rank_params::workspace"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, workspace) - 56usize];
+    ["Offset of field: nxs_beam_rank_params::counters"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, counters) - 64usize];
+    ["Offset of field: nxs_beam_rank_params::stride_row"]
+        [::core::mem::offset_of!(nxs_beam_rank_params, stride_row) - 72usize];
+    ["Offset of field: nxs_beam_rank_params::batch"][::core::mem::offset_of!(nxs_beam_rank_params, batch) - 80usize];
+    ["Offset of field: nxs_beam_rank_params::vocab"][::core::mem::offset_of!(nxs_beam_rank_params, vocab) - 88usize];
+    ["Offset of field: nxs_beam_rank_params::beams"][::core::mem::offset_of!(nxs_beam_rank_params, beams) - 96usize];
+    ["Offset of field: nxs_beam_rank_params::width"][::core::mem::offset_of!(nxs_beam_rank_params, width) - 100usize];
+    ["Offset of field: nxs_beam_rank_params::blocks"][::core::mem::offset_of!(nxs_beam_rank_params, blocks) - 104usize];
+    ["Offset of field: nxs_beam_rank_params::dtype"][::core::mem::offset_of!(nxs_beam_rank_params, dtype) - 108usize];
+};
+impl Default for nxs_beam_rank_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_drift_params {
+    pub features: *const ::core::ffi::c_void,
+    pub previous: *mut ::core::ffi::c_void,
+    pub accumulated: *mut f32,
+    pub steps: *mut i32,
+    pub force_or_null: *const i32,
+    pub decision: *mut i32,
+    pub change_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub counters: *mut u32,
+    pub features_stride_chunk: i64,
+    pub previous_stride_chunk: i64,
+    pub chunks: i64,
+    pub elements: i64,
+    pub eps: f64,
+    pub polynomial: [f64; 8usize],
+    pub polynomial_terms: i32,
+    pub threshold: f32,
+    pub warmup: i32,
+    pub compute_before: i32,
+    pub compute_from: i32,
+    pub reset_forced: i32,
+    pub keep: i32,
+    pub vector: i32,
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_drift_params"][::core::mem::size_of::<nxs_drift_params>() - 216usize];
+    ["Alignment of nxs_drift_params"][::core::mem::align_of::<nxs_drift_params>() - 8usize];
+    ["Offset of field: nxs_drift_params::features"][::core::mem::offset_of!(nxs_drift_params, features) - 0usize];
+    ["Offset of field: nxs_drift_params::previous"][::core::mem::offset_of!(nxs_drift_params, previous) - 8usize];
+    ["Offset of field: nxs_drift_params::accumulated"]
+        [::core::mem::offset_of!(nxs_drift_params, accumulated) - 16usize];
+    ["Offset of field: nxs_drift_params::steps"][::core::mem::offset_of!(nxs_drift_params, steps) - 24usize];
+    ["Offset of field: nxs_drift_params::force_or_null"]
+        [::core::mem::offset_of!(nxs_drift_params, force_or_null) - 32usize];
+    ["Offset of field: nxs_drift_params::decision"][::core::mem::offset_of!(nxs_drift_params, decision) - 40usize];
+    ["Offset of field: nxs_drift_params::change_or_null"]
+        [::core::mem::offset_of!(nxs_drift_params, change_or_null) - 48usize];
+    ["Offset of field: nxs_drift_params::workspace"][::core::mem::offset_of!(nxs_drift_params, workspace) - 56usize];
+    ["Offset of field: nxs_drift_params::counters"][::core::mem::offset_of!(nxs_drift_params, counters) - 64usize];
+    ["Offset of field: nxs_drift_params::features_stride_chunk"]
+        [::core::mem::offset_of!(nxs_drift_params, features_stride_chunk) - 72usize];
+    ["Offset of field: nxs_drift_params::previous_stride_chunk"]
+        [::core::mem::offset_of!(nxs_drift_params, previous_stride_chunk) - 80usize];
+    ["Offset of field: nxs_drift_params::chunks"][::core::mem::offset_of!(nxs_drift_params, chunks) - 88usize];
+    ["Offset of field: nxs_drift_params::elements"][::core::mem::offset_of!(nxs_drift_params, elements) - 96usize];
+    ["Offset of field: nxs_drift_params::eps"][::core::mem::offset_of!(nxs_drift_params, eps) - 104usize];
+    ["Offset of field: nxs_drift_params::polynomial"][::core::mem::offset_of!(nxs_drift_params, polynomial) - 112usize];
+    ["Offset of field: nxs_drift_params::polynomial_terms"]
+        [::core::mem::offset_of!(nxs_drift_params, polynomial_terms) - 176usize];
+    ["Offset of field: nxs_drift_params::threshold"][::core::mem::offset_of!(nxs_drift_params, threshold) - 180usize];
+    ["Offset of field: nxs_drift_params::warmup"][::core::mem::offset_of!(nxs_drift_params, warmup) - 184usize];
+    ["Offset of field: nxs_drift_params::compute_before"]
+        [::core::mem::offset_of!(nxs_drift_params, compute_before) - 188usize];
+    ["Offset of field: nxs_drift_params::compute_from"]
+        [::core::mem::offset_of!(nxs_drift_params, compute_from) - 192usize];
+    ["Offset of field: nxs_drift_params::reset_forced"]
+        [::core::mem::offset_of!(nxs_drift_params, reset_forced) - 196usize];
+    ["Offset of field: nxs_drift_params::keep"][::core::mem::offset_of!(nxs_drift_params, keep) - 200usize];
+    ["Offset of field: nxs_drift_params::vector"][::core::mem::offset_of!(nxs_drift_params, vector) - 204usize];
+    ["Offset of field: nxs_drift_params::dtype"][::core::mem::offset_of!(nxs_drift_params, dtype) - 208usize];
+};
+impl Default for nxs_drift_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_select_params {
+    pub importance_or_null: *const f32,
+    pub redundancy_or_null: *const f32,
+    pub weights_or_null: *const f32,
+    pub lengths_or_null: *const i32,
+    pub budgets_or_null: *const i32,
+    pub indices: *mut i32,
+    pub counts: *mut i32,
+    pub status_or_null: *mut u32,
+    pub workspace_or_null: *mut ::core::ffi::c_void,
+    pub importance_stride_set: i64,
+    pub importance_stride_head: i64,
+    pub redundancy_stride_set: i64,
+    pub redundancy_stride_head: i64,
+    pub sets: i64,
+    pub heads: i64,
+    pub tokens: i64,
+    pub capacity: i64,
+    pub scope: i32,
+    pub length: i32,
+    pub budget: i32,
+    pub sink: i32,
+    pub recent: i32,
+    pub active: i32,
+    pub block: i32,
+    pub lambda: f32,
+    pub relative: i32,
+    pub demoted: i32,
+    pub demotion: f32,
+    pub newest: i32,
+    pub floor_alpha: i32,
+    pub shared_bytes: i32,
+    pub threads: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_select_params"][::core::mem::size_of::<nxs_select_params>() - 200usize];
+    ["Alignment of nxs_select_params"][::core::mem::align_of::<nxs_select_params>() - 8usize];
+    ["Offset of field: nxs_select_params::importance_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, importance_or_null) - 0usize];
+    ["Offset of field: nxs_select_params::redundancy_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, redundancy_or_null) - 8usize];
+    ["Offset of field: nxs_select_params::weights_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, weights_or_null) - 16usize];
+    ["Offset of field: nxs_select_params::lengths_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, lengths_or_null) - 24usize];
+    ["Offset of field: nxs_select_params::budgets_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, budgets_or_null) - 32usize];
+    ["Offset of field: nxs_select_params::indices"][::core::mem::offset_of!(nxs_select_params, indices) - 40usize];
+    ["Offset of field: nxs_select_params::counts"][::core::mem::offset_of!(nxs_select_params, counts) - 48usize];
+    ["Offset of field: nxs_select_params::status_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, status_or_null) - 56usize];
+    ["Offset of field: nxs_select_params::workspace_or_null"]
+        [::core::mem::offset_of!(nxs_select_params, workspace_or_null) - 64usize];
+    ["Offset of field: nxs_select_params::importance_stride_set"]
+        [::core::mem::offset_of!(nxs_select_params, importance_stride_set) - 72usize];
+    ["Offset of field: nxs_select_params::importance_stride_head"]
+        [::core::mem::offset_of!(nxs_select_params, importance_stride_head) - 80usize];
+    ["Offset of field: nxs_select_params::redundancy_stride_set"]
+        [::core::mem::offset_of!(nxs_select_params, redundancy_stride_set) - 88usize];
+    ["Offset of field: nxs_select_params::redundancy_stride_head"]
+        [::core::mem::offset_of!(nxs_select_params, redundancy_stride_head) - 96usize];
+    ["Offset of field: nxs_select_params::sets"][::core::mem::offset_of!(nxs_select_params, sets) - 104usize];
+    ["Offset of field: nxs_select_params::heads"][::core::mem::offset_of!(nxs_select_params, heads) - 112usize];
+    ["Offset of field: nxs_select_params::tokens"][::core::mem::offset_of!(nxs_select_params, tokens) - 120usize];
+    ["Offset of field: nxs_select_params::capacity"][::core::mem::offset_of!(nxs_select_params, capacity) - 128usize];
+    ["Offset of field: nxs_select_params::scope"][::core::mem::offset_of!(nxs_select_params, scope) - 136usize];
+    ["Offset of field: nxs_select_params::length"][::core::mem::offset_of!(nxs_select_params, length) - 140usize];
+    ["Offset of field: nxs_select_params::budget"][::core::mem::offset_of!(nxs_select_params, budget) - 144usize];
+    ["Offset of field: nxs_select_params::sink"][::core::mem::offset_of!(nxs_select_params, sink) - 148usize];
+    ["Offset of field: nxs_select_params::recent"][::core::mem::offset_of!(nxs_select_params, recent) - 152usize];
+    ["Offset of field: nxs_select_params::active"][::core::mem::offset_of!(nxs_select_params, active) - 156usize];
+    ["Offset of field: nxs_select_params::block"][::core::mem::offset_of!(nxs_select_params, block) - 160usize];
+    ["Offset of field: nxs_select_params::lambda"][::core::mem::offset_of!(nxs_select_params, lambda) - 164usize];
+    ["Offset of field: nxs_select_params::relative"][::core::mem::offset_of!(nxs_select_params, relative) - 168usize];
+    ["Offset of field: nxs_select_params::demoted"][::core::mem::offset_of!(nxs_select_params, demoted) - 172usize];
+    ["Offset of field: nxs_select_params::demotion"][::core::mem::offset_of!(nxs_select_params, demotion) - 176usize];
+    ["Offset of field: nxs_select_params::newest"][::core::mem::offset_of!(nxs_select_params, newest) - 180usize];
+    ["Offset of field: nxs_select_params::floor_alpha"]
+        [::core::mem::offset_of!(nxs_select_params, floor_alpha) - 184usize];
+    ["Offset of field: nxs_select_params::shared_bytes"]
+        [::core::mem::offset_of!(nxs_select_params, shared_bytes) - 188usize];
+    ["Offset of field: nxs_select_params::threads"][::core::mem::offset_of!(nxs_select_params, threads) - 192usize];
+};
+impl Default for nxs_select_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_compact_tensor {
+    pub input_or_null: *const ::core::ffi::c_void,
+    pub out_or_null: *mut ::core::ffi::c_void,
+    pub input_stride_set: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_set: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub dim: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_compact_tensor"][::core::mem::size_of::<nxs_compact_tensor>() - 72usize];
+    ["Alignment of nxs_compact_tensor"][::core::mem::align_of::<nxs_compact_tensor>() - 8usize];
+    ["Offset of field: nxs_compact_tensor::input_or_null"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_or_null) - 0usize];
+    ["Offset of field: nxs_compact_tensor::out_or_null"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_or_null) - 8usize];
+    ["Offset of field: nxs_compact_tensor::input_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_stride_set) - 16usize];
+    ["Offset of field: nxs_compact_tensor::input_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_stride_row) - 24usize];
+    ["Offset of field: nxs_compact_tensor::input_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_tensor, input_stride_head) - 32usize];
+    ["Offset of field: nxs_compact_tensor::out_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_stride_set) - 40usize];
+    ["Offset of field: nxs_compact_tensor::out_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_stride_row) - 48usize];
+    ["Offset of field: nxs_compact_tensor::out_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_tensor, out_stride_head) - 56usize];
+    ["Offset of field: nxs_compact_tensor::dim"][::core::mem::offset_of!(nxs_compact_tensor, dim) - 64usize];
+};
+impl Default for nxs_compact_tensor {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_compact_extra {
+    pub input_or_null: *const ::core::ffi::c_void,
+    pub out_or_null: *mut ::core::ffi::c_void,
+    pub input_stride_set: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_set: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_compact_extra"][::core::mem::size_of::<nxs_compact_extra>() - 64usize];
+    ["Alignment of nxs_compact_extra"][::core::mem::align_of::<nxs_compact_extra>() - 8usize];
+    ["Offset of field: nxs_compact_extra::input_or_null"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_or_null) - 0usize];
+    ["Offset of field: nxs_compact_extra::out_or_null"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_or_null) - 8usize];
+    ["Offset of field: nxs_compact_extra::input_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_stride_set) - 16usize];
+    ["Offset of field: nxs_compact_extra::input_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_stride_row) - 24usize];
+    ["Offset of field: nxs_compact_extra::input_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_extra, input_stride_head) - 32usize];
+    ["Offset of field: nxs_compact_extra::out_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_stride_set) - 40usize];
+    ["Offset of field: nxs_compact_extra::out_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_stride_row) - 48usize];
+    ["Offset of field: nxs_compact_extra::out_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_extra, out_stride_head) - 56usize];
+};
+impl Default for nxs_compact_extra {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_compact_params {
+    pub tensor: [nxs_compact_tensor; 2usize],
+    pub positions: nxs_compact_extra,
+    pub extra: [nxs_compact_extra; 4usize],
+    pub indices: *const i32,
+    pub counts_or_null: *const i32,
+    pub input_pages_or_null: *const i32,
+    pub out_pages_or_null: *const i32,
+    pub cos_or_null: *const f32,
+    pub sin_or_null: *const f32,
+    pub flags_or_null: *mut u32,
+    pub indices_stride_set: i64,
+    pub indices_stride_head: i64,
+    pub counts_stride_set: i64,
+    pub counts_stride_head: i64,
+    pub input_pages_stride_set: i64,
+    pub out_pages_stride_set: i64,
+    pub table_stride_row: i64,
+    pub table_rows: i64,
+    pub sets: i64,
+    pub heads: i64,
+    pub tokens: i64,
+    pub kept: i64,
+    pub input_rows: i64,
+    pub out_rows: i64,
+    pub page_rows: i64,
+    pub first_position: i64,
+    pub renumber: i32,
+    pub rope: i32,
+    pub rotary_dim: i32,
+    pub in_place: i32,
+    pub slices: i32,
+    pub unit: i32,
+    pub log2_lanes: i32,
+    pub in_dtype: nxs_dtype,
+    pub out_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_compact_params"][::core::mem::size_of::<nxs_compact_params>() - 688usize];
+    ["Alignment of nxs_compact_params"][::core::mem::align_of::<nxs_compact_params>() - 8usize];
+    ["Offset of field: nxs_compact_params::tensor"][::core::mem::offset_of!(nxs_compact_params, tensor) - 0usize];
+    ["Offset of field: nxs_compact_params::positions"]
+        [::core::mem::offset_of!(nxs_compact_params, positions) - 144usize];
+    ["Offset of field: nxs_compact_params::extra"][::core::mem::offset_of!(nxs_compact_params, extra) - 208usize];
+    ["Offset of field: nxs_compact_params::indices"][::core::mem::offset_of!(nxs_compact_params, indices) - 464usize];
+    ["Offset of field: nxs_compact_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, counts_or_null) - 472usize];
+    ["Offset of field: nxs_compact_params::input_pages_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, input_pages_or_null) - 480usize];
+    ["Offset of field: nxs_compact_params::out_pages_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, out_pages_or_null) - 488usize];
+    ["Offset of field: nxs_compact_params::cos_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, cos_or_null) - 496usize];
+    ["Offset of field: nxs_compact_params::sin_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, sin_or_null) - 504usize];
+    ["Offset of field: nxs_compact_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_compact_params, flags_or_null) - 512usize];
+    ["Offset of field: nxs_compact_params::indices_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, indices_stride_set) - 520usize];
+    ["Offset of field: nxs_compact_params::indices_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_params, indices_stride_head) - 528usize];
+    ["Offset of field: nxs_compact_params::counts_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, counts_stride_set) - 536usize];
+    ["Offset of field: nxs_compact_params::counts_stride_head"]
+        [::core::mem::offset_of!(nxs_compact_params, counts_stride_head) - 544usize];
+    ["Offset of field: nxs_compact_params::input_pages_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, input_pages_stride_set) - 552usize];
+    ["Offset of field: nxs_compact_params::out_pages_stride_set"]
+        [::core::mem::offset_of!(nxs_compact_params, out_pages_stride_set) - 560usize];
+    ["Offset of field: nxs_compact_params::table_stride_row"]
+        [::core::mem::offset_of!(nxs_compact_params, table_stride_row) - 568usize];
+    ["Offset of field: nxs_compact_params::table_rows"]
+        [::core::mem::offset_of!(nxs_compact_params, table_rows) - 576usize];
+    ["Offset of field: nxs_compact_params::sets"][::core::mem::offset_of!(nxs_compact_params, sets) - 584usize];
+    ["Offset of field: nxs_compact_params::heads"][::core::mem::offset_of!(nxs_compact_params, heads) - 592usize];
+    ["Offset of field: nxs_compact_params::tokens"][::core::mem::offset_of!(nxs_compact_params, tokens) - 600usize];
+    ["Offset of field: nxs_compact_params::kept"][::core::mem::offset_of!(nxs_compact_params, kept) - 608usize];
+    ["Offset of field: nxs_compact_params::input_rows"]
+        [::core::mem::offset_of!(nxs_compact_params, input_rows) - 616usize];
+    ["Offset of field: nxs_compact_params::out_rows"][::core::mem::offset_of!(nxs_compact_params, out_rows) - 624usize];
+    ["Offset of field: nxs_compact_params::page_rows"]
+        [::core::mem::offset_of!(nxs_compact_params, page_rows) - 632usize];
+    ["Offset of field: nxs_compact_params::first_position"]
+        [::core::mem::offset_of!(nxs_compact_params, first_position) - 640usize];
+    ["Offset of field: nxs_compact_params::renumber"][::core::mem::offset_of!(nxs_compact_params, renumber) - 648usize];
+    ["Offset of field: nxs_compact_params::rope"][::core::mem::offset_of!(nxs_compact_params, rope) - 652usize];
+    ["Offset of field: nxs_compact_params::rotary_dim"]
+        [::core::mem::offset_of!(nxs_compact_params, rotary_dim) - 656usize];
+    ["Offset of field: nxs_compact_params::in_place"][::core::mem::offset_of!(nxs_compact_params, in_place) - 660usize];
+    ["Offset of field: nxs_compact_params::slices"][::core::mem::offset_of!(nxs_compact_params, slices) - 664usize];
+    ["Offset of field: nxs_compact_params::unit"][::core::mem::offset_of!(nxs_compact_params, unit) - 668usize];
+    ["Offset of field: nxs_compact_params::log2_lanes"]
+        [::core::mem::offset_of!(nxs_compact_params, log2_lanes) - 672usize];
+    ["Offset of field: nxs_compact_params::in_dtype"][::core::mem::offset_of!(nxs_compact_params, in_dtype) - 676usize];
+    ["Offset of field: nxs_compact_params::out_dtype"]
+        [::core::mem::offset_of!(nxs_compact_params, out_dtype) - 680usize];
+};
+impl Default for nxs_compact_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_tree_verify_params {
+    pub target: *const ::core::ffi::c_void,
+    pub draft_or_null: *const ::core::ffi::c_void,
+    pub cu_rows_or_null: *const i32,
+    pub parents_or_null: *const i32,
+    pub first_child_or_null: *const i32,
+    pub next_sibling_or_null: *const i32,
+    pub drafts: *const i32,
+    pub row_index_or_null: *const i32,
+    pub draft_row_or_null: *const i32,
+    pub draft_stats_or_null: *const f32,
+    pub target_to_draft_or_null: *const i32,
+    pub target_stats_or_null: *const f32,
+    pub allow_or_null: *const u32,
+    pub rules_or_null: *const i32,
+    pub temperature_or_null: *const f32,
+    pub draft_temperature_or_null: *const f32,
+    pub top_k_or_null: *const i32,
+    pub top_p_or_null: *const f32,
+    pub min_p_or_null: *const f32,
+    pub seeds_or_null: *const i64,
+    pub positions_or_null: *const i64,
+    pub uniforms_or_null: *const f32,
+    pub kv_start_or_null: *const i32,
+    pub kv_slots_or_null: *const i32,
+    pub tokens: *mut i32,
+    pub emitted: *mut i32,
+    pub accepted: *mut i32,
+    pub status: *mut u32,
+    pub last_row_or_null: *mut i32,
+    pub path_or_null: *mut i32,
+    pub kv_source_or_null: *mut i32,
+    pub kv_destination_or_null: *mut i32,
+    pub log_probs_or_null: *mut f32,
+    pub workspace: *mut ::core::ffi::c_void,
+    pub target_stride_row: i64,
+    pub draft_stride_row: i64,
+    pub allow_stride_row: i64,
+    pub batch: i64,
+    pub vocab: i64,
+    pub draft_vocab: i64,
+    pub target_rows: i64,
+    pub draft_rows: i64,
+    pub max_nodes: i32,
+    pub max_depth: i32,
+    pub rule: i32,
+    pub without_replacement: i32,
+    pub fallback: i32,
+    pub cluster: i32,
+    pub shared_partials: i32,
+    pub target_dtype: nxs_dtype,
+    pub draft_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_tree_verify_params"][::core::mem::size_of::<nxs_tree_verify_params>() - 376usize];
+    ["Alignment of nxs_tree_verify_params"][::core::mem::align_of::<nxs_tree_verify_params>() - 8usize];
+    ["Offset of field: nxs_tree_verify_params::target"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target) - 0usize];
+    ["Offset of field: nxs_tree_verify_params::draft_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_or_null) - 8usize];
+    ["Offset of field: nxs_tree_verify_params::cu_rows_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, cu_rows_or_null) - 16usize];
+    ["Offset of field: nxs_tree_verify_params::parents_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, parents_or_null) - 24usize];
+    ["Offset of field: nxs_tree_verify_params::first_child_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, first_child_or_null) - 32usize];
+    ["Offset of field: nxs_tree_verify_params::next_sibling_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, next_sibling_or_null) - 40usize];
+    ["Offset of field: nxs_tree_verify_params::drafts"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, drafts) - 48usize];
+    ["Offset of field: nxs_tree_verify_params::row_index_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, row_index_or_null) - 56usize];
+    ["Offset of field: nxs_tree_verify_params::draft_row_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_row_or_null) - 64usize];
+    ["Offset of field: nxs_tree_verify_params::draft_stats_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_stats_or_null) - 72usize];
+    ["Offset of field: nxs_tree_verify_params::target_to_draft_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_to_draft_or_null) - 80usize];
+    ["Offset of field: nxs_tree_verify_params::target_stats_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_stats_or_null) - 88usize];
+    ["Offset of field: nxs_tree_verify_params::allow_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, allow_or_null) - 96usize];
+    ["Offset of field: nxs_tree_verify_params::rules_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, rules_or_null) - 104usize];
+    ["Offset of field: nxs_tree_verify_params::temperature_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, temperature_or_null) - 112usize];
+    ["Offset of field: nxs_tree_verify_params::draft_temperature_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_temperature_or_null) - 120usize];
+    ["Offset of field: nxs_tree_verify_params::top_k_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, top_k_or_null) - 128usize];
+    ["Offset of field: nxs_tree_verify_params::top_p_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, top_p_or_null) - 136usize];
+    ["Offset of field: nxs_tree_verify_params::min_p_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, min_p_or_null) - 144usize];
+    ["Offset of field: nxs_tree_verify_params::seeds_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, seeds_or_null) - 152usize];
+    ["Offset of field: nxs_tree_verify_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, positions_or_null) - 160usize];
+    ["Offset of field: nxs_tree_verify_params::uniforms_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, uniforms_or_null) - 168usize];
+    ["Offset of field: nxs_tree_verify_params::kv_start_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_start_or_null) - 176usize];
+    ["Offset of field: nxs_tree_verify_params::kv_slots_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_slots_or_null) - 184usize];
+    ["Offset of field: nxs_tree_verify_params::tokens"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, tokens) - 192usize];
+    ["Offset of field: nxs_tree_verify_params::emitted"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, emitted) - 200usize];
+    ["Offset of field: nxs_tree_verify_params::accepted"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, accepted) - 208usize];
+    ["Offset of field: nxs_tree_verify_params::status"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, status) - 216usize];
+    ["Offset of field: nxs_tree_verify_params::last_row_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, last_row_or_null) - 224usize];
+    ["Offset of field: nxs_tree_verify_params::path_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, path_or_null) - 232usize];
+    ["Offset of field: nxs_tree_verify_params::kv_source_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_source_or_null) - 240usize];
+    ["Offset of field: nxs_tree_verify_params::kv_destination_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, kv_destination_or_null) - 248usize];
+    ["Offset of field: nxs_tree_verify_params::log_probs_or_null"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, log_probs_or_null) - 256usize];
+    ["Offset of field: nxs_tree_verify_params::workspace"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, workspace) - 264usize];
+    ["Offset of field: nxs_tree_verify_params::target_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_stride_row) - 272usize];
+    ["Offset of field: nxs_tree_verify_params::draft_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_stride_row) - 280usize];
+    ["Offset of field: nxs_tree_verify_params::allow_stride_row"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, allow_stride_row) - 288usize];
+    ["Offset of field: nxs_tree_verify_params::batch"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, batch) - 296usize];
+    ["Offset of field: nxs_tree_verify_params::vocab"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, vocab) - 304usize];
+    ["Offset of field: nxs_tree_verify_params::draft_vocab"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_vocab) - 312usize];
+    ["Offset of field: nxs_tree_verify_params::target_rows"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_rows) - 320usize];
+    ["Offset of field: nxs_tree_verify_params::draft_rows"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_rows) - 328usize];
+    ["Offset of field: nxs_tree_verify_params::max_nodes"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, max_nodes) - 336usize];
+    ["Offset of field: nxs_tree_verify_params::max_depth"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, max_depth) - 340usize];
+    ["Offset of field: nxs_tree_verify_params::rule"][::core::mem::offset_of!(nxs_tree_verify_params, rule) - 344usize];
+    ["Offset of field: nxs_tree_verify_params::without_replacement"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, without_replacement) - 348usize];
+    ["Offset of field: nxs_tree_verify_params::fallback"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, fallback) - 352usize];
+    ["Offset of field: nxs_tree_verify_params::cluster"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, cluster) - 356usize];
+    ["Offset of field: nxs_tree_verify_params::shared_partials"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, shared_partials) - 360usize];
+    ["Offset of field: nxs_tree_verify_params::target_dtype"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, target_dtype) - 364usize];
+    ["Offset of field: nxs_tree_verify_params::draft_dtype"]
+        [::core::mem::offset_of!(nxs_tree_verify_params, draft_dtype) - 368usize];
+};
+impl Default for nxs_tree_verify_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_tree_build_params {
+    pub cu_rows_or_null: *const i32,
+    pub parents: *const i32,
+    pub drafts_or_null: *const i32,
+    pub scores_or_null: *const f32,
+    pub positions_or_null: *const i64,
+    pub counts_or_null: *mut i32,
+    pub selected_or_null: *mut i32,
+    pub parents_or_null: *mut i32,
+    pub drafts_out_or_null: *mut i32,
+    pub first_child_or_null: *mut i32,
+    pub next_sibling_or_null: *mut i32,
+    pub depths_or_null: *mut i32,
+    pub node_positions_or_null: *mut i64,
+    pub mask_or_null: *mut u32,
+    pub paths_or_null: *mut i32,
+    pub leaf_counts_or_null: *mut i32,
+    pub status: *mut u32,
+    pub batch: i64,
+    pub candidates: i32,
+    pub nodes: i32,
+    pub leaves: i32,
+    pub max_depth: i32,
+    pub cumulative: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_tree_build_params"][::core::mem::size_of::<nxs_tree_build_params>() - 168usize];
+    ["Alignment of nxs_tree_build_params"][::core::mem::align_of::<nxs_tree_build_params>() - 8usize];
+    ["Offset of field: nxs_tree_build_params::cu_rows_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, cu_rows_or_null) - 0usize];
+    ["Offset of field: nxs_tree_build_params::parents"]
+        [::core::mem::offset_of!(nxs_tree_build_params, parents) - 8usize];
+    ["Offset of field: nxs_tree_build_params::drafts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, drafts_or_null) - 16usize];
+    ["Offset of field: nxs_tree_build_params::scores_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, scores_or_null) - 24usize];
+    ["Offset of field: nxs_tree_build_params::positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, positions_or_null) - 32usize];
+    ["Offset of field: nxs_tree_build_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, counts_or_null) - 40usize];
+    ["Offset of field: nxs_tree_build_params::selected_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, selected_or_null) - 48usize];
+    ["Offset of field: nxs_tree_build_params::parents_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, parents_or_null) - 56usize];
+    ["Offset of field: nxs_tree_build_params::drafts_out_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, drafts_out_or_null) - 64usize];
+    ["Offset of field: nxs_tree_build_params::first_child_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, first_child_or_null) - 72usize];
+    ["Offset of field: nxs_tree_build_params::next_sibling_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, next_sibling_or_null) - 80usize];
+    ["Offset of field: nxs_tree_build_params::depths_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, depths_or_null) - 88usize];
+    ["Offset of field: nxs_tree_build_params::node_positions_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, node_positions_or_null) - 96usize];
+    ["Offset of field: nxs_tree_build_params::mask_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, mask_or_null) - 104usize];
+    ["Offset of field: nxs_tree_build_params::paths_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, paths_or_null) - 112usize];
+    ["Offset of field: nxs_tree_build_params::leaf_counts_or_null"]
+        [::core::mem::offset_of!(nxs_tree_build_params, leaf_counts_or_null) - 120usize];
+    ["Offset of field: nxs_tree_build_params::status"]
+        [::core::mem::offset_of!(nxs_tree_build_params, status) - 128usize];
+    ["Offset of field: nxs_tree_build_params::batch"][::core::mem::offset_of!(nxs_tree_build_params, batch) - 136usize];
+    ["Offset of field: nxs_tree_build_params::candidates"]
+        [::core::mem::offset_of!(nxs_tree_build_params, candidates) - 144usize];
+    ["Offset of field: nxs_tree_build_params::nodes"][::core::mem::offset_of!(nxs_tree_build_params, nodes) - 148usize];
+    ["Offset of field: nxs_tree_build_params::leaves"]
+        [::core::mem::offset_of!(nxs_tree_build_params, leaves) - 152usize];
+    ["Offset of field: nxs_tree_build_params::max_depth"]
+        [::core::mem::offset_of!(nxs_tree_build_params, max_depth) - 156usize];
+    ["Offset of field: nxs_tree_build_params::cumulative"]
+        [::core::mem::offset_of!(nxs_tree_build_params, cumulative) - 160usize];
+};
+impl Default for nxs_tree_build_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_pack_params {
+    pub unpacked: *mut ::core::ffi::c_void,
+    pub codes: *mut u8,
+    pub numbers_or_null: *mut ::core::ffi::c_void,
+    pub scales_or_null: *const f32,
+    pub kept_or_null: *const i32,
+    pub counts_or_null: *const i32,
+    pub flags_or_null: *mut u32,
+    pub unpacked_stride_set: i64,
+    pub unpacked_stride_row: i64,
+    pub unpacked_stride_head: i64,
+    pub codes_stride_set: i64,
+    pub codes_stride_row: i64,
+    pub codes_stride_head: i64,
+    pub numbers_stride_set: i64,
+    pub numbers_stride_row: i64,
+    pub numbers_stride_head: i64,
+    pub scales_stride_set: i64,
+    pub scales_stride_head: i64,
+    pub kept_stride_set: i64,
+    pub kept_stride_head: i64,
+    pub counts_stride_set: i64,
+    pub counts_stride_head: i64,
+    pub sets: i64,
+    pub tokens: i64,
+    pub rows: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub format: i32,
+    pub bits: i32,
+    pub group: i32,
+    pub renormalize: i32,
+    pub rotate: i32,
+    pub unpack: i32,
+    pub vector: i32,
+    pub signs: [u32; 8usize],
+    pub centroids: [f32; 8usize],
+    pub thresholds: [f32; 7usize],
+    pub dtype: nxs_dtype,
+    pub numbers_dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_pack_params"][::core::mem::size_of::<nxs_pack_params>() - 336usize];
+    ["Alignment of nxs_pack_params"][::core::mem::align_of::<nxs_pack_params>() - 8usize];
+    ["Offset of field: nxs_pack_params::unpacked"][::core::mem::offset_of!(nxs_pack_params, unpacked) - 0usize];
+    ["Offset of field: nxs_pack_params::codes"][::core::mem::offset_of!(nxs_pack_params, codes) - 8usize];
+    ["Offset of field: nxs_pack_params::numbers_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_or_null) - 16usize];
+    ["Offset of field: nxs_pack_params::scales_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_or_null) - 24usize];
+    ["Offset of field: nxs_pack_params::kept_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_or_null) - 32usize];
+    ["Offset of field: nxs_pack_params::counts_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_or_null) - 40usize];
+    ["Offset of field: nxs_pack_params::flags_or_null"]
+        [::core::mem::offset_of!(nxs_pack_params, flags_or_null) - 48usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_set) - 56usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_row) - 64usize];
+    ["Offset of field: nxs_pack_params::unpacked_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, unpacked_stride_head) - 72usize];
+    ["Offset of field: nxs_pack_params::codes_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_set) - 80usize];
+    ["Offset of field: nxs_pack_params::codes_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_row) - 88usize];
+    ["Offset of field: nxs_pack_params::codes_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, codes_stride_head) - 96usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_set) - 104usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_row"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_row) - 112usize];
+    ["Offset of field: nxs_pack_params::numbers_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_stride_head) - 120usize];
+    ["Offset of field: nxs_pack_params::scales_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_stride_set) - 128usize];
+    ["Offset of field: nxs_pack_params::scales_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, scales_stride_head) - 136usize];
+    ["Offset of field: nxs_pack_params::kept_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_stride_set) - 144usize];
+    ["Offset of field: nxs_pack_params::kept_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, kept_stride_head) - 152usize];
+    ["Offset of field: nxs_pack_params::counts_stride_set"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_stride_set) - 160usize];
+    ["Offset of field: nxs_pack_params::counts_stride_head"]
+        [::core::mem::offset_of!(nxs_pack_params, counts_stride_head) - 168usize];
+    ["Offset of field: nxs_pack_params::sets"][::core::mem::offset_of!(nxs_pack_params, sets) - 176usize];
+    ["Offset of field: nxs_pack_params::tokens"][::core::mem::offset_of!(nxs_pack_params, tokens) - 184usize];
+    ["Offset of field: nxs_pack_params::rows"][::core::mem::offset_of!(nxs_pack_params, rows) - 192usize];
+    ["Offset of field: nxs_pack_params::heads"][::core::mem::offset_of!(nxs_pack_params, heads) - 200usize];
+    ["Offset of field: nxs_pack_params::dim"][::core::mem::offset_of!(nxs_pack_params, dim) - 204usize];
+    ["Offset of field: nxs_pack_params::format"][::core::mem::offset_of!(nxs_pack_params, format) - 208usize];
+    ["Offset of field: nxs_pack_params::bits"][::core::mem::offset_of!(nxs_pack_params, bits) - 212usize];
+    ["Offset of field: nxs_pack_params::group"][::core::mem::offset_of!(nxs_pack_params, group) - 216usize];
+    ["Offset of field: nxs_pack_params::renormalize"][::core::mem::offset_of!(nxs_pack_params, renormalize) - 220usize];
+    ["Offset of field: nxs_pack_params::rotate"][::core::mem::offset_of!(nxs_pack_params, rotate) - 224usize];
+    ["Offset of field: nxs_pack_params::unpack"][::core::mem::offset_of!(nxs_pack_params, unpack) - 228usize];
+    ["Offset of field: nxs_pack_params::vector"][::core::mem::offset_of!(nxs_pack_params, vector) - 232usize];
+    ["Offset of field: nxs_pack_params::signs"][::core::mem::offset_of!(nxs_pack_params, signs) - 236usize];
+    ["Offset of field: nxs_pack_params::centroids"][::core::mem::offset_of!(nxs_pack_params, centroids) - 268usize];
+    ["Offset of field: nxs_pack_params::thresholds"][::core::mem::offset_of!(nxs_pack_params, thresholds) - 300usize];
+    ["Offset of field: nxs_pack_params::dtype"][::core::mem::offset_of!(nxs_pack_params, dtype) - 328usize];
+    ["Offset of field: nxs_pack_params::numbers_dtype"]
+        [::core::mem::offset_of!(nxs_pack_params, numbers_dtype) - 332usize];
+};
+impl Default for nxs_pack_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct nxs_rotate_params {
+    pub input: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub input_stride_batch: i64,
+    pub input_stride_row: i64,
+    pub input_stride_head: i64,
+    pub out_stride_batch: i64,
+    pub out_stride_row: i64,
+    pub out_stride_head: i64,
+    pub batch: i64,
+    pub rows: i64,
+    pub heads: i32,
+    pub dim: i32,
+    pub inverse: i32,
+    pub vector: i32,
+    pub signs: [u32; 8usize],
+    pub dtype: nxs_dtype,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_rotate_params"][::core::mem::size_of::<nxs_rotate_params>() - 136usize];
+    ["Alignment of nxs_rotate_params"][::core::mem::align_of::<nxs_rotate_params>() - 8usize];
+    ["Offset of field: nxs_rotate_params::input"][::core::mem::offset_of!(nxs_rotate_params, input) - 0usize];
+    ["Offset of field: nxs_rotate_params::out"][::core::mem::offset_of!(nxs_rotate_params, out) - 8usize];
+    ["Offset of field: nxs_rotate_params::input_stride_batch"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_batch) - 16usize];
+    ["Offset of field: nxs_rotate_params::input_stride_row"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_row) - 24usize];
+    ["Offset of field: nxs_rotate_params::input_stride_head"]
+        [::core::mem::offset_of!(nxs_rotate_params, input_stride_head) - 32usize];
+    ["Offset of field: nxs_rotate_params::out_stride_batch"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_batch) - 40usize];
+    ["Offset of field: nxs_rotate_params::out_stride_row"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_row) - 48usize];
+    ["Offset of field: nxs_rotate_params::out_stride_head"]
+        [::core::mem::offset_of!(nxs_rotate_params, out_stride_head) - 56usize];
+    ["Offset of field: nxs_rotate_params::batch"][::core::mem::offset_of!(nxs_rotate_params, batch) - 64usize];
+    ["Offset of field: nxs_rotate_params::rows"][::core::mem::offset_of!(nxs_rotate_params, rows) - 72usize];
+    ["Offset of field: nxs_rotate_params::heads"][::core::mem::offset_of!(nxs_rotate_params, heads) - 80usize];
+    ["Offset of field: nxs_rotate_params::dim"][::core::mem::offset_of!(nxs_rotate_params, dim) - 84usize];
+    ["Offset of field: nxs_rotate_params::inverse"][::core::mem::offset_of!(nxs_rotate_params, inverse) - 88usize];
+    ["Offset of field: nxs_rotate_params::vector"][::core::mem::offset_of!(nxs_rotate_params, vector) - 92usize];
+    ["Offset of field: nxs_rotate_params::signs"][::core::mem::offset_of!(nxs_rotate_params, signs) - 96usize];
+    ["Offset of field: nxs_rotate_params::dtype"][::core::mem::offset_of!(nxs_rotate_params, dtype) - 128usize];
+};
+impl Default for nxs_rotate_params {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct nxs_importance_params {
     pub q: *const ::core::ffi::c_void,
     pub k: *const ::core::ffi::c_void,
@@ -1842,6 +3442,28 @@ unsafe extern "C" {
     pub fn nxs_row_stats(params: *const nxs_row_stats_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_draft_sample(params: *const nxs_draft_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_verify(params: *const nxs_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_visual_verify(params: *const nxs_visual_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_pooled_verify(params: *const nxs_pooled_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_typical_verify(params: *const nxs_typical_verify_params, stream: *mut ::core::ffi::c_void)
+    -> nxs_status;
+    pub fn nxs_confidence_rank(
+        params: *const nxs_confidence_rank_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_gated_sample(params: *const nxs_gated_sample_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_select_candidate(
+        params: *const nxs_select_candidate_params,
+        stream: *mut ::core::ffi::c_void,
+    ) -> nxs_status;
+    pub fn nxs_backspace(params: *const nxs_backspace_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_beam_rank(params: *const nxs_beam_rank_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_drift(params: *const nxs_drift_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_select(params: *const nxs_select_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_compact(params: *const nxs_compact_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_tree_verify(params: *const nxs_tree_verify_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_tree_build(params: *const nxs_tree_build_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_pack(params: *const nxs_pack_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
+    pub fn nxs_rotate(params: *const nxs_rotate_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_importance(params: *const nxs_importance_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_key_norms(params: *const nxs_key_norms_params, stream: *mut ::core::ffi::c_void) -> nxs_status;
     pub fn nxs_redundancy(params: *const nxs_redundancy_params, stream: *mut ::core::ffi::c_void) -> nxs_status;

@@ -6,7 +6,7 @@ use crate::stream::Stream;
 use crate::view::{In, Out, Span};
 
 /// More operands than any op has.
-const MOST: usize = 32;
+const MOST: usize = 40;
 
 /// Checks the buffers of one call: on the stream's device and ordered on the stream, long enough, aligned to their
 /// elements, and nothing written that is also another operand.

@@ -23,6 +23,11 @@ impl<const N: usize> Layout<N> {
         Layout { shape, strides }
     }
 
+    /// Of no elements.
+    pub(crate) const fn empty() -> Self {
+        Layout { shape: [0; N], strides: [0; N] }
+    }
+
     /// Any strides.
     pub fn strided(shape: [u64; N], strides: [i64; N]) -> Self {
         Layout { shape, strides }

@@ -16,6 +16,8 @@ pub mod dtype;
 pub mod emulator;
 pub mod error;
 pub mod layout;
+#[cfg(any(feature = "attention", feature = "compression"))]
+pub mod packed;
 pub mod philox;
 #[cfg(feature = "quantization")]
 pub mod quantization;

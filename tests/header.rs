@@ -98,12 +98,20 @@ fn dtypes_have_the_numbers_of_the_header() {
 #[cfg(feature = "verification")]
 #[test]
 fn rules_and_status_bits_have_the_numbers_of_the_header() {
-    use nextscale::verification::{Rule, status};
+    use nextscale::verification::{Confidence, Redraft, Rule, status};
     let numbers = [
         ("NXS_RULE_GREEDY", Rule::Greedy as u32),
         ("NXS_RULE_MATCH", Rule::Match as u32),
         ("NXS_RULE_REJECT", Rule::Reject as u32),
         ("NXS_RULE_BLOCK", Rule::Block as u32),
+        ("NXS_REDRAFT_NONE", Redraft::None as u32),
+        ("NXS_REDRAFT_INDEPENDENT", Redraft::Independent as u32),
+        ("NXS_REDRAFT_MAXIMAL", Redraft::Maximal as u32),
+        ("NXS_REDRAFT_GUMBEL", Redraft::Gumbel as u32),
+        ("NXS_CONFIDENCE_PROBABILITY", Confidence::Probability as u32),
+        ("NXS_CONFIDENCE_LOG_PROBABILITY", Confidence::LogProbability as u32),
+        ("NXS_CONFIDENCE_MARGIN", Confidence::Margin as u32),
+        ("NXS_CONFIDENCE_ENTROPY", Confidence::Entropy as u32),
         ("NXS_STATUS_TARGET_NAN", status::TARGET_NAN),
         ("NXS_STATUS_DRAFT_BAD", status::DRAFT_BAD),
         ("NXS_STATUS_TARGET_EMPTY", status::TARGET_EMPTY),
@@ -111,6 +119,8 @@ fn rules_and_status_bits_have_the_numbers_of_the_header() {
         ("NXS_STATUS_DRAFT_IMPOSSIBLE", status::DRAFT_IMPOSSIBLE),
         ("NXS_STATUS_ROW_OUT_OF_RANGE", status::ROW_OUT_OF_RANGE),
         ("NXS_STATUS_DRAFTS_IGNORED", status::DRAFTS_IGNORED),
+        ("NXS_STATUS_SEQUENCE_FULL", status::SEQUENCE_FULL),
+        ("NXS_STATUS_TREE_BAD", status::TREE_BAD),
     ];
     let mut source = String::from("#include \"nextscale.h\"\n#include <stdio.h>\nint main(void) {\n");
     let mut expected = String::new();

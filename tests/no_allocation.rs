@@ -1,6 +1,6 @@
 //! A run allocates nothing on the heap: engines call it per layer and per step.
 
-#![cfg(any(feature = "attention", feature = "quantization", feature = "verification"))]
+#![cfg(any(feature = "attention", feature = "quantization", feature = "verification", feature = "compression"))]
 
 mod support;
 
@@ -281,6 +281,246 @@ fn verification_allocates_nothing() {
             let args =
                 RowStatsArgs { logits: logits.input(), temperature: None, allow: None, partials: partials.output() };
             stats.run(&device.stream(), args).unwrap();
+        });
+    }
+}
+
+#[cfg(feature = "compression")]
+#[test]
+fn drift_select_and_compact_allocate_nothing() {
+    use nextscale::compression::{Compact, CompactArgs, Drift, DriftArgs, Scope, Select, SelectArgs};
+    for device in TestDevice::all() {
+        let drift = Drift::<f32>::builder(1, 64).build(&DeviceInfo::A100).unwrap();
+        let features = Buffer::of(&device, &[1f32; 64], 0);
+        let mut previous = Buffer::of(&device, &[1f32; 64], 0);
+        let mut accumulated = Buffer::of(&device, &[0f32], 0);
+        let (mut steps, mut decision) = (Buffer::of(&device, &[0i32], 0), Buffer::of(&device, &[0i32], 0));
+        let mut workspace = Buffer::<u8>::poisoned(&device, 4096, 0);
+        let mut counters = Buffer::of(&device, &[0u32], 0);
+        assert_allocates_nothing(&device, || {
+            let args = DriftArgs {
+                features: features.input(),
+                previous: previous.output(),
+                accumulated: accumulated.output(),
+                steps: steps.output(),
+                force: None,
+                decision: decision.output(),
+                change: None,
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            drift.run(&device.stream(), args).unwrap();
+        });
+        let scores = Buffer::of(&device, &(0..64).map(|i| (i * 7 % 64) as f32).collect::<Vec<_>>(), 0);
+        let mut indices = Buffer::<i32>::poisoned(&device, 64, 0);
+        let mut counts = Buffer::<i32>::poisoned(&device, 2, 0);
+        for (scope, block) in [(Scope::PerHead, 1), (Scope::Shared, 4), (Scope::Ada { floor: 0.2 }, 1)] {
+            let select =
+                Select::builder(1, 2, 32).budget(8).scope(scope).block(block).build(&DeviceInfo::A100).unwrap();
+            assert_allocates_nothing(&device, || {
+                let args = SelectArgs {
+                    importance: Some(scores.input()),
+                    redundancy: None,
+                    weights: None,
+                    lengths: None,
+                    budgets: None,
+                    indices: indices.output(),
+                    counts: counts.output(),
+                    status: None,
+                    workspace: Some(workspace.output()),
+                };
+                select.run(&device.stream(), args).unwrap();
+            });
+        }
+        let compact = Compact::<f32, f32>::builder(1, 1, 8, 4).k(8).build(&DeviceInfo::A100).unwrap();
+        let rows = Buffer::of(&device, &[0, 2, 4, 6], 0);
+        let mut out = Buffer::<f32>::poisoned(&device, 32, 0);
+        assert_allocates_nothing(&device, || {
+            let args =
+                CompactArgs { k: Some(features.input()), k_out: Some(out.output()), ..CompactArgs::of(rows.input()) };
+            compact.run(&device.stream(), args).unwrap();
+        });
+    }
+}
+
+#[cfg(feature = "verification")]
+#[test]
+fn verification_of_trees_allocates_nothing() {
+    use nextscale::verification::{
+        Accepted, Drafts, Emitted, TreeBuilder, TreeBuilderArgs, TreeBuilderOut, TreeLinks, TreeVerifier,
+        TreeVerifierArgs, TreeVerifierOptions, TreeVerifierOut,
+    };
+    for device in TestDevice::all() {
+        let info = &DeviceInfo::A100;
+        let verifier = TreeVerifier::<f32, f32>::builder(1, 4, 2, 3000).drafts(Drafts::Logits).build(info).unwrap();
+        let builder = TreeBuilder::builder(1, 3).candidates(4).max_depth(2).build(info).unwrap();
+        let logits = Buffer::of(&device, &[0.5f32; 4 * 3000], 0);
+        let (parents, drafts) = (Buffer::of(&device, &[-1, 0, 0, 1], 0), Buffer::of(&device, &[-1, 5, 6, 7], 0));
+        let (top_k, seeds) = (Buffer::of(&device, &[9], 0), Buffer::of(&device, &[1i64], 0));
+        let scores = Buffer::of(&device, &[0f32, -1.0, -2.0, -0.5], 0);
+        let [mut tokens, mut path, mut selected] = [0; 3].map(|_| Buffer::<i32>::poisoned(&device, 3, 0));
+        let mut emitted = Buffer::<Emitted>::poisoned(&device, 1, 0);
+        let mut accepted = Buffer::<Accepted>::poisoned(&device, 1, 0);
+        let mut status = Buffer::<u32>::poisoned(&device, 1, 0);
+        let mut log_probs = Buffer::<f32>::poisoned(&device, 3, 0);
+        let mut paths = Buffer::<i32>::poisoned(&device, 9, 0);
+        let mut workspace = Buffer::<u8>::poisoned(&device, verifier.workspace_bytes() as usize, 0);
+        assert_allocates_nothing(&device, || {
+            let args = TreeVerifierArgs {
+                target: logits.input(),
+                tree: TreeLinks::Parents(parents.input()),
+                drafts: drafts.input(),
+                options: TreeVerifierOptions {
+                    draft: Some(logits.input()),
+                    top_k: Some(top_k.input()),
+                    seeds: Some(seeds.input()),
+                    ..TreeVerifierOptions::default()
+                },
+                out: TreeVerifierOut {
+                    path: Some(path.output()),
+                    log_probs: Some(log_probs.output()),
+                    ..TreeVerifierOut::new(tokens.output(), emitted.output(), accepted.output(), status.output())
+                },
+                workspace: workspace.output(),
+            };
+            verifier.run(&device.stream(), args).unwrap();
+            let args = TreeBuilderArgs {
+                parents: parents.input(),
+                cu_rows: None,
+                drafts: None,
+                scores: Some(scores.input()),
+                positions: None,
+                out: TreeBuilderOut {
+                    selected: Some(selected.output()),
+                    paths: Some(paths.output()),
+                    ..TreeBuilderOut::new(status.output())
+                },
+            };
+            builder.run(&device.stream(), args).unwrap();
+        });
+    }
+}
+
+#[cfg(feature = "verification")]
+#[test]
+fn visual_verification_allocates_nothing() {
+    use nextscale::verification::{
+        Accepted, ConfidenceOut, ConfidenceRank, ConfidenceRankArgs, Drafts, Emitted, Grouped, Lantern, Neighbours,
+        PooledOptions, PooledOut, PooledVerifier, PooledVerifierArgs, Redraft, TypicalOut, TypicalVerifier,
+        TypicalVerifierArgs, VisualOptions, VisualOut, VisualRule, VisualVerifier, VisualVerifierArgs,
+    };
+    for device in TestDevice::all() {
+        let info = &DeviceInfo::A100;
+        let logits = Buffer::of(&device, &[0.5f32; 4 * 3000], 0);
+        let (cu_rows, drafts) = (Buffer::of(&device, &[0, 2, 4], 0), Buffer::of(&device, &[1, -1, 2, -1], 0));
+        let near = Buffer::of(&device, &[7u16; 3000 * 3], 0);
+        let (seeds, counts) = (Buffer::of(&device, &[1i64, 2], 0), Buffer::of(&device, &[1, -1], 0));
+        let [mut tokens, mut redrafts] = [4, 4].map(|len| Buffer::<i32>::poisoned(&device, len, 0));
+        let mut emitted = Buffer::<Emitted>::poisoned(&device, 2, 0);
+        let mut accepted = Buffer::<Accepted>::poisoned(&device, 2, 0);
+        let mut status = Buffer::<u32>::poisoned(&device, 2, 0);
+        let mut resample = Buffer::<u8>::poisoned(&device, 4, 0);
+        let mut counted = Buffer::<i32>::poisoned(&device, 4, 0);
+        let lantern = VisualRule::Lantern(Lantern { accumulated: 3, zeroed: 3, bound: 0.1 });
+        let rules = [lantern, VisualRule::Grouped(Grouped::default()), VisualRule::Jacobi];
+        let visual = rules.map(|rule| {
+            let builder = VisualVerifier::<f32>::builder(2, 1, 3000, rule).drafts(Drafts::Logits);
+            builder.redraft(Redraft::Gumbel).build(info).unwrap()
+        });
+        let pooled = PooledVerifier::<f32>::builder(2, [1, 2], 3000).radius(1).build(info).unwrap();
+        let typical = TypicalVerifier::<f32>::builder(2, 2, 3000).build(info).unwrap();
+        let rank = ConfidenceRank::<f32>::builder(2, 2, 3000).build(info).unwrap();
+        let sizes = [visual[0].workspace_bytes(), pooled.workspace_bytes(), typical.workspace_bytes()];
+        let most = sizes.into_iter().fold(rank.workspace_bytes(), u64::max);
+        let mut workspace = Buffer::<u8>::poisoned(&device, most as usize, 0);
+        let mut counters = Buffer::of(&device, &[0u32; 4], 0);
+        assert_allocates_nothing(&device, || {
+            for (plan, rule) in visual.iter().zip(rules) {
+                let args = VisualVerifierArgs {
+                    target: logits.input(),
+                    cu_rows: cu_rows.input(),
+                    drafts: drafts.input(),
+                    options: VisualOptions {
+                        draft: Some(logits.input()),
+                        neighbours: matches!(rule, VisualRule::Lantern(_)).then(|| Neighbours::U16(near.input())),
+                        seeds: Some(seeds.input()),
+                        ..VisualOptions::default()
+                    },
+                    out: VisualOut {
+                        tokens: tokens.output(),
+                        emitted: emitted.output(),
+                        accepted: accepted.output(),
+                        status: status.output(),
+                        last_row: None,
+                        redrafts: Some(redrafts.output()),
+                        redraft_stats: None,
+                    },
+                    workspace: workspace.output(),
+                    counters: counters.output(),
+                };
+                plan.run(&device.stream(), args).unwrap();
+            }
+            let args = PooledVerifierArgs {
+                target: logits.input(),
+                drafts: drafts.input(),
+                options: PooledOptions::default(),
+                out: PooledOut {
+                    resample: resample.output(),
+                    positions: Some(tokens.output()),
+                    islands: Some(redrafts.output()),
+                    counts: counted.output(),
+                    pooled: None,
+                    status: status.output(),
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            pooled.run(&device.stream(), args).unwrap();
+            let args = TypicalVerifierArgs {
+                target: logits.input(),
+                drafts: drafts.input(),
+                paths: None,
+                row_index: None,
+                temperature: None,
+                seeds: Some(seeds.input()),
+                positions: None,
+                uniforms: None,
+                out: TypicalOut {
+                    tokens: tokens.output(),
+                    emitted: emitted.output(),
+                    accepted: accepted.output(),
+                    nodes: Some(redrafts.output()),
+                    path: None,
+                    last_row: None,
+                    status: status.output(),
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            typical.run(&device.stream(), args).unwrap();
+            let args = ConfidenceRankArgs {
+                logits: logits.input(),
+                masked: None,
+                temperature: None,
+                top_k: None,
+                top_p: None,
+                min_p: None,
+                threshold: None,
+                counts: counts.input(),
+                noise: None,
+                seeds: Some(seeds.input()),
+                positions: None,
+                out: ConfidenceOut {
+                    tokens: tokens.output(),
+                    candidates: Some(redrafts.output()),
+                    confidence: None,
+                    committed: counted.output(),
+                    status: status.output(),
+                },
+                workspace: workspace.output(),
+                counters: counters.output(),
+            };
+            rank.run(&device.stream(), args).unwrap();
         });
     }
 }

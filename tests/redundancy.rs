@@ -323,7 +323,7 @@ impl Case {
             let lengths: Vec<i32> = problem.lengths.iter().map(|n| n.saturating_sub(first as i32)).collect();
             let lengths = Buffer::of(device, &lengths, 1);
             let mut workspace = Buffer::<u8>::poisoned(device, plan.workspace_bytes() as usize, 0);
-            let from = |len: usize, stride: usize| if len > first * stride { first * stride } else { len };
+            let from = |len: usize, stride: usize| len.min(first * stride);
             let k_from = from(problem.k.len(), problem.k_layout.strides()[1] as usize);
             let norms_len = problem.norms.len();
             let norms_from = from(norms_len, 1);

@@ -139,6 +139,17 @@ __global__ void __launch_bounds__(128) convert_kernel(const float* in, u16* f16s
   store_global(back + 2 * i + 1, bf16_bits_to_f32(b));
 }
 
+// Pairs to e4m3 and back to f16; then every pair of codes to f16.
+__global__ void __launch_bounds__(128) e4m3_kernel(const float* in, u16* codes, u32* back, u32* all, u32 pairs) {
+  const u32 i = block_index_x() * 128 + thread_index();
+  if (i < pairs) {
+    const u16 code = f32x2_to_e4m3x2_bits(load_global_nc(in + 2 * i), load_global_nc(in + 2 * i + 1));
+    store_global(codes + i, code);
+    store_global(back + i, e4m3x2_to_f16x2_bits(code));
+  }
+  if (i < 256) store_global(all + i, e4m3x2_to_f16x2_bits(static_cast<u16>(i | (255 - i) << 8)));
+}
+
 __global__ void __launch_bounds__(128) special_kernel(const float* in, float* out, u32 count) {
   const u32 i = thread_index();
   if (i >= count) return;
@@ -150,6 +161,9 @@ __global__ void __launch_bounds__(128) special_kernel(const float* in, float* ou
   store_global(out + 4 * count + i, nxs::fma(x, x, 0.5f));
   store_global(out + 5 * count + i, square_root(x));
   store_global(out + 6 * count + i, divide(x, 3.0f));
+  // What f32 does not hold: the rest of a quotient of f64.
+  const double third = divide_f64(static_cast<double>(x), 3.0);
+  store_global(out + 7 * count + i, static_cast<float>(fma_f64(third, -3.0, static_cast<double>(x))));
 }
 
 // Maxima of floats and of pairs, and a product that is not fused.
@@ -342,11 +356,67 @@ static void test_conversions() {
   print_checksum("back", back.read());
 }
 
+static double e4m3_value(uint32_t code) {
+  const uint32_t e = code >> 3 & 15, m = code & 7;
+  if (e == 15 && m == 7) return NAN;
+  const double magnitude = e ? (8.0 + m) * std::pow(2.0, int(e) - 10) : m / 512.0;
+  return code & 128 ? -magnitude : magnitude;
+}
+static double f16_value(uint32_t bits) {
+  const uint32_t e = bits >> 10 & 31, m = bits & 1023;
+  if (e == 31) return m ? NAN : bits >> 15 ? -INFINITY : INFINITY;
+  const double magnitude = e ? (1024.0 + m) * std::pow(2.0, int(e) - 25) : m * std::pow(2.0, -24);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
+static void test_e4m3() {
+  std::vector<float> in = {0.0f, -0.0f, 448.0f, -448.0f, 464.0f, 463.9f, 1e30f, -1e30f, INFINITY, -INFINITY, NAN, 1e-40f, 0x1p-10f,
+                           -0x1p-10f, 0x1.8p-9f, 0x1.fp-7f};
+  Random random(9);
+  while (in.size() < 8000) {  // of magnitudes around what there is
+    const uint32_t bits = (random.next() & 0x81ffffffu) + 0x3a000000u + (random.next() % 12 << 23);
+    float x;
+    memcpy(&x, &bits, 4);
+    in.push_back(x);
+  }
+  const uint32_t pairs = static_cast<uint32_t>(in.size() / 2);
+  Buffer<float> din(in);
+  Buffer<uint16_t> codes(pairs);
+  Buffer<uint32_t> back(pairs), all(256);
+  check(finish_launch(nxs::launch(nxs::e4m3_kernel, shape_of((pairs + 127) / 128, 128), nullptr, din.get(), codes.get(), back.get(),
+                                  all.get(), pairs)) == NXS_OK,
+        "e4m3 conversions run");
+  const auto got = codes.read();
+  const auto halves = back.read(), every = all.read();
+  const auto same = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+  bool nearest = true, exact = true;
+  for (uint32_t i = 0; i < 2 * pairs; ++i) {
+    const uint32_t code = got[i / 2] >> (i % 2 * 8) & 255, half = halves[i / 2] >> (i % 2 * 16) & 0xffff;
+    exact &= same(f16_value(half), e4m3_value(code));
+    if (std::isnan(in[i])) {
+      nearest &= code == 0x7f;
+      continue;
+    }
+    nearest &= code >> 7 == uint32_t(std::signbit(in[i])) && (code & 127) != 127;
+    const double x = std::fabs(double(in[i])), least = std::fabs(x - std::fabs(e4m3_value(code)));
+    if (x >= 448) nearest &= (code & 127) == 126;
+    for (uint32_t other = 0; other < 127 && x < 448; ++other) {
+      const double error = std::fabs(x - e4m3_value(other));
+      nearest &= least < error || (least == error && (code % 2 == 0 || other == (code & 127)));
+    }
+  }
+  for (uint32_t i = 0; i < 256; ++i)
+    exact &= same(f16_value(every[i] & 0xffff), e4m3_value(i)) && same(f16_value(every[i] >> 16), e4m3_value(255 - i));
+  check(nearest, "e4m3 is the nearest, ties to even, and saturates");
+  check(exact, "every code of e4m3 is exact in f16");
+  print_checksum("e4m3", got);
+}
+
 static void test_special() {
   const uint32_t n = 100;
   std::vector<float> in(n);
   for (uint32_t i = 0; i < n; ++i) in[i] = 0.01f + static_cast<float>(i) * 0.2f;
-  Buffer<float> din(in), out(7 * n);
+  Buffer<float> din(in), out(8 * n);
   check(finish_launch(nxs::launch(nxs::special_kernel, shape_of(1, 128), nullptr, din.get(), out.get(), n)) == NXS_OK,
         "special functions run");
   const auto got = out.read();
@@ -358,6 +428,8 @@ static void test_special() {
       worst = std::fmax(worst, std::fabs(got[f * n + i] - want[f]) / std::fmax(std::fabs(want[f]), 0.5));
     fused &= got[4 * n + i] == std::fma(in[i], in[i], 0.5f);
     rounded &= got[5 * n + i] == std::sqrt(in[i]) && got[6 * n + i] == in[i] / 3.0f;
+    const double third = in[i] / 3.0;
+    rounded &= got[7 * n + i] == static_cast<float>(std::fma(third, -3.0, static_cast<double>(in[i])));
   }
   check(worst < 0x1p-21, "special functions are within 2^-21");
   check(fused, "fma rounds once");
@@ -435,6 +507,7 @@ int main() {
   test_fences();
   test_bulk();
   test_conversions();
+  test_e4m3();
   test_special();
   test_maxima();
   test_minimum();

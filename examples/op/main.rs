@@ -10,10 +10,16 @@
 
 mod attention_merge;
 mod attention_prepare;
+mod candidates;
+mod compact;
+mod confidence_rank;
 mod draft_sample;
+mod drift;
 mod importance;
 mod multi_scale;
+mod pack;
 mod philox_fill;
+mod pooled_verify;
 mod redundancy;
 mod request;
 mod row_stats;
@@ -22,8 +28,13 @@ mod rvq_decode;
 mod rvq_encode;
 mod scalar_quantize;
 mod scale_attention;
+mod select;
 mod tensors;
+mod tree_build;
+mod tree_verify;
+mod typical_verify;
 mod verify;
+mod visual_verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,11 +58,27 @@ static OPS: &[&Op] = &[
     &scalar_quantize::FSQ,
     &scalar_quantize::REMAP,
     &verify::OP,
+    &visual_verify::OP,
+    &pooled_verify::OP,
+    &typical_verify::OP,
+    &confidence_rank::OP,
+    &candidates::GATED,
+    &candidates::SELECT,
+    &candidates::BEAMS,
+    &candidates::BACKSPACE,
+    &tree_verify::OP,
+    &tree_build::OP,
     &draft_sample::OP,
     &row_stats::OP,
+    &drift::OP,
+    &select::OP,
+    &compact::OP,
     &importance::OP,
     &redundancy::NORMS,
     &redundancy::OP,
+    &pack::PACK,
+    &pack::UNPACK,
+    &pack::ROTATE,
     &philox_fill::OP,
 ];
 

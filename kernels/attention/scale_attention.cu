@@ -7,9 +7,11 @@ namespace nxs::attention {
 
 // Of scale_attention_sm80.cuh.
 template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParams& p, void* stream);
+template <typename T, int kDim> nxs_status scale_attention_packed(const ScaleParams& p, void* stream);
 
 #define NXS_DECLARE(type, dim)                       \
   template <> nxs_status scale_attention_sm80<type, dim>(const ScaleParams&, void*); \
+  template <> nxs_status scale_attention_packed<type, dim>(const ScaleParams&, void*); \
   template <> nxs_status scale_attention_sm90<type, dim>(const ScaleParams&, void*);
 NXS_DECLARE(bf16, 64)
 NXS_DECLARE(bf16, 96)
@@ -20,6 +22,10 @@ NXS_DECLARE(f16, 128)
 #undef NXS_DECLARE
 
 template <typename T> static nxs_status for_dim(const ScaleParams& p, void* stream) {
+  if (p.kv_format != NXS_KV_PLAIN)
+    return p.dim == 64   ? scale_attention_packed<T, 64>(p, stream)
+           : p.dim == 96 ? scale_attention_packed<T, 96>(p, stream)
+                         : scale_attention_packed<T, 128>(p, stream);
   if (p.variant == 0)
     return p.dim <= 64   ? scale_attention_sm80<T, 64>(p, stream)
            : p.dim <= 96 ? scale_attention_sm80<T, 96>(p, stream)
@@ -84,6 +90,9 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   NXS_REQUIRE(p.splits >= 1 && p.splits <= 256, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.scale > 0, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.logit_bound >= 0 && p.logit_bound <= 40 && (p.logit_bound == 0 || p.dtype == NXS_BF16), NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(p.kv_format >= NXS_KV_PLAIN && p.kv_format <= NXS_KV_INT4, NXS_E_UNSUPPORTED);
+  const bool packed = p.kv_format != NXS_KV_PLAIN;
+  NXS_REQUIRE(!packed || (p.variant == 0 && (p.dim == 64 || p.dim == 96 || p.dim == 128)), NXS_E_UNSUPPORTED);
   if (p.batch == 0 || p.rows == 0 || p.items == 0) return NXS_OK;
   NXS_REQUIRE(p.batch * (p.heads / p.pack) <= INT32_MAX / p.items, NXS_E_SHAPE);
   NXS_REQUIRE(p.variant == 0 || (p.blocks > 0 && (p.groups < 4 || p.blocks % 2 == 0)), NXS_E_SHAPE);
@@ -98,6 +107,15 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   for (const i64 stride : {p.lse_stride_batch, p.lse_stride_head, p.lse_stride_row, p.lengths_stride_index,
                            p.lengths_stride_batch, p.lengths_stride_head, p.row_index_stride_batch})
     NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);
+  if (packed) {
+    const i64 numbers = p.kv_format == NXS_KV_FP8 ? 1 : 2;
+    for (const i64 stride : {p.k_stride_batch, p.k_stride_row, p.k_stride_head, p.v_stride_batch, p.v_stride_row, p.v_stride_head})
+      NXS_REQUIRE(stride % 16 == 0, NXS_E_STRIDE);
+    for (const i64 stride : {p.k_numbers_stride_batch, p.k_numbers_stride_row, p.k_numbers_stride_head, p.v_numbers_stride_batch,
+                             p.v_numbers_stride_row, p.v_numbers_stride_head})
+      NXS_REQUIRE(stride >= 0 && stride % numbers == 0, NXS_E_STRIDE);
+    NXS_REQUIRE(is_aligned(p.k_numbers_or_null, 16) && is_aligned(p.v_numbers_or_null, 16), NXS_E_ALIGNMENT);
+  }
   NXS_REQUIRE(p.q && p.out && p.schedule && (p.kv_rows == 0 || (p.k && p.v)), NXS_E_NULL);
   NXS_REQUIRE((p.length_count == 0 || p.lengths_or_null) && (p.splits == 1 || p.parts_or_null), NXS_E_NULL);
   for (const void* pointer : {p.q, p.k, p.v, static_cast<const void*>(p.out), static_cast<const void*>(p.schedule),

@@ -16,9 +16,13 @@
 //            end they hold what is stored.
 // Bytes      q and out once; K and V once for each item and head, from L2 once a section's keys are there.
 // FLOPs      4 * kDim * 64 * 64 a half.
-// Limits     dim <= kDim, a multiple of 8; items of one tile. Shared memory is read as fast as it can be where tensor cores
+// Packed     K and V of few bits (NXS_KV_*): the ring holds codes and numbers as they are; when a half is needed, the threads
+//            write what it stands for, rounded to T, to the one place where halves are used. From there on all is as without.
+// Limits     dim <= kDim, a multiple of 8, packed dim = kDim; items of one tile. Shared memory is read as fast as it can be where tensor cores
 //            are fast (sm_80, sm_90): each warp reads all of K and V.
 #pragma once
+#include <type_traits>
+
 #include "attention/scale_rows.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/launch.cuh"
@@ -36,6 +40,18 @@ template <int kDim> struct Sm80 {
   // What need not be in registers all the time: what the walk over the keys is of; head, split, first row, rows; k and v.
   static constexpr u32 kWalk = kSlots * kSlotBytes, kTile = kWalk + 16, kRows = kTile + 16, kSharedBytes = kRows + 16;
   static_assert(kHalf == kTileRows);
+};
+
+// A half of packed rows.
+template <int kDim, int kFormat> struct PackedHalf {
+  static constexpr u32 kBits = kFormat == NXS_KV_FP8 ? 8 : 4, kNumbers = kFormat == NXS_KV_FP8 ? 1 : 2;
+  static constexpr u32 kPieces = kDim * kBits / 128;  // of 16 bytes, in a row's codes
+  static constexpr u32 kCodes = 128 / kBits;          // in a piece
+  static constexpr u32 kAll = Sm80<kDim>::kHalf * kPieces, kRounds = (kAll + Sm80<kDim>::kThreads - 1) / Sm80<kDim>::kThreads;
+  static constexpr u32 kInlineAt = kPieces * 16;
+  // Codes, then two numbers a row. The ring follows the place where halves are used, all before kWalk.
+  static constexpr u32 kNumbersAt = kAll * 16, kSlotBytes = kNumbersAt + Sm80<kDim>::kHalf * 8;
+  static_assert(Sm80<kDim>::kSlotBytes + Sm80<kDim>::kSlots * kSlotBytes <= Sm80<kDim>::kWalk);
 };
 
 // Where a piece of a row is in a slot: of eight rows that follow each other, the same piece is in other banks each time.
@@ -59,7 +75,9 @@ NXS_DEVICE u32 elements_below(u32 keys) {
 }
 
 // One block: a tile of 64 rows. Scale and bound of the logits are for base 2.
-template <typename T, int kDim> struct Attend {
+template <typename T, int kDim, int kFormat> struct Attend {
+  static constexpr bool kPacked = kFormat != NXS_KV_PLAIN;
+  using Stored = std::conditional_t<kPacked, u8, T>;
   using C = Sm80<kDim>;
   using Walk = KeyWalk<C::kHalf>;
 
@@ -114,7 +132,10 @@ template <typename T, int kDim> struct Attend {
     }
   }
   // Rows `key` and up of k or v (`all`), which are `stride` elements apart; `rows` are those of the batch entry and head.
-  NXS_DEVICE void copy_keys(u32 slot, const T* rows, const void* all, i64 stride, u32 key, u32 count) const {
+  NXS_DEVICE void copy_keys(u32 slot, const Stored* rows, bool of_k, u32 key, u32 count) const {
+    const void* all = of_k ? p.k : p.v;
+    i64 stride = of_k ? p.k_stride_row : p.v_stride_row;
+    if constexpr (kPacked) return copy_packed(slot, rows, of_k, all, stride, key, count);
     const u32 kv_rows = static_cast<u32>(p.kv_rows), left = key < kv_rows ? kv_rows - key : 0;
     const u32 row = thread / kLanes, piece = thread % kLanes, to = slot + piece_at<kDim>(row, piece);
     if (count > left) count = left;
@@ -129,6 +150,74 @@ template <typename T, int kDim> struct Attend {
       for (u32 i = 0; i < C::kHalf; i += kRowStep, from += kRowStep * stride)
         copy_row<false>(to + i * C::kRowBytes, from, row + i < count, all);
     }
+  }
+
+  // The same of packed rows: codes to the beginning of the slot, numbers to their place.
+  NXS_DEVICE void copy_packed(u32 slot, const u8* rows, bool of_k, const void* all, i64 stride, u32 key, u32 count) const {
+    using H = PackedHalf<kDim, kFormat>;
+    const u32 kv_rows = static_cast<u32>(p.kv_rows), left = key < kv_rows ? kv_rows - key : 0;
+    if (count > left) count = left;
+#pragma unroll
+    for (u32 i = 0; i < H::kRounds; ++i) {
+      const u32 at = thread + i * C::kThreads, row = at / H::kPieces, piece = at % H::kPieces;
+      if (H::kAll % C::kThreads != 0 && at >= H::kAll) break;
+      const bool there = row < count;
+      copy_async<16>(slot + at * 16, there ? rows + (key + row) * stride + piece * 16 : all, there ? 16 : 0);
+    }
+    if (thread >= C::kHalf) return;
+    const bool there = thread < count;
+    const float* numbers = of_k ? p.k_numbers_or_null : p.v_numbers_or_null;
+    const void* from = all;
+    if (there && numbers) {
+      const auto of = load_shared<Vec<u32, 4>>(shared + C::kWalk);
+      const i64 batch = of_k ? p.k_numbers_stride_batch : p.v_numbers_stride_batch;
+      const i64 head = of_k ? p.k_numbers_stride_head : p.v_numbers_stride_head;
+      from = numbers + of.data[0] * batch + (key + thread) * (of_k ? p.k_numbers_stride_row : p.v_numbers_stride_row) +
+             of.data[1] * head;
+    } else if (there) {
+      from = rows + (key + thread) * stride + H::kInlineAt;
+    }
+    copy_async<4 * H::kNumbers>(slot + H::kNumbersAt + thread * 8, from, there ? 4 * H::kNumbers : 0);
+  }
+
+  // From the codes of a slot to values where they are used. All have come; all threads take part.
+  NXS_DEVICE void expand(u32 slot) const {
+    using H = PackedHalf<kDim, kFormat>;
+    constexpr u32 kUnroll = kFormat == NXS_KV_FP8 ? H::kRounds : 1;
+#pragma unroll kUnroll
+    for (u32 i = 0; i < H::kRounds; ++i) {
+      const u32 at = thread + i * C::kThreads, row = at / H::kPieces, piece = at % H::kPieces;
+      if (H::kAll % C::kThreads != 0 && at >= H::kAll) break;
+      const auto code = load_shared<Vec<u32, 4>>(slot + at * 16);
+      float scale, min = 0;
+      if constexpr (kFormat == NXS_KV_FP8) {
+        scale = load_shared<float>(slot + H::kNumbersAt + row * 8);
+      } else {
+        const auto pair = load_shared<Vec<float, 2>>(slot + H::kNumbersAt + row * 8);
+        scale = pair.data[0];
+        min = pair.data[1];
+      }
+#pragma unroll
+      for (u32 j = 0; j < H::kCodes / 8; ++j) {
+        Vec<u32, 4> value;
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) {
+          float low, high;
+          if constexpr (kFormat == NXS_KV_FP8) {
+            const u32 both = e4m3x2_to_f16x2_bits(static_cast<u16>(code.data[2 * j + k / 2] >> 16 * (k % 2)));
+            low = nxs::multiply(f16_bits_to_f32(static_cast<u16>(both)), scale);
+            high = nxs::multiply(f16_bits_to_f32(static_cast<u16>(both >> 16)), scale);
+          } else {
+            const u32 both = code.data[j] >> 8 * k;
+            low = fma(static_cast<float>(both & 15), scale, min);
+            high = fma(static_cast<float>(both >> 4 & 15), scale, min);
+          }
+          value.data[k] = round_pair<T>(low, high);
+        }
+        store_shared(shared + piece_at<kDim>(row, piece * (H::kCodes / 8) + j), value);
+      }
+    }
+    block_sync();
   }
 
   NXS_DEVICE void load_queries(u32 slot) {
@@ -269,22 +358,28 @@ template <typename T, int kDim> struct Attend {
     if (!ours || rows == 0) return;  // nothing is read or written
     typename Walk::Of of;
     Walk walk(p, work, of);
-    const T* k = static_cast<const T*>(p.k) + of.batch * p.k_stride_batch + of.kv_head * p.k_stride_head;
-    const T* v = static_cast<const T*>(p.v) + of.batch * p.v_stride_batch + of.kv_head * p.v_stride_head;
+    const Stored* k = static_cast<const Stored*>(p.k) + of.batch * p.k_stride_batch + of.kv_head * p.k_stride_head;
+    const Stored* v = static_cast<const Stored*>(p.v) + of.batch * p.v_stride_batch + of.kv_head * p.v_stride_head;
     if (thread == 0) {
       store_shared(shared + C::kWalk, Vec<u32, 4>{{of.batch, of.kv_head, of.last, 0}});
       store_shared(shared + C::kTile, Vec<u32, 4>{{work.head, item.data[2], first, rows}});
       store_shared(shared + C::kRows, k);
       store_shared(shared + C::kRows + 8, v);
     }
-    u32 now = shared, next = now + C::kSlotBytes, last = next + C::kSlotBytes;  // slots, in the order of their use
-    copy_queries(last, work, first, rows);
+    u32 now = shared, bytes = C::kSlotBytes;
+    if constexpr (kPacked) {
+      now += bytes;
+      bytes = PackedHalf<kDim, kFormat>::kSlotBytes;
+    }
+    u32 next = now + bytes, last = next + bytes;  // slots, in the order of their use
+    copy_queries(kPacked ? shared : last, work, first, rows);
     copy_async_commit();
     u32 count = p.kv_rows > 0 ? next_keys(walk, of) : 0, hidden = 0;
-    if (count > 0) copy_keys(now, k, p.k, p.k_stride_row, walk.first_key(), count);
+    if constexpr (kPacked) block_sync();  // the batch entry and head
+    if (count > 0) copy_keys(now, k, true, walk.first_key(), count);
     copy_async_commit();
     if (count > 0) {
-      copy_keys(next, v, p.v, p.v_stride_row, walk.first_key(), count);
+      copy_keys(next, v, false, walk.first_key(), count);
       hidden = hidden_of(walk, count);
     }
     copy_async_commit();
@@ -298,7 +393,7 @@ template <typename T, int kDim> struct Attend {
     for (u32 i = 0; i < kDim / 2; ++i) o[i / 4][i % 4] = 0;
     copy_async_wait<2>();
     block_sync();
-    load_queries(last);
+    load_queries(kPacked ? shared : last);
 
     while (count > 0) {
       const auto same = load_shared<Vec<u32, 4>>(shared + C::kWalk);
@@ -306,11 +401,12 @@ template <typename T, int kDim> struct Attend {
       copy_async_wait<1>();
       block_sync();  // K has come, and the last slot is free
       if (count > 0)
-        copy_keys(last, load_shared<const T*>(shared + C::kRows), p.k, p.k_stride_row, walk.first_key(), count);
+        copy_keys(last, load_shared<const Stored*>(shared + C::kRows), true, walk.first_key(), count);
       copy_async_commit();
+      if constexpr (kPacked) expand(now);
       const bool sees = warp_any(hidden != ~0u);
       if (sees) {
-        find_logits(now);
+        find_logits(kPacked ? shared : now);
         mask_logits(hidden);
         move_references();
         exponentiate();
@@ -318,9 +414,10 @@ template <typename T, int kDim> struct Attend {
       copy_async_wait<1>();
       block_sync();  // V has come, and K's slot is free
       if (count > 0)
-        copy_keys(now, load_shared<const T*>(shared + C::kRows + 8), p.v, p.v_stride_row, walk.first_key(), count);
+        copy_keys(now, load_shared<const Stored*>(shared + C::kRows + 8), false, walk.first_key(), count);
       copy_async_commit();
-      if (sees) add_values(next);
+      if constexpr (kPacked) expand(next);
+      if (sees) add_values(kPacked ? shared : next);
       if (count > 0) hidden = hidden_of(walk, count);
       const u32 used = next;
       next = now;
@@ -334,22 +431,34 @@ template <typename T, int kDim> struct Attend {
 template <typename T, int kDim>
 __global__ void __launch_bounds__(Sm80<kDim>::kThreads, Sm80<kDim>::kBlocks)
     scale_attention_sm80_kernel(const __grid_constant__ ScaleKernelParams p) {
-  Attend<T, kDim>(p).run();
+  Attend<T, kDim, NXS_KV_PLAIN>(p).run();
+}
+template <typename T, int kDim, int kFormat>
+__global__ void __launch_bounds__(Sm80<kDim>::kThreads, Sm80<kDim>::kBlocks)
+    scale_attention_packed_kernel(const __grid_constant__ ScaleKernelParams p) {
+  Attend<T, kDim, kFormat>(p).run();
 }
 
-// One instantiation file for each dtype and dim: scale_attention_sm80_<dtype>_d<dim>.cu.
-template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParams& p, void* stream) {
-  using C = Sm80<kDim>;
+template <int kDim, typename Kernel> nxs_status launch_sm80(const ScaleParams& p, Kernel kernel, u32 shared, void* stream) {
   ScaleKernelParams base2(p);
   base2.scale *= kLog2E;
   base2.logit_bound *= kLog2E;
-  const auto kernel = scale_attention_sm80_kernel<T, kDim>;
   NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
   shape.grid = dim3(all_works(p));
-  shape.block = C::kThreads;
-  shape.dynamic_smem = C::kSharedBytes;
+  shape.block = Sm80<kDim>::kThreads;
+  shape.dynamic_smem = shared;
   return launch(kernel, shape, stream, base2);
+}
+// One instantiation file for each dtype and dim: scale_attention_sm80_<dtype>_d<dim>.cu, scale_attention_packed_<dtype>_d<dim>.cu.
+template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParams& p, void* stream) {
+  return launch_sm80<kDim>(p, scale_attention_sm80_kernel<T, kDim>, Sm80<kDim>::kSharedBytes, stream);
+}
+template <typename T, int kDim> nxs_status scale_attention_packed(const ScaleParams& p, void* stream) {
+  constexpr u32 kShared = Sm80<kDim>::kSharedBytes;
+  if (p.kv_format == NXS_KV_FP8)
+    return launch_sm80<kDim>(p, scale_attention_packed_kernel<T, kDim, NXS_KV_FP8>, kShared, stream);
+  return launch_sm80<kDim>(p, scale_attention_packed_kernel<T, kDim, NXS_KV_INT4>, kShared, stream);
 }
 
 }  // namespace nxs::attention

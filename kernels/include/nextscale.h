@@ -129,6 +129,10 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
 #define NXS_SCHEDULE_WIDE_CHUNK_KEYS 160
 #define NXS_MASK_NONE 0u
 #define NXS_MASK_HIDDEN 1u
+/* What k and v are: of dtype, or packed as nxs_pack packs rows, each unpacked to dtype, rounded once, before it is used. */
+#define NXS_KV_PLAIN 0
+#define NXS_KV_FP8 1  /* NXS_PACK_FP8, n 1 */
+#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2 */
 
 typedef struct nxs_scale_attention_params {
   const void *q;                    /* [batch, q_rows, heads, dim] dtype; 16-byte aligned, as are k, v and out */
@@ -165,6 +169,12 @@ typedef struct nxs_scale_attention_params {
   int32_t blocks;                   /* of the Hopper kernel's persistent grid; even for pairs */
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
+  int32_t kv_format;                /* NXS_KV_*; packed: k and v are [batch, kv_rows, kv_heads, slot] bytes, their strides count
+                                       bytes and are multiples of 16; variant 0, dim 64, 96 or 128 */
+  const float *k_numbers_or_null;   /* packed: [batch, kv_rows, kv_heads, n], 16-byte aligned; null: in the slots, see nxs_pack */
+  const float *v_numbers_or_null;
+  int64_t k_numbers_stride_batch, k_numbers_stride_row, k_numbers_stride_head; /* multiples of n */
+  int64_t v_numbers_stride_batch, v_numbers_stride_row, v_numbers_stride_head;
 } nxs_scale_attention_params;
 
 nxs_status nxs_scale_attention(const nxs_scale_attention_params *params, void *stream);
@@ -610,6 +620,8 @@ nxs_status nxs_remap(const nxs_remap_params *params, void *stream);
 #define NXS_STATUS_DRAFT_IMPOSSIBLE 16u /* q is 0 for a draft */
 #define NXS_STATUS_ROW_OUT_OF_RANGE 32u /* a row index lies outside its tensor */
 #define NXS_STATUS_DRAFTS_IGNORED 64u   /* a request has more drafts than max_drafts */
+#define NXS_STATUS_SEQUENCE_FULL 1024u  /* tokens had no place in their sequence and were dropped */
+#define NXS_STATUS_TREE_BAD 4096u       /* a link of a tree of drafts leads nowhere, or a node comes before its parent */
 
 /* partials[r, c] = the partial of chunk c of logits[r]. */
 typedef struct nxs_row_stats_params {
@@ -712,6 +724,609 @@ typedef struct nxs_verify_params {
 #define NXS_VERIFY_ROW_BYTES 64
 
 nxs_status nxs_verify(const nxs_verify_params *params, void *stream);
+
+/* When a draft of an image model is accepted. */
+#define NXS_VISUAL_LANTERN 0
+#define NXS_VISUAL_GROUPED 1
+#define NXS_VISUAL_JACOBI 2
+
+/* What is drawn for the positions behind a step's end. */
+#define NXS_REDRAFT_NONE 0
+#define NXS_REDRAFT_INDEPENDENT 1
+#define NXS_REDRAFT_MAXIMAL 2
+#define NXS_REDRAFT_GUMBEL 3
+
+/*
+ * Verification of chains of image tokens. Rows, requests and draws are those of nxs_verify; rules and their parameters are
+ * described at nextscale::verification::VisualVerifier. Codes are the `codes` tokens from first_code on. With
+ * target_free_or_null a logit is free + guidance * (target - free), and -inf where either is. `rows` below is
+ * batch * (max_drafts + 1), `chunks` that of vocab.
+ */
+typedef struct nxs_visual_verify_params {
+  const void *target;                      /* [target_rows, vocab] dtype: raw logits */
+  const void *target_free_or_null;         /* [target_rows, vocab] dtype: those without the condition */
+  const void *draft_or_null;               /* [draft_rows, vocab] dtype; null: drafts are not random */
+  const void *draft_free_or_null;          /* [draft_rows, vocab] dtype; goes with the two before it */
+  const int32_t *cu_rows;                  /* [batch + 1], ascending */
+  const int32_t *drafts;                   /* [rows]: at row r the draft that it scores; -1: none from here on */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft; null: b * max_drafts + i */
+  const float *draft_stats_or_null;        /* [draft_rows, 4]: rows of draft are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const uint32_t *syntax_or_null;          /* [ceil(vocab / 32)]: drafts that are accepted whatever their probability */
+  const void *neighbours_or_null;          /* [codes, most of accumulated and zeroed]: nearest codes, nearest first, without
+                                              the code itself; those outside 0 to codes - 1 are none. For NXS_VISUAL_LANTERN */
+  const void *embeddings_or_null;          /* [codes, dim], for NXS_VISUAL_GROUPED */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const float *guidance_or_null;           /* [batch]; null: 1 */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after row 0 */
+  const float *uniforms_or_null;           /* [rows, 4] by request and row: accept test, three for a token */
+  int32_t *tokens;                         /* [batch, max_drafts + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch] */
+  int32_t *redrafts_or_null;               /* [batch, max_drafts + 1]: drafts of positions behind the step's end, else -1 */
+  float *redraft_stats_or_null;            /* [batch, max_drafts + 1, 4] beside redrafts, as nxs_draft_sample's; else NaN */
+  void *workspace;                         /* 16-byte aligned: [rows, 8] words, then for each block 5 * chunks f32 and,
+                                              where that is odd, one more */
+  uint32_t *counters;                      /* [2 * batch], all 0 before the first run and after each */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row; /* of the rows without the condition too */
+  int64_t neighbours_stride_row, embeddings_stride_row;
+  int64_t batch, vocab;                    /* vocab from 1 to 2^18, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int64_t first_code, codes;               /* 0 <= first_code, codes >= 1, first_code + codes <= vocab */
+  int32_t max_drafts;                      /* 0 to 1023 */
+  int32_t rule;                            /* NXS_VISUAL_* */
+  int32_t redraft;                         /* NXS_REDRAFT_*; with one, redrafts is not null */
+  int32_t accumulated, zeroed;             /* neighbours whose probability is added; that a rejection zeroes: 0 to 65535 */
+  int32_t below, above;                    /* of a group, beside the draft: each 0 to 15 */
+  int32_t dim;                             /* of the embeddings, 1 to 65536 */
+  float bound;                             /* up to 1: most probability added; above: 1 + the most, in parts of the draft's */
+  float probability_gap, distance;         /* of a group: below them; distance is squared */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t blocks;                          /* of the persistent grid */
+  nxs_dtype dtype;                         /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype neighbours_dtype;              /* NXS_U16 or NXS_I32 */
+  nxs_dtype embeddings_dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_visual_verify_params;
+
+nxs_status nxs_visual_verify(const nxs_visual_verify_params *params, void *stream);
+
+/*
+ * Acceptance of a whole block of image tokens by the probability of their neighbourhoods, as described at
+ * nextscale::verification::PooledVerifier. Row b * height * width + t of target is the distribution of token t of request b.
+ * Codes and guidance are those of nxs_visual_verify. `rows` is batch * height * width, `chunks` that of vocab.
+ */
+typedef struct nxs_pooled_verify_params {
+  const void *target;              /* [rows, vocab] dtype: raw logits */
+  const void *target_free_or_null; /* [rows, vocab] dtype: those without the condition */
+  const int32_t *drafts;           /* [rows]; -1 is rejected */
+  const void *neighbours_or_null;  /* [codes, neighbours], without the code itself; may be null where neighbours is 0 */
+  const float *temperature_or_null; /* [batch]; null: 1 */
+  const float *guidance_or_null;   /* [batch]; null: 1 */
+  const int32_t *top_k_or_null;    /* [batch] */
+  const float *top_p_or_null;      /* [batch] */
+  const float *min_p_or_null;      /* [batch] */
+  const float *threshold_or_null;  /* [batch]; null: threshold */
+  uint8_t *resample;               /* [rows]: 0 accepted, 1 rejected, 2 near and behind a rejected one */
+  int32_t *positions_or_null;      /* [rows]: of each request those that are not 0, ascending, then -1 */
+  int32_t *islands_or_null;        /* [rows]: the number of the 8-connected island, by its first token; -1 where accepted */
+  int32_t *counts;                 /* [batch, 2]: positions, islands */
+  float *pooled_or_null;           /* [rows]: probability of the neighbourhood */
+  uint32_t *status;                /* [batch] NXS_STATUS_* */
+  void *workspace;                 /* 16-byte aligned: [3, rows] words, rounded up to 16 bytes, then [blocks, chunks, 2] f32 */
+  uint32_t *counters;              /* [batch], all 0 before the first run and after each */
+  int64_t target_stride_row, neighbours_stride_row;
+  int64_t batch, height, width;    /* batch up to 2^20, height * width from 1 to 2^20, fewer than 2^31 rows */
+  int64_t vocab;                   /* 1 to 2^18 */
+  int64_t first_code, codes;
+  int32_t neighbours;              /* 0 to 65535 */
+  int32_t radius;                  /* rows and columns on each side: 0 to 255 */
+  float threshold;
+  int32_t blocks;                  /* of the persistent grid */
+  nxs_dtype dtype;                 /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype neighbours_dtype;      /* NXS_U16 or NXS_I32 */
+} nxs_pooled_verify_params;
+
+nxs_status nxs_pooled_verify(const nxs_pooled_verify_params *params, void *stream);
+
+/* What a row's confidence is, of its probabilities at temperature 1: p of the candidate, its logarithm, the greatest less the
+ * second, or the sum of p ln p. */
+#define NXS_CONFIDENCE_PROBABILITY 0
+#define NXS_CONFIDENCE_LOG_PROBABILITY 1
+#define NXS_CONFIDENCE_MARGIN 2
+#define NXS_CONFIDENCE_ENTROPY 3
+
+/*
+ * Typical acceptance of candidate paths, as described at nextscale::verification::TypicalVerifier. Node n of request b is
+ * row b * nodes + n of the step; `rows` is batch * nodes, `chunks` that of vocab.
+ */
+typedef struct nxs_typical_verify_params {
+  const void *target;               /* [target_rows, vocab] dtype: raw logits of what follows a node */
+  const int32_t *drafts;            /* [rows]: the token of a node; that of node 0 is not looked at */
+  const int32_t *paths_or_null;     /* [paths, depth]: nodes of each path, the first 0, then -1; null: 0 to nodes - 1 */
+  const int32_t *row_index_or_null; /* [rows]: the row of target; null: the row of the step */
+  const float *temperature_or_null; /* [batch]; null: 1 */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch]: of the token after node 0 */
+  const float *uniforms_or_null;    /* [batch, 3], in place of seeds: for the token that follows */
+  int32_t *tokens;                  /* [batch, depth]: what is emitted, then -1 */
+  int32_t *accepted_nodes_or_null;  /* [batch, depth]: nodes of the path up to the last that is accepted, then -1 */
+  int32_t *emitted;                 /* [batch] */
+  int32_t *accepted;                /* [batch]: how many drafts */
+  int32_t *path_or_null;            /* [batch]: which path */
+  int32_t *last_row_or_null;        /* [batch]: row of the step of the last accepted node */
+  uint32_t *status;                 /* [batch] NXS_STATUS_* */
+  void *workspace;                  /* 16-byte aligned: [rows, 8] words, then [rows, chunks, 4] f32 */
+  uint32_t *counters;               /* [batch], all 0 before the first run and after each */
+  int64_t target_stride_row;
+  int64_t batch, vocab;             /* vocab from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows;              /* fewer than 2^31 */
+  int32_t nodes;                    /* 1 to 1024 */
+  int32_t paths, depth;             /* 1 to 1024 each; without paths_or_null 1 and nodes */
+  float epsilon, alpha;             /* accepted: p above min(epsilon, alpha * exp(-entropy)) */
+  int32_t fallback;                 /* the token where none can be drawn */
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_typical_verify_params;
+
+nxs_status nxs_typical_verify(const nxs_typical_verify_params *params, void *stream);
+
+/*
+ * Which tokens of a sequence under decoding are committed: those of which the model is sure, as described at
+ * nextscale::verification::ConfidenceRank. `rows` is batch * length, `chunks` that of vocab.
+ */
+typedef struct nxs_confidence_rank_params {
+  const void *logits;               /* [rows, vocab] dtype */
+  const uint8_t *masked_or_null;    /* [rows]: 0 is decided already and not looked at; null: all are masked */
+  const float *temperature_or_null; /* [batch], of the candidates; null: 0, the most probable token */
+  const int32_t *top_k_or_null;     /* [batch] */
+  const float *top_p_or_null;       /* [batch] */
+  const float *min_p_or_null;       /* [batch] */
+  const float *threshold_or_null;   /* [batch]: all whose confidence is above are committed; null: none is */
+  const int32_t *counts;            /* [batch]: how many are committed where none is above; negative: all that are masked */
+  const float *noise_or_null;       /* [batch]: the temperature of Gumbel noise on confidences; 0 and null: none */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch]: of row 0 */
+  int32_t *tokens;                  /* [rows]: the candidate where it is committed, else -1 */
+  int32_t *candidates_or_null;      /* [rows]: of masked rows, else -1 */
+  float *confidence_or_null;        /* [rows]: of masked rows, else NaN */
+  int32_t *committed;               /* [batch]: how many */
+  uint32_t *status;                 /* [batch] NXS_STATUS_* */
+  void *workspace;                  /* 16-byte aligned: [rows, 4] words, then for each block [chunks, 6] f32,
+                                       rounded up to 16 bytes */
+  uint32_t *counters;               /* [batch], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t batch, length, vocab;     /* vocab from 1 to 2^24, batch up to 2^20, length 1 to 2^20, fewer than 2^31 rows */
+  int32_t confidence;               /* NXS_CONFIDENCE_* */
+  int32_t row_in_step;              /* 0 to 2^24 - 1: number of this step, which keeps draws of two steps apart */
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_confidence_rank_params;
+
+nxs_status nxs_confidence_rank(const nxs_confidence_rank_params *params, void *stream);
+
+/*
+ * A token of each row of two heads, mixed by the row's gate before anything else: logit = second + gate * (first - second),
+ * and -inf where either is. The rest is as in nxs_draft_sample.
+ */
+typedef struct nxs_gated_sample_params {
+  const void *first, *second;       /* [rows, vocab] dtype */
+  const float *gate;                /* [rows] */
+  const float *temperature_or_null; /* [rows]; null: 1 */
+  const int32_t *top_k_or_null;     /* [rows] */
+  const float *top_p_or_null;       /* [rows] */
+  const float *min_p_or_null;       /* [rows] */
+  const int64_t *seeds_or_null;     /* [rows] */
+  const int64_t *positions_or_null; /* [rows], of the step's first draft */
+  const float *uniforms_or_null;    /* [rows, 3], in place of seeds */
+  int32_t *tokens;                  /* [rows] */
+  float *stats_or_null;             /* [rows, 4] as nxs_draft_sample's */
+  uint32_t *status;                 /* [rows] NXS_STATUS_* */
+  void *workspace;                  /* 8-byte aligned: [blocks, ceil(vocab / NXS_CHUNK_COLUMNS), 2] f32 */
+  int64_t stride_row;               /* of both */
+  int64_t rows, vocab;              /* vocab from 1 to 2^24, rows up to 2^20 */
+  int32_t row_in_step;              /* 0 to 1023 */
+  int32_t fallback;
+  int32_t blocks;                   /* of the persistent grid */
+  nxs_dtype dtype;                  /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_gated_sample_params;
+
+nxs_status nxs_gated_sample(const nxs_gated_sample_params *params, void *stream);
+
+/*
+ * One of a request's candidates, by the softmax of score / temperature (importance resampling: scores are logarithms of
+ * weights), or the one of the greatest score (best of n), and its tokens.
+ */
+typedef struct nxs_select_candidate_params {
+  const float *scores;              /* [batch, candidates]; NaN and -inf are never selected */
+  const int32_t *sequences_or_null; /* [batch, candidates, length] */
+  const float *temperature_or_null; /* [batch]; null: 1; below 1e-5: the greatest, of ties the first */
+  const int64_t *seeds_or_null;     /* [batch] */
+  const int64_t *positions_or_null; /* [batch] */
+  const float *uniforms_or_null;    /* [batch, 3], in place of seeds */
+  int32_t *parents;                 /* [batch]: which; 0 where none can be selected */
+  int32_t *selected_or_null;        /* [batch, length]: its sequence; goes with sequences_or_null */
+  uint32_t *status;                 /* [batch] NXS_STATUS_*, the scores being the target */
+  int64_t batch, candidates, length; /* batch up to 2^20, candidates 1 to NXS_CHUNK_COLUMNS, length from 0 on */
+} nxs_select_candidate_params;
+
+nxs_status nxs_select_candidate(const nxs_select_candidate_params *params, void *stream);
+
+/* What is emitted, appended to sequences; the token `backspace` takes the last one away instead, down to `least`. */
+typedef struct nxs_backspace_params {
+  const int32_t *emitted;       /* [batch, most]; up to the first that is negative */
+  const int32_t *least_or_null; /* [batch]: tokens that are never taken away; null: 0 */
+  int32_t *sequences;           /* [batch, capacity], read and written */
+  int32_t *lengths;             /* [batch], read and written; those outside 0 to capacity are taken for the nearest of these */
+  int32_t *kept;                /* [batch]: the least length on the way: what of a cache remains */
+  uint32_t *status;             /* [batch] NXS_STATUS_SEQUENCE_FULL or 0 */
+  int64_t batch, most, capacity; /* each from 0 to 2^31 - 1 */
+  int32_t backspace;            /* from 0 on */
+} nxs_backspace_params;
+
+nxs_status nxs_backspace(const nxs_backspace_params *params, void *stream);
+
+/*
+ * The best continuations of a request's beams: of all (beam, token), those of the greatest score + ln p(token), p the
+ * softmax of the beam's row; of ties the lower beam, then the more probable token, then the lower one.
+ */
+typedef struct nxs_beam_rank_params {
+  const void *logits;          /* [batch * beams, vocab] dtype */
+  const float *scores;         /* [batch, beams]: sums of ln p so far; NaN and -inf: a beam that is not there */
+  const float *temperature_or_null; /* [batch]; null: 1; below 1e-5: 1e-5 */
+  int32_t *parents;            /* [batch, width]: beams, for the cache to follow; -1 where there are no more */
+  int32_t *tokens;             /* [batch, width], or -1 */
+  float *best;                 /* [batch, width]: their scores, or -inf */
+  uint32_t *status;            /* [batch] NXS_STATUS_* */
+  void *workspace;             /* 16-byte aligned: for each row 2 * width + 2 words, then
+                                  [blocks, ceil(vocab / NXS_CHUNK_COLUMNS), 2] f32 */
+  uint32_t *counters;          /* [batch], all 0 before the first run and after each */
+  int64_t stride_row;
+  int64_t batch, vocab;        /* vocab from 1 to 2^24, batch up to 2^20 */
+  int32_t beams, width;        /* 1 to 32 each */
+  int32_t blocks;              /* of the persistent grid */
+  nxs_dtype dtype;             /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_beam_rank_params;
+
+nxs_status nxs_beam_rank(const nxs_beam_rank_params *params, void *stream);
+
+/* ---- compression: drift, select, compact -------------------------------------------------------------------- */
+
+/*
+ * Whether the features of a chunk have changed enough to be computed anew (FlowCache, arXiv 2602.10825; TeaCache,
+ * arXiv 2411.19108). For each chunk that is tested
+ *   change = mean|features - previous| / (mean|previous| + eps);  rescaled = polynomial(change), or change
+ *   accumulated + rescaled < threshold:  accumulated += rescaled, decision = 0 (reuse)
+ *   else                                 accumulated = 0,         decision = 1 (compute)
+ * Not tested, decision = 1: force is NXS_DRIFT_COMPUTE, or steps < compute_before, or steps >= compute_from (accumulated stays
+ * as it is, or becomes 0 with reset_forced); else steps < warmup (accumulated becomes 0). Every call adds 1 to steps.
+ */
+#define NXS_DRIFT_TEST 0
+#define NXS_DRIFT_COMPUTE 1
+#define NXS_DRIFT_LEAVE 2 /* nothing of the chunk is read or written */
+#define NXS_DRIFT_SLAB 16384 /* elements whose differences a block adds */
+#define NXS_DRIFT_TERMS 8
+
+typedef struct nxs_drift_params {
+  const void *features;         /* [chunks, elements] dtype */
+  void *previous;               /* [chunks, elements] dtype: the features of the step before; written over if keep */
+  float *accumulated;           /* [chunks], 0 before a chunk's first step */
+  int32_t *steps;               /* [chunks], 0 before a chunk's first step */
+  const int32_t *force_or_null; /* [chunks] NXS_DRIFT_*; null: NXS_DRIFT_TEST */
+  int32_t *decision;            /* [chunks] 1: compute, 0: reuse */
+  float *change_or_null;        /* [chunks], before the polynomial; NaN where nothing was tested */
+  void *workspace;              /* [chunks, ceil(elements / NXS_DRIFT_SLAB), 2] f32, 8-byte aligned */
+  uint32_t *counters;           /* [chunks], all 0 before the first run and after each */
+  int64_t features_stride_chunk, previous_stride_chunk;
+  int64_t chunks, elements;     /* chunks < 65536; fewer than 2^31 slabs a chunk */
+  double eps;
+  double polynomial[NXS_DRIFT_TERMS]; /* coefficients, of the highest power first */
+  int32_t polynomial_terms;     /* 0: none */
+  float threshold;
+  int32_t warmup;
+  int32_t compute_before, compute_from;
+  int32_t reset_forced;
+  int32_t keep;                 /* previous = features */
+  int32_t vector;               /* 16 bytes at a time: addresses and strides allow it */
+  nxs_dtype dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_drift_params;
+
+nxs_status nxs_drift(const nxs_drift_params *params, void *stream);
+
+/*
+ * The tokens to keep: score = lambda * importance - (1 - lambda) * redundancy, or the one that is given (redundancy negated), or 0;
+ * averaged over the heads of a set and added over sets, as the scope says; then averaged over blocks of `block` tokens. To an
+ * item (token or block): minus the least finite score of the list with `relative`, times its weight, minus `demotion` if it is
+ * one of the first `demoted`. The first `sink` and the last `recent` tokens of a list are kept, then the items of the
+ * greatest scores, until the budget is used; of equal ones the oldest, or the newest. NaN is less than every number. The
+ * `active` tokens after the list are kept too and do not count.
+ * A list is what shares one set of kept tokens: (set, head), set, or all. Lists are [sets, heads], [sets] or [1].
+ */
+#define NXS_SELECT_PER_HEAD 0
+#define NXS_SELECT_PER_SET 1
+#define NXS_SELECT_SHARED 2
+#define NXS_SELECT_ADA 3 /* lists are (set, head); the budget of a set is split over its heads by their scores */
+
+/* Bits of a list's status. */
+#define NXS_SELECT_NAN 1u     /* a score was NaN: its token is kept only where numbers do not fill the budget */
+#define NXS_SELECT_CLAMPED 2u /* a length or a budget was out of range, and was clamped */
+
+typedef struct nxs_select_params {
+  const float *importance_or_null; /* [sets, heads, tokens] */
+  const float *redundancy_or_null; /* [sets, heads, tokens] */
+  const float *weights_or_null;    /* [items], items being ceil(tokens / block); null: 1 */
+  const int32_t *lengths_or_null;  /* [lists], 0 to tokens; null: length */
+  const int32_t *budgets_or_null;  /* [lists], 0 to capacity - active; null: budget */
+  int32_t *indices;                /* [lists, capacity] ascending, -1 after them */
+  int32_t *counts;                 /* [lists] */
+  uint32_t *status_or_null;        /* [lists] NXS_SELECT_* */
+  void *workspace_or_null;         /* 16-byte aligned. If the scope is PER_SET or SHARED, or block > 1: [lists, items rounded up
+                                      to 4] f32; if block > 1: [lists, items] i32; with NXS_SELECT_ADA: [lists] i32 */
+  int64_t importance_stride_set, importance_stride_head;
+  int64_t redundancy_stride_set, redundancy_stride_head;
+  int64_t sets, heads, tokens;     /* tokens < 2^30, sets * heads < 2^31; with NXS_SELECT_ADA heads <= 1024, heads * tokens < 2^30 */
+  int64_t capacity;                /* fewer than 2^30 */
+  int32_t scope;                   /* NXS_SELECT_* */
+  int32_t length, budget;
+  int32_t sink, recent, active;
+  int32_t block;                   /* tokens that are kept or dropped together; 0 and 1: each for itself */
+  float lambda;
+  int32_t relative;
+  int32_t demoted;                 /* items */
+  float demotion;
+  int32_t newest;                  /* of equal scores the newest are kept */
+  int32_t floor_alpha;             /* with NXS_SELECT_ADA: of 65536, the part of the budget that is split evenly */
+  int32_t shared_bytes;            /* of shared memory that a block may have, 16384 or more: lists whose scores do not fit are
+                                      read several times */
+  int32_t threads;                 /* of a block: 128, 256 or 512 */
+} nxs_select_params;
+
+nxs_status nxs_select(const nxs_select_params *params, void *stream);
+
+/*
+ * Rows of K and V gathered by indices: out[s, r, h, :] = input[s, indices[s, h, r], h, :] for r < counts[s, h], converted, and
+ * with them 4-byte values that belong to rows. A row lies at place `row` of its tensor, or with a page table at place
+ * pages[s, row / page_rows] * page_rows + row % page_rows. Without an input a tensor is compacted where it lies: indices
+ * then ascend strictly. K may be turned to new positions: row r gets position first_position + r, and is rotated by the
+ * difference from its old one, which is positions[s, row, h], or the row where there are none.
+ */
+#define NXS_COMPACT_EXTRAS 4
+#define NXS_COMPACT_ROW_CLAMPED 1u      /* flags: an index was out of range, or in place less than its target */
+#define NXS_COMPACT_POSITION_CLAMPED 2u /* flags: a rotation was out of the table */
+#define NXS_COMPACT_COUNT_CLAMPED 4u    /* flags: a count was out of range */
+
+typedef struct nxs_compact_tensor {
+  const void *input_or_null;  /* [sets, rows, heads, dim] in_dtype; null: in place */
+  void *out_or_null;          /* [sets, rows, heads, dim] out_dtype; null: no such tensor */
+  int64_t input_stride_set, input_stride_row, input_stride_head;
+  int64_t out_stride_set, out_stride_row, out_stride_head;
+  int64_t dim;                /* 1 to 1024 */
+} nxs_compact_tensor;
+
+/* A value of 4 bytes for each row and head. */
+typedef struct nxs_compact_extra {
+  const void *input_or_null; /* [sets, rows, heads]; null: in place */
+  void *out_or_null;         /* [sets, rows, heads] */
+  int64_t input_stride_set, input_stride_row, input_stride_head;
+  int64_t out_stride_set, out_stride_row, out_stride_head;
+} nxs_compact_extra;
+
+typedef struct nxs_compact_params {
+  nxs_compact_tensor tensor[2];        /* K, V */
+  nxs_compact_extra positions;         /* i32; in place out is read too, else without input a row's position is the row */
+  nxs_compact_extra extra[NXS_COMPACT_EXTRAS];
+  const int32_t *indices;              /* [sets, heads, kept], contiguous along kept */
+  const int32_t *counts_or_null;       /* [sets, heads]; null: kept */
+  const int32_t *input_pages_or_null;  /* [sets, pages] */
+  const int32_t *out_pages_or_null;    /* [sets, pages] */
+  const float *cos_or_null;            /* [table_rows, rotary_dim / 2]: row p has the angles of position p */
+  const float *sin_or_null;
+  uint32_t *flags_or_null;             /* [1] NXS_COMPACT_* */
+  int64_t indices_stride_set, indices_stride_head; /* 0: shared */
+  int64_t counts_stride_set, counts_stride_head;
+  int64_t input_pages_stride_set, out_pages_stride_set;
+  int64_t table_stride_row, table_rows;
+  int64_t sets, heads, tokens, kept;   /* tokens < 2^31, kept <= tokens, heads * kept < 2^31 */
+  int64_t input_rows, out_rows;        /* places of a tensor, for each set; in place they are equal */
+  int64_t page_rows;                   /* with page tables */
+  int64_t first_position;
+  int32_t renumber;                    /* new positions from first_position on; with rotary_dim > 0 K is rotated */
+  int32_t rope;                        /* NXS_ROPE_INTERLEAVED or NXS_ROPE_HALF */
+  int32_t rotary_dim;
+  int32_t in_place;
+  int32_t slices;                      /* in place: blocks that share a (set, head, tensor), 1 to 64 */
+  int32_t unit;                        /* bytes of a move where dtypes are equal and nothing is rotated: 1, 2, 4, 8, 16; else
+                                          8, 2 or 1 elements (1: nothing is rotated) */
+  int32_t log2_lanes;                  /* threads that share a row: 0 to 5 */
+  nxs_dtype in_dtype, out_dtype;       /* equal, or each NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_compact_params;
+
+nxs_status nxs_compact(const nxs_compact_params *params, void *stream);
+
+/*
+ * Verification of trees of drafts. Node 0 of a request is its root, the last certain token; node n is row
+ * cu_rows[b] + n of the step, and comes after its parent. The walk begins at the root; at a node of depth d with the
+ * target's distribution p, s the sum of what is left and c 0:
+ *   NXS_RULE_GREEDY, NXS_RULE_MATCH   x = argmax p or x ~ p; on to the first child that is x, else x ends the step
+ *   NXS_RULE_REJECT                   each child in turn: u q(x) < max(p(x) - c q(x), 0) / s, and on to it; else c += s / l,
+ *                                     s = sum of max(p - c q, 0); after the last one a token of max(p - c q, 0) ends the step
+ * l is 1, or without replacement what q leaves beside the children tried. At a leaf a token of p ends the step. Where
+ * drafts are not random, or the drafter is greedy, NXS_RULE_REJECT is NXS_RULE_MATCH, which has the same law.
+ * `rows` below is batch * max_nodes.
+ */
+typedef struct nxs_tree_verify_params {
+  const void *target;                      /* [target_rows, vocab] target_dtype: raw logits */
+  const void *draft_or_null;               /* [draft_rows, draft_vocab] draft_dtype: raw logits; null: drafts are not random */
+  const int32_t *cu_rows_or_null;          /* [batch + 1], ascending; null: request b has rows b * max_nodes and on */
+  const int32_t *parents_or_null;          /* [rows]: each node's parent by its number in the tree; -1: root, or no node */
+  const int32_t *first_child_or_null;      /* [rows], with next_sibling_or_null in place of parents; -1: none */
+  const int32_t *next_sibling_or_null;     /* [rows] */
+  const int32_t *drafts;                   /* [rows]: each node's token; outside the vocabulary: no draft */
+  const int32_t *row_index_or_null;        /* [rows]: the row of target; null: r */
+  const int32_t *draft_row_or_null;        /* [rows]: the row of draft that the node's children were drawn from; null: r */
+  const float *draft_stats_or_null;        /* [draft_rows, 4] of nxs_draft_sample: rows of draft are not swept for them */
+  const int32_t *target_to_draft_or_null;  /* [vocab] */
+  const float *target_stats_or_null;       /* [target_rows, chunks, 2]: partials; rows of target are not swept */
+  const uint32_t *allow_or_null;           /* [rows, ceil(vocab / 32)] */
+  const int32_t *rules_or_null;            /* [batch] NXS_RULE_*; null, and what is none of three: rule */
+  const float *temperature_or_null;        /* [batch]; null: 1 */
+  const float *draft_temperature_or_null;  /* [batch]; null: temperature */
+  const int32_t *top_k_or_null;            /* [batch] */
+  const float *top_p_or_null;              /* [batch] */
+  const float *min_p_or_null;              /* [batch] */
+  const int64_t *seeds_or_null;            /* [batch] */
+  const int64_t *positions_or_null;        /* [batch]: of the token after the root */
+  const float *uniforms_or_null;           /* [rows, 4] by request and node: the node's test, three for a token after it */
+  const int32_t *kv_start_or_null;         /* [batch]: node n lies in row kv_start + n of the cache; null: 0 */
+  const int32_t *kv_slots_or_null;         /* [rows]: where each node lies; in place of kv_start */
+  int32_t *tokens;                         /* [batch, max_depth + 1], -1 after what is emitted */
+  int32_t *emitted;                        /* [batch] */
+  int32_t *accepted;                       /* [batch] */
+  uint32_t *status;                        /* [batch] NXS_STATUS_* */
+  int32_t *last_row_or_null;               /* [batch]: the row of the step that the walk ended at */
+  int32_t *path_or_null;                   /* [batch, max_depth + 1]: the root and the nodes accepted, then -1 */
+  int32_t *kv_source_or_null;              /* [batch, max_depth + 1]: the cache's row of each of them, then -1 */
+  int32_t *kv_destination_or_null;         /* [batch, max_depth + 1]: where nodes 0, 1, .. lie, then -1 */
+  float *log_probs_or_null;                /* [batch, max_depth + 1], NaN after what is emitted */
+  void *workspace;                         /* 16-byte aligned: [batch, NXS_TREE_STATE_BYTES], then [batch, 4, chunks of target and
+                                              of draft, 2] f32 */
+  int64_t target_stride_row, draft_stride_row, allow_stride_row;
+  int64_t batch, vocab, draft_vocab;       /* vocabularies from 1 to 2^24, batch up to 2^20 */
+  int64_t target_rows, draft_rows;         /* fewer than 2^31 */
+  int32_t max_nodes;                       /* 1 to 1024, the root among them */
+  int32_t max_depth;                       /* 0 to 64 drafts on a path */
+  int32_t rule;                            /* NXS_RULE_GREEDY, NXS_RULE_MATCH or NXS_RULE_REJECT */
+  int32_t without_replacement;             /* 1: the children of a node are distinct draws */
+  int32_t fallback;                        /* the token where none can be drawn */
+  int32_t cluster;                         /* blocks that share a request: 1, on sm_90 also 2, 4, 8 or 16 */
+  int32_t shared_partials;                 /* 1: partials are passed on in shared memory; up to 1024 chunks of target and draft */
+  nxs_dtype target_dtype, draft_dtype;     /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_tree_verify_params;
+
+#define NXS_TREE_STATE_BYTES 16
+
+nxs_status nxs_tree_verify(const nxs_tree_verify_params *params, void *stream);
+
+/*
+ * What the nodes of trees of drafts need, from their parents; and before it the choice of `nodes` of them by scores
+ * (EAGLE-2). A candidate that is chosen brings its parent; the order is kept. The root is always chosen.
+ *   value(i) = score[i], or with `cumulative` 0 value(parent) + score[i]; the root's is 0
+ *   rank by min(value(i), that of the parent), greatest first, the lower number at ties; NaN as -inf
+ */
+typedef struct nxs_tree_build_params {
+  const int32_t *cu_rows_or_null;   /* [batch + 1], ascending; null: request b has rows b * candidates and on */
+  const int32_t *parents;           /* [batch * candidates]: by number in the tree; -1: root, or no node */
+  const int32_t *drafts_or_null;    /* [batch * candidates]: tokens */
+  const float *scores_or_null;      /* [batch * candidates]; null: all candidates are nodes, candidates = nodes */
+  const int64_t *positions_or_null; /* [batch]: of the root; null: 0 */
+  int32_t *counts_or_null;          /* [batch]: nodes of each tree */
+  int32_t *selected_or_null;        /* [batch, nodes]: the candidate that each node is; these and below -1 where no node is */
+  int32_t *parents_or_null;         /* [batch, nodes] */
+  int32_t *drafts_out_or_null;      /* [batch, nodes]; with drafts_or_null */
+  int32_t *first_child_or_null;     /* [batch, nodes] */
+  int32_t *next_sibling_or_null;    /* [batch, nodes] */
+  int32_t *depths_or_null;          /* [batch, nodes] */
+  int64_t *node_positions_or_null;  /* [batch, nodes]: position of the root + depth; where no node is, that of the root */
+  uint32_t *mask_or_null;           /* [batch, nodes, ceil(nodes / 32)]: bit j % 32 of word j / 32: whether j is the node or on
+                                       the path to it; 0 where no node is */
+  int32_t *paths_or_null;           /* [batch, leaves, max_depth + 1]: nodes from the root to each leaf, in order of trial */
+  int32_t *leaf_counts_or_null;     /* [batch] */
+  uint32_t *status;                 /* [batch]: NXS_STATUS_TREE_BAD, NXS_STATUS_DRAFTS_IGNORED */
+  int64_t batch;                    /* up to 2^20 */
+  int32_t candidates;               /* 1 to 2048 */
+  int32_t nodes;                    /* 1 to 1024, at most candidates */
+  int32_t leaves;                   /* 1 to nodes */
+  int32_t max_depth;                /* 0 to 64; deeper candidates are ignored */
+  int32_t cumulative;               /* 1: scores are sums over the path already */
+} nxs_tree_build_params;
+
+nxs_status nxs_tree_build(const nxs_tree_build_params *params, void *stream);
+/* ---- compression: pack --------------------------------------------------------------------------------------- */
+
+/*
+ * Keys and values in few bits, and back. A slot holds the codes of one row (token) and head, element k of `bits` bits at bit
+ * k * bits of its little-endian bytes; numbers that a slot's codes are scaled by lie in an array or, inline, at the next
+ * multiple of 16 bytes after the codes, with zeroes before and after up to 16 bytes. n there are for each row, head and group:
+ *   NXS_PACK_FP8        n 1  x = code * scale, code e4m3;          scale = max(greatest |x| / 448, 2^-96) to 17 bits
+ *   NXS_PACK_INT8       n 1  x = code * scale, code -127 to 127;   scale = max(greatest |x| / 127, 2^-96) to 17 bits
+ *   NXS_PACK_UNIFORM    n 2  x = code * scale + min, of `group` elements; scale = (max - min) / (2^bits - 1) to 17 bits, 0
+ *                            where it is below 2^-126, and then all codes are 0
+ *   NXS_PACK_CHANNEL    n 2  the same, of each element of a head over `group` rows: arrays are [sets, rows / group, heads, dim, 2]
+ *   NXS_PACK_LLOYD_MAX  n 1  x = norm / sqrt(dim) * centroid: with half = 2^(bits - 1) and c = code - half, of code >= half
+ *                            centroids[c], else -centroids[-1 - c]. c counts the thresholds below |x| sqrt(dim) / |row|
+ * Codes are rounded to nearest even from x * (1 / scale) or (x - min) * (1 / scale), with scale and min as they are stored, and
+ * clamped. To 17 bits: to nearest, ties away from 0. A min of -0 is stored as +0. Numbers stored as f16 are clamped to +-65504.
+ * With rotate, x is R applied to the row: signs (element k negated where bit k % 32 of signs[k / 32] is set), then a
+ * Walsh-Hadamard transform in natural order, by sums and differences of elements 1, 2, 4, ... apart, of each block of b elements,
+ * b being the greatest power of two that divides dim, times 1 / sqrt(b) rounded to f32.
+ * Before all this a NaN counts as 0, and what is 2^59 or more in magnitude as the greatest magnitude below 2^59 in its row (its
+ * element's group of rows for NXS_PACK_CHANNEL), with its sign; NXS_PACK_NOT_FINITE is then OR-ed into *flags_or_null.
+ */
+#define NXS_PACK_FP8 0
+#define NXS_PACK_INT8 1
+#define NXS_PACK_UNIFORM 2
+#define NXS_PACK_CHANNEL 3
+#define NXS_PACK_LLOYD_MAX 4
+
+#define NXS_PACK_NOT_FINITE 1u    /* flags: an element was NaN, or 2^59 or more */
+#define NXS_PACK_ROW_CLAMPED 2u   /* flags: a kept index was outside the tokens, and was clamped */
+#define NXS_PACK_COUNT_CLAMPED 4u /* flags: a count was outside 0 to rows, and was clamped */
+
+typedef struct nxs_pack_params {
+  void *unpacked;               /* [sets, tokens, heads, dim] dtype, read; to unpack [sets, rows, heads, dim], written */
+  uint8_t *codes;               /* [sets, rows, heads, slot], strides in bytes; inline: 16-byte aligned, and its strides */
+  void *numbers_or_null;        /* [sets, rows, heads, groups, n] or as above, numbers_dtype; null: inline, or given */
+  const float *scales_or_null;  /* [sets, heads]: given, of NXS_PACK_FP8 and NXS_PACK_INT8; one that is not positive and
+                                   finite makes codes of 0 */
+  const int32_t *kept_or_null;  /* [sets, heads, rows], contiguous along rows: the token of a row; null: the row. Pack only */
+  const int32_t *counts_or_null; /* [sets, heads]: rows that there are, others are left alone; null: rows */
+  uint32_t *flags_or_null;      /* [1]; only ever OR-ed into */
+  int64_t unpacked_stride_set, unpacked_stride_row, unpacked_stride_head;
+  int64_t codes_stride_set, codes_stride_row, codes_stride_head;
+  int64_t numbers_stride_set, numbers_stride_row, numbers_stride_head; /* row: of the group of rows for NXS_PACK_CHANNEL */
+  int64_t scales_stride_set, scales_stride_head;
+  int64_t kept_stride_set, kept_stride_head;
+  int64_t counts_stride_set, counts_stride_head;
+  int64_t sets, tokens, rows;   /* sets < 65536, tokens < 2^31; rows * heads < 2^31, for NXS_PACK_CHANNEL rows a multiple of group */
+  int32_t heads, dim;           /* dim: a multiple of 8 up to 256 */
+  int32_t format;               /* NXS_PACK_* */
+  int32_t bits;                 /* 8 of the first two; 2, 3, 4 or 8; of NXS_PACK_LLOYD_MAX 2, 3 or 4 */
+  int32_t group;                /* NXS_PACK_UNIFORM: dim, or a power of two from 8 that divides it; NXS_PACK_CHANNEL: 32, 64 or 128 */
+  int32_t renormalize;          /* NXS_PACK_LLOYD_MAX: the norm stored is times sqrt(dim) / |centroids of the codes| */
+  int32_t rotate;               /* not for NXS_PACK_CHANNEL */
+  int32_t unpack;
+  int32_t vector;               /* 1: unpacked and its strides are multiples of 16 bytes, codes and their strides of `bits` */
+  uint32_t signs[8];
+  float centroids[8];           /* the positive ones, 2^(bits - 1), ascending, for N(0, 1) */
+  float thresholds[7];          /* between them */
+  nxs_dtype dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+  nxs_dtype numbers_dtype;      /* NXS_F32; of the last three formats also NXS_F16 */
+} nxs_pack_params;
+
+nxs_status nxs_pack(const nxs_pack_params *params, void *stream);
+
+/* out = R input, as nxs_pack rotates, or with inverse its transpose; rounded once. */
+typedef struct nxs_rotate_params {
+  const void *input;            /* [batch, rows, heads, dim] dtype */
+  void *out;                    /* [batch, rows, heads, dim] dtype */
+  int64_t input_stride_batch, input_stride_row, input_stride_head;
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t batch, rows;          /* batch < 65536, rows * heads < 2^31 */
+  int32_t heads, dim;           /* dim: a multiple of 8 up to 256 */
+  int32_t inverse;
+  int32_t vector;               /* 1: addresses and strides are multiples of 16 bytes */
+  uint32_t signs[8];
+  nxs_dtype dtype;              /* NXS_F32, NXS_F16 or NXS_BF16 */
+} nxs_rotate_params;
+
+nxs_status nxs_rotate(const nxs_rotate_params *params, void *stream);
 
 /* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
 

@@ -6,6 +6,7 @@
 #   sanitize  compute-sanitizer's four tools over the tests, small shapes
 #   compare   the op executable against PyTorch
 #   bench     measured ceilings, our benches, the peers; writes RESULTS.md
+#   emoji     only if named: the emoji program on the GPU with the weights in $WEIGHTS, beside PyTorch
 # CASES: random cases of each op to compare (default 81). COMPARE, PEERS: flags for compare.py, such as --only OP, and
 # for bench_peers.py, such as --quick. SANITIZE: the tests to sanitize, TOOLS: with what. BENCHES: the benches to run;
 # MORE_PEERS: files of earlier peers for the report.
@@ -15,6 +16,10 @@ OUT=${OUT:-$PWD/out}
 mkdir -p "$OUT"
 cd "$here"
 export NXS_REQUIRE_GPU=1
+# The emoji engine loads cuBLAS and NVRTC: those that torch has brought along, if there are.
+libraries=$(python3 -c 'import glob, importlib.util as u; s = u.find_spec("nvidia")
+print(":".join(p for root in s.submodule_search_locations for p in glob.glob(root + "/*/lib")) if s else "")' 2> /dev/null)
+export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 summary=()
 failed=0
 
@@ -50,8 +55,8 @@ run_sanitize() {
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return 1
   # Kernels are what is under test, and nothing else is worth the time: one thread, few cases, tests that launch.
   local launching="agree edges widths_of bitwise graphs streams wide many_keys tables_of empty another_plan infinite values_of indices \
-      trials harm ties those_of_the_formula published_rules are_split every_form duplicates depend_on"
-  local known="rvq_decode rvq_encode multi_scale scalar_quantize philox scale_attention attention_merge attention_prepare draft_sample verifier importance redundancy" test words tool
+      trials harm ties lists ada_keeps twice_is_once bad_indices those_of_the_formula published_rules are_split every_form duplicates depend_on"
+  local known="rvq_decode rvq_encode multi_scale scalar_quantize philox scale_attention attention_merge attention_prepare draft_sample verifier visual_verifier pooled_verifier typical_verifier confidence_rank candidates tree_verifier tree_builder drift select compact importance redundancy pack packed_attention" test words tool
   for test in ${SANITIZE:-$known}; do
     words=$launching
     [ "$test" = philox ] && words=
@@ -100,12 +105,25 @@ run_bench() {
   tar -czf "$OUT/criterion.tgz" -C "$OUT" criterion && rm -rf "$OUT/criterion"
 }
 
+run_emoji() {
+  local emoji=(./emoji --weights "${WEIGHTS:?the folder of the weights}" --device cuda --quiet)
+  NXS_EMOJI_WEIGHTS=$(realpath "$WEIGHTS") step emoji-test tests/emoji
+  for sampler in var ar speculative; do
+    for count in 1 16; do
+      step "emoji-$sampler-$count" "${emoji[@]}" --sampler $sampler --count $count --repeat 50 --seed 7 \
+        --out "$OUT/emoji-$sampler-$count.png"
+    done
+  done
+  step emoji-sheet "${emoji[@]}" --count 64 --out "$OUT/emoji-sheet.png"
+  step emoji-peer python3 python-ref/emoji/peer.py
+}
+
 export OUT
 for mode in "${@:-test conform sanitize compare bench}"; do
   for one in $mode; do
     case $one in
-      test | conform | sanitize | compare | bench) "run_$one" || { summary+=("$one could not start"); failed=1; } ;;
-      *) echo "unknown: $one (test, conform, sanitize, compare, bench)" >&2; exit 2 ;;
+      test | conform | sanitize | compare | bench | emoji) "run_$one" || { summary+=("$one could not start"); failed=1; } ;;
+      *) echo "unknown: $one (test, conform, sanitize, compare, bench, emoji)" >&2; exit 2 ;;
     esac
   done
 done

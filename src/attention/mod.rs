@@ -13,5 +13,7 @@ pub use patterns::{ClipContext, PackedVideo, Past};
 pub use prepare::{
     AppendAt, Norm, Positions, Prepare, PrepareArgs, PrepareBuilder, PrepareCell, PrepareSchedule, Rope,
 };
-pub use scale::{ScaleAttention, ScaleAttentionArgs, ScaleAttentionBuilder, Schedule, Variant};
+pub use scale::{
+    ScaleAttention, ScaleAttentionArgs, ScaleAttentionBuilder, ScaleAttentionPackedArgs, Schedule, Variant,
+};
 pub use visibility::{Rule, Segment, Visibility};

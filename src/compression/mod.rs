@@ -8,14 +8,29 @@
 //! ascending. A token has a **row**, where it lies in a buffer, and a **position**, where it stands in its sequence: after a
 //! compression they differ, and both are kept.
 
-pub use crate::plan::Traffic;
-
+mod cache;
+mod compact;
+mod drift;
 mod importance;
 mod key_norms;
+mod pack;
 mod redundancy;
+mod rotate;
+mod select;
 
+pub use crate::packed::{Format, Rotation};
+pub use crate::plan::Traffic;
+pub use cache::{
+    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Policy, PolicyScores,
+    Region, Run, Segment,
+};
+pub use compact::{Compact, CompactArgs, CompactBuilder, CompactSchedule, EXTRAS, RopePairs, Turn, flags};
+pub use drift::{Drift, DriftArgs, DriftBuilder, Force};
 pub use importance::{
     Aggregation, Importance, ImportanceArgs, ImportanceBuilder, ImportanceSchedule, ImportanceVariant, Pool, Reduction,
 };
 pub use key_norms::{KeyNorms, KeyNormsArgs, KeyNormsBuilder};
+pub use pack::{Pack, PackArgs, PackBuilder, UnpackArgs};
 pub use redundancy::{Form, Redundancy, RedundancyArgs, RedundancyBuilder, Retain, Similar};
+pub use rotate::{Rotate, RotateArgs, RotateBuilder};
+pub use select::{PositionWeight, Scope, Select, SelectArgs, SelectBuilder, Tie, status};

@@ -108,12 +108,12 @@ impl Scale {
     }
 
     /// Logits below it have no weight beside the reference.
-    fn floor(&self, reference: f32) -> f32 {
+    pub(crate) fn floor(&self, reference: f32) -> f32 {
         (reference - 120.0) * self.per_exponent
     }
 
     /// `2^(logit * per_logit - reference)`, for a logit that is not below the floor; relative error below 2^-21.
-    fn power(&self, logit: f32, reference: f32) -> f32 {
+    pub(crate) fn power(&self, logit: f32, reference: f32) -> f32 {
         let shift = (MAGIC + 127.0) - reference;
         let whole = fma(logit, self.per_logit, shift);
         let fraction = fma(logit, self.per_logit, -(whole - shift));
@@ -129,14 +129,14 @@ impl Scale {
 }
 
 /// `2^f` for `|f| <= 1/2`: the polynomial of degree 5 of least relative error, 7.5e-8 before rounding.
-fn power_of_fraction(f: f32) -> f32 {
+pub(crate) fn power_of_fraction(f: f32) -> f32 {
     const C: [u32; 6] = [0x3f80_0001, 0x3f31_7214, 0x3e75_fc8c, 0x3d63_5b72, 0x3c1e_8629, 0x3aae_0473];
     let [c0, c1, c2, c3, c4, c5] = C.map(f32::from_bits);
     fma(fma(fma(fma(fma(c5, f, c4), f, c3), f, c2), f, c1), f, c0)
 }
 
 /// `2^n` for an integer `n` up to 0; 0 below -100.
-fn power_of_integer(n: f32) -> f32 {
+pub(crate) fn power_of_integer(n: f32) -> f32 {
     if n < -100.0 { 0.0 } else { f32::from_bits(((n as i32 + 127) as u32) << 23) }
 }
 
@@ -268,8 +268,13 @@ pub(crate) fn pick_place(
 impl Summary {
     /// From the chunks' partials. `scale` is `None` for a greedy row.
     pub(crate) fn of(partials: &[Partial], scale: Option<&Scale>) -> Self {
-        let top = partials.iter().fold(f32::NEG_INFINITY, |top, partial| greater(top, partial.max));
-        let nan = partials.iter().any(Partial::nan);
+        Self::from_fn(partials.len(), |chunk| partials[chunk], scale)
+    }
+
+    /// From the partials by chunk.
+    pub(crate) fn from_fn(chunks: usize, partial: impl Fn(usize) -> Partial, scale: Option<&Scale>) -> Self {
+        let top = (0..chunks).fold(f32::NEG_INFINITY, |top, chunk| greater(top, partial(chunk).max));
+        let nan = (0..chunks).any(|chunk| partial(chunk).nan());
         let mut summary = Summary { top, nan, beyond: false, shape: Shape::Peak };
         if top == f32::NEG_INFINITY {
             summary.shape = Shape::Empty;
@@ -277,7 +282,7 @@ impl Summary {
             match scale.reference(top) {
                 None => summary.beyond = true,
                 Some(reference) => {
-                    let sum = total(partials.len(), |chunk| share(&partials[chunk], scale, reference));
+                    let sum = total(chunks, |chunk| share(&partial(chunk), scale, reference));
                     summary.shape = Shape::Spread { scale: *scale, reference, sum, cut: f32::NEG_INFINITY };
                 }
             }
@@ -309,19 +314,28 @@ impl Summary {
         logit: impl Fn(u64) -> f32,
     ) -> Option<u64> {
         match self.shape {
-            Shape::Empty => None,
             Shape::Peak => self.peak(partials, logit),
-            Shape::Spread { scale, reference, cut, .. } => {
-                let chunk =
-                    pick_chunk(partials.len(), uniforms[0], |chunk| share(&partials[chunk], &scale, reference))?;
-                // By the chunk's own reference something of it always has weight.
-                let reference = scale.reference(partials[chunk].max)?;
-                let at = |lane, place| scale.weight(logit(column(chunk as u64, lane, place)), reference, cut);
-                let filled = lanes_with_columns(chunk as u64, columns);
-                let (lane, place) = pick_place([uniforms[1], uniforms[2]], filled, at)?;
-                Some(column(chunk as u64, lane, place))
-            }
+            _ => self.sample_from(partials.len(), |chunk| partials[chunk], uniforms, columns, logit),
         }
+    }
+
+    /// A token by three uniforms, of a row that is no peak; `partial` by chunk.
+    pub(crate) fn sample_from(
+        &self,
+        chunks: usize,
+        partial: impl Fn(usize) -> Partial,
+        uniforms: [f32; 3],
+        columns: u64,
+        logit: impl Fn(u64) -> f32,
+    ) -> Option<u64> {
+        let Shape::Spread { scale, reference, cut, .. } = self.shape else { return None };
+        let chunk = pick_chunk(chunks, uniforms[0], |chunk| share(&partial(chunk), &scale, reference))?;
+        // By the chunk's own reference something of it always has weight.
+        let reference = scale.reference(partial(chunk).max)?;
+        let at = |lane, place| scale.weight(logit(column(chunk as u64, lane, place)), reference, cut);
+        let filled = lanes_with_columns(chunk as u64, columns);
+        let (lane, place) = pick_place([uniforms[1], uniforms[2]], filled, at)?;
+        Some(column(chunk as u64, lane, place))
     }
 
     /// The lowest column of the greatest logit.
@@ -401,6 +415,11 @@ pub(crate) struct Truncation {
     pub(crate) top_p: f32,
     /// 0: off.
     pub(crate) min_p: f32,
+}
+
+/// Unsigned integers in the order of the floats, -0 being 0.
+pub(crate) fn order_key(logit: f32) -> u32 {
+    key(logit)
 }
 
 /// Unsigned integers in the order of the floats.
@@ -519,6 +538,14 @@ pub(crate) enum Domain {
     Sample = 3,
     /// A trial of thinning.
     Thin = 4,
+    /// Noise that belongs to a token of a position. Independent of the row's number in the step.
+    Noise = 8,
+    /// The candidate of a row that is ranked. The rest of the word is the number of the step.
+    Candidate = 9,
+    /// The noise of its rank.
+    Rank = 10,
+    /// Which of several candidates is selected.
+    Select = 11,
 }
 
 /// Four uniforms of a request. `row`: which row of the step; it keeps two steps apart that see one position.

@@ -27,6 +27,9 @@ NXS_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // sqrt.rn, div.rn: rounded to nearest even
 NXS_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 NXS_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+// fma.rn.f64, div.rn.f64
+NXS_DEVICE double fma_f64(double a, double b, double c) { return __fma_rn(a, b, c); }
+NXS_DEVICE double divide_f64(double a, double b) { return __ddiv_rn(a, b); }
 // mul.rn: never made one with an addition
 NXS_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 // max.f32: of a number and a NaN the number; max.NaN: the NaN

@@ -1,25 +1,44 @@
 //! From plan and views to the C ABI.
 
-use super::ScaleAttentionArgs;
 use super::plan::Plan;
+use super::{KeysAndValues, Rest};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::stream::Stream;
 
 #[cfg(nxs_kernels)]
-pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttentionArgs<'_, T>) -> Result<()> {
+pub(super) fn run<T: Float>(
+    plan: &Plan,
+    stream: &Stream<'_>,
+    kv: &KeysAndValues<'_, T>,
+    args: &Rest<'_, T>,
+) -> Result<()> {
     use super::plan::Variant;
     use crate::dtype::DType;
     use crate::ffi;
+    use crate::packed::Format;
     use core::ptr::{null, null_mut};
 
     if T::DTYPE == DType::F32 {
         return Err(Error::DType { arg: "q", what: "kernels take bf16 and f16" });
     }
+    let (k, v, numbers) = match kv {
+        KeysAndValues::Plain { k, v } => (k.span().address, v.span().address, [null(), null()]),
+        KeysAndValues::Packed { k, k_numbers, v, v_numbers } => {
+            let of = |numbers: &Option<crate::view::In<'_, f32>>, len: u64| match numbers {
+                Some(view) if len > 0 => view.span().address as *const f32,
+                _ => null(),
+            };
+            let numbers = [of(k_numbers, plan.numbers_len[0]), of(v_numbers, plan.numbers_len[1])];
+            (k.span().address, v.span().address, numbers)
+        }
+    };
     for (arg, address, len) in [
         ("q", args.q.span().address, plan.q_len),
-        ("k", args.k.span().address, plan.k_len),
-        ("v", args.v.span().address, plan.v_len),
+        ("k", k, plan.k_len),
+        ("v", v, plan.v_len),
+        ("k_numbers", numbers[0] as usize, plan.numbers_len[0]),
+        ("v_numbers", numbers[1] as usize, plan.numbers_len[1]),
         ("out", args.out.span().address, plan.out_len),
         ("schedule", args.schedule.span().address, plan.out_len),
     ] {
@@ -32,6 +51,8 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
     let [k_stride_batch, k_stride_row, k_stride_head] = of(plan.k.strides());
     let [v_stride_batch, v_stride_row, v_stride_head] = of(plan.v.strides());
     let [out_stride_batch, out_stride_row, out_stride_head] = of(plan.out.strides());
+    let [k_numbers_stride_batch, k_numbers_stride_row, k_numbers_stride_head] = of(plan.numbers[0].strides());
+    let [v_numbers_stride_batch, v_numbers_stride_row, v_numbers_stride_head] = of(plan.numbers[1].strides());
     let [lse_stride_batch, lse_stride_head, lse_stride_row] = plan.lse.strides();
     let [lengths_stride_index, lengths_stride_batch, lengths_stride_head] = plan.lengths.strides();
     let [batch, rows, heads, dim] = plan.out.shape();
@@ -40,8 +61,8 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
     let params = ffi::nxs_scale_attention_params {
         q: args.q.span().address as *const _,
         // The launcher looks at every address that it gets, also at those of which nothing is needed.
-        k: if plan.k_len > 0 { args.k.span().address as *const _ } else { null() },
-        v: if plan.v_len > 0 { args.v.span().address as *const _ } else { null() },
+        k: if plan.k_len > 0 { k as *const _ } else { null() },
+        v: if plan.v_len > 0 { v as *const _ } else { null() },
         out: args.out.span().address as *mut _,
         lse_or_null: crate::launch::address_mut(&args.lse),
         schedule: args.schedule.span().address as *const _,
@@ -101,6 +122,19 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
         blocks: plan.blocks as i32,
         scale: plan.scale,
         logit_bound: plan.logit_bound,
+        kv_format: match plan.packed {
+            None => ffi::NXS_KV_PLAIN,
+            Some((Format::Fp8, _)) => ffi::NXS_KV_FP8,
+            Some(_) => ffi::NXS_KV_INT4,
+        } as i32,
+        k_numbers_or_null: numbers[0],
+        v_numbers_or_null: numbers[1],
+        k_numbers_stride_batch: batch_stride(k_numbers_stride_batch),
+        k_numbers_stride_row,
+        k_numbers_stride_head,
+        v_numbers_stride_batch: batch_stride(v_numbers_stride_batch),
+        v_numbers_stride_row,
+        v_numbers_stride_head,
     };
     crate::launch::launch("nxs_scale_attention", stream, |handle| {
         // SAFETY: every address the kernels reach lies in the operands, which are checked against the layouts: rows of q and
@@ -111,6 +145,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &ScaleAttent
 }
 
 #[cfg(not(nxs_kernels))]
-pub(super) fn run<T: Float>(_: &Plan, _: &Stream<'_>, _: &ScaleAttentionArgs<'_, T>) -> Result<()> {
+pub(super) fn run<T: Float>(_: &Plan, _: &Stream<'_>, _: &KeysAndValues<'_, T>, args: &Rest<'_, T>) -> Result<()> {
+    let _ = (&args.schedule, &args.workspace);
     Err(Error::NotCompiled)
 }

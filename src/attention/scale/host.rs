@@ -1,14 +1,47 @@
 //! The formula on the host, in f64: the oracle of the tests.
 
-use super::ScaleAttentionArgs;
 use super::plan::Plan;
-use crate::dtype::Float;
+use super::{KeysAndValues, Rest};
+use crate::dtype::{F8E4M3, Float};
 use crate::error::{Error, Result};
+use crate::packed::Format;
 
 const MOST_DIM: usize = 128;
 
-pub(super) fn run<T: Float>(plan: &Plan, args: &mut ScaleAttentionArgs<'_, T>) -> Result<()> {
-    const HERE: &str = "operands are on the stream's device";
+const HERE: &str = "operands are on the stream's device";
+
+/// A row of k (0) or v (1), unpacked to `T` where it is packed.
+fn load<T: Float>(plan: &Plan, kv: &KeysAndValues<'_, T>, which: usize, at: [u64; 3], row: &mut [f64]) {
+    let from = [&plan.k, &plan.v][which].offset([at[0], at[1], at[2], 0]) as usize;
+    let (codes, numbers) = match kv {
+        KeysAndValues::Plain { k, v } => {
+            let elements = &[k, v][which].as_host().expect(HERE)[from..];
+            return row.iter_mut().zip(elements).for_each(|(x, element)| *x = f64::from(element.to_f32()));
+        }
+        KeysAndValues::Packed { k, k_numbers, v, v_numbers } => ([k, v][which], [k_numbers, v_numbers][which]),
+    };
+    let (format, inline) = plan.packed.expect("a plan of packed keys");
+    let slot = &codes.as_host().expect(HERE)[from..];
+    let inline_at = format.code_bytes(row.len()).next_multiple_of(16);
+    let number = |i: usize| match numbers {
+        Some(numbers) if !inline => {
+            numbers.as_host().expect(HERE)[plan.numbers[which].offset([at[0], at[1], at[2], i as u64]) as usize]
+        }
+        _ => {
+            let first = inline_at + 4 * i;
+            f32::from_le_bytes(slot[first..first + 4].try_into().expect("four bytes"))
+        }
+    };
+    for (k, x) in row.iter_mut().enumerate() {
+        let value = match format {
+            Format::Fp8 => F8E4M3(slot[k]).to_f32() * number(0),
+            _ => f32::from(slot[k / 2] >> (k % 2 * 4) & 15).mul_add(number(0), number(1)),
+        };
+        *x = f64::from(T::from_f32(value).to_f32());
+    }
+}
+
+pub(super) fn run<T: Float>(plan: &Plan, kv: &KeysAndValues<'_, T>, args: &mut Rest<'_, T>) -> Result<()> {
     let [batch, rows, heads, dim] = plan.out.shape();
     let [_, kv_rows, kv_heads, _] = plan.k.shape();
     let q_rows = plan.q.shape()[1];
@@ -16,8 +49,6 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut ScaleAttentionArgs<'_, T>) -
         return Ok(());
     }
     let q = args.q.as_host().expect(HERE);
-    let k = args.k.as_host().expect(HERE);
-    let v = args.v.as_host().expect(HERE);
     let lengths = args.lengths.as_ref().map(|view| view.as_host().expect(HERE));
     let row_index = args.row_index.as_ref().filter(|_| plan.gathers).map(|view| view.as_host().expect(HERE));
     let kv_offset = args.kv_offset.as_ref().filter(|_| plan.packed_keys).map(|view| view.as_host().expect(HERE));
@@ -81,9 +112,10 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut ScaleAttentionArgs<'_, T>) -
                             continue;
                         }
                         let at = (first_key(b) + i64::from(key)) as u64;
-                        let k_at = plan.k.offset([key_batch, at, g, 0]) as usize;
-                        let dot =
-                            query.iter().zip(&k[k_at..]).map(|(q, k)| f64::from(q.to_f32()) * f64::from(k.to_f32()));
+                        let mut loaded = [0f64; MOST_DIM];
+                        let loaded = &mut loaded[..dim as usize];
+                        load(plan, kv, 0, [key_batch, at, g], loaded);
+                        let dot = query.iter().zip(&*loaded).map(|(q, k)| f64::from(q.to_f32()) * k);
                         let logit = dot.sum::<f64>() * f64::from(plan.scale);
                         if logit == f64::NEG_INFINITY {
                             continue;
@@ -92,9 +124,9 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut ScaleAttentionArgs<'_, T>) -
                         let (keep, weight) = ((most - larger).exp(), (logit - larger).exp());
                         most = if logit.is_nan() { logit } else { larger };
                         total = total * keep + weight;
-                        let v_at = plan.v.offset([key_batch, at, g, 0]) as usize;
-                        for (sum, value) in sums[..dim as usize].iter_mut().zip(&v[v_at..]) {
-                            *sum = *sum * keep + weight * f64::from(value.to_f32());
+                        load(plan, kv, 1, [key_batch, at, g], loaded);
+                        for (sum, value) in sums[..dim as usize].iter_mut().zip(loaded) {
+                            *sum = *sum * keep + weight * *value;
                         }
                     }
                 });

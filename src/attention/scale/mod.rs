@@ -13,10 +13,10 @@ use core::marker::PhantomData;
 use super::visibility::Visibility;
 use crate::device::Device;
 use crate::dtype::Float;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::launch::Operands;
 use crate::plan::typed_plan;
-use crate::stream::AsStream;
+use crate::stream::{AsStream, Stream};
 use crate::view::{In, Out};
 
 /// A plan for `out[b, i, h, :] = sum over visible j of softmax_j(scale * q[b, i, h, :] . k[b, j, g, :]) v[b, j, g, :]`, with
@@ -56,6 +56,9 @@ use crate::view::{In, Out};
 /// **Lengths** live in device memory, so that a captured graph replays with others. Out-of-range lengths are clamped; row
 /// indices too; a schedule that is not this plan's is noticed, and nothing is written.
 ///
+/// **Packed caches.** Of a plan that is [`packed`](ScaleAttentionBuilder::packed), `k` and `v` are read in fp8 or 4 bits with their
+/// scales: [`ScaleAttention::run_packed`].
+///
 /// Sources: VAR (arXiv 2404.02905) and those whose tables [`Visibility`](super::Visibility) makes.
 pub struct ScaleAttention<T> {
     inner: plan::Plan,
@@ -88,6 +91,53 @@ pub struct ScaleAttentionArgs<'a, T: Float> {
     pub workspace: Option<Out<'a, u8>>,
 }
 
+/// The buffers of one call of a plan of packed keys and values. See [`ScaleAttention`] for what is not said here.
+#[derive(Debug)]
+pub struct ScaleAttentionPackedArgs<'a, T: Float> {
+    /// `[batch, q_rows, heads, dim]`.
+    pub q: In<'a, T>,
+    /// `[batch, kv_rows, kv_heads, slot]`, 16-byte aligned on a device.
+    pub k: In<'a, u8>,
+    /// `[batch, kv_rows, kv_heads, n]`, 16-byte aligned on a device; needed unless inline.
+    pub k_numbers: Option<In<'a, f32>>,
+    /// `[batch, kv_rows, kv_heads, slot]`, as `k`.
+    pub v: In<'a, u8>,
+    /// As `k_numbers`.
+    pub v_numbers: Option<In<'a, f32>>,
+    /// `[batch, rows, heads, dim]`.
+    pub out: Out<'a, T>,
+    /// `[batch, heads, rows]`, if wanted.
+    pub lse: Option<Out<'a, f32>>,
+    /// The plan's own words. The host path leaves them alone.
+    pub schedule: In<'a, u32>,
+    /// Needed if a segment of the keys names a length.
+    pub lengths: Option<In<'a, i32>>,
+    /// Needed if the plan gathers rows.
+    pub row_index: Option<In<'a, i32>>,
+    /// Needed if the plan's keys are those of several entries in one row of memory.
+    pub kv_offset: Option<In<'a, i32>>,
+    /// Needed if [`ScaleAttention::workspace_bytes`] is not 0. Its content is of no interest.
+    pub workspace: Option<Out<'a, u8>>,
+}
+
+/// Keys and values as they come.
+enum KeysAndValues<'a, T> {
+    Plain { k: In<'a, T>, v: In<'a, T> },
+    Packed { k: In<'a, u8>, k_numbers: Option<In<'a, f32>>, v: In<'a, u8>, v_numbers: Option<In<'a, f32>> },
+}
+
+/// The other operands.
+struct Rest<'a, T> {
+    q: In<'a, T>,
+    out: Out<'a, T>,
+    lse: Option<Out<'a, f32>>,
+    schedule: In<'a, u32>,
+    lengths: Option<In<'a, i32>>,
+    row_index: Option<In<'a, i32>>,
+    kv_offset: Option<In<'a, i32>>,
+    workspace: Option<Out<'a, u8>>,
+}
+
 impl<T: Float> ScaleAttention<T> {
     /// A plan for one batch entry and one head of 64 until told otherwise.
     pub fn builder(visibility: &Visibility) -> ScaleAttentionBuilder<T> {
@@ -118,23 +168,54 @@ impl<T: Float> ScaleAttention<T> {
     ///
     /// # Errors
     /// Nothing was launched or written: an operand that is missing, too short, misaligned, overlapping one that is written, on
-    /// another device or ordered on another stream; on the host an index or a length out of range; on CUDA what CUDA said.
-    pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: ScaleAttentionArgs<'_, T>) -> Result<()> {
-        let stream = stream.as_stream();
+    /// another device or ordered on another stream; a plan of packed keys; on the host an index or a length out of range; on CUDA
+    /// what CUDA said.
+    pub fn run<S: AsStream + ?Sized>(&self, stream: &S, args: ScaleAttentionArgs<'_, T>) -> Result<()> {
+        if self.inner.packed.is_some() {
+            return Err(Error::Unsupported { arg: "k", what: "a plan of packed keys: run_packed" });
+        }
+        let ScaleAttentionArgs { q, k, v, out, lse, schedule, lengths, row_index, kv_offset, workspace } = args;
+        let rest = Rest { q, out, lse, schedule, lengths, row_index, kv_offset, workspace };
+        self.run_on(stream.as_stream(), KeysAndValues::Plain { k, v }, rest)
+    }
+
+    /// [`ScaleAttention::run`] of a plan whose keys and values are [packed](ScaleAttentionBuilder::packed): each row is unpacked
+    /// to `T`, as [`Pack`](crate::compression::Pack) unpacks it, where it is used, so that the result is that of the portable
+    /// kernel on the unpacked cache, bit for bit.
+    ///
+    /// # Errors
+    /// As [`ScaleAttention::run`]; a plan of keys that are not packed.
+    pub fn run_packed<S: AsStream + ?Sized>(&self, stream: &S, args: ScaleAttentionPackedArgs<'_, T>) -> Result<()> {
+        if self.inner.packed.is_none() {
+            return Err(Error::Unsupported { arg: "k", what: "a plan of keys that are not packed: run" });
+        }
+        let ScaleAttentionPackedArgs { q, k, k_numbers, v, v_numbers, out, lse, schedule, lengths, .. } = args;
+        let (row_index, kv_offset, workspace) = (args.row_index, args.kv_offset, args.workspace);
+        let rest = Rest { q, out, lse, schedule, lengths, row_index, kv_offset, workspace };
+        self.run_on(stream.as_stream(), KeysAndValues::Packed { k, k_numbers, v, v_numbers }, rest)
+    }
+
+    fn run_on(&self, stream: Stream<'_>, kv: KeysAndValues<'_, T>, mut rest: Rest<'_, T>) -> Result<()> {
         let plan = &self.inner;
         let host = stream.device() == Device::Host;
-        Operands::of(&stream)
-            .input("q", &args.q, plan.q_len)?
-            .input("k", &args.k, plan.k_len)?
-            .input("v", &args.v, plan.v_len)?
-            .output("out", &args.out, plan.out_len)?
-            .output_if("lse", &args.lse, plan.lse_len)?
-            .input("schedule", &args.schedule, if host { 0 } else { plan.schedule.words().len() as u64 })?
-            .input_needed("lengths", &args.lengths, plan.lengths_len)?
-            .input_needed("row_index", &args.row_index, plan.row_index_len)?
-            .input_needed("kv_offset", &args.kv_offset, plan.kv_offset_len)?
-            .workspace_if(&args.workspace, if host { 0 } else { plan.workspace_bytes })?
+        let operands = Operands::of(&stream).input("q", &rest.q, plan.q_len)?;
+        let operands = match &kv {
+            KeysAndValues::Plain { k, v } => operands.input("k", k, plan.k_len)?.input("v", v, plan.v_len)?,
+            KeysAndValues::Packed { k, k_numbers, v, v_numbers } => operands
+                .input("k", k, plan.k_len)?
+                .input("v", v, plan.v_len)?
+                .input_needed("k_numbers", k_numbers, plan.numbers_len[0])?
+                .input_needed("v_numbers", v_numbers, plan.numbers_len[1])?,
+        };
+        operands
+            .output("out", &rest.out, plan.out_len)?
+            .output_if("lse", &rest.lse, plan.lse_len)?
+            .input("schedule", &rest.schedule, if host { 0 } else { plan.schedule.words().len() as u64 })?
+            .input_needed("lengths", &rest.lengths, plan.lengths_len)?
+            .input_needed("row_index", &rest.row_index, plan.row_index_len)?
+            .input_needed("kv_offset", &rest.kv_offset, plan.kv_offset_len)?
+            .workspace_if(&rest.workspace, if host { 0 } else { plan.workspace_bytes })?
             .finish()?;
-        if host { host::run(plan, &mut args) } else { cuda::run(plan, &stream, &args) }
+        if host { host::run(plan, &kv, &mut rest) } else { cuda::run(plan, &stream, &kv, &rest) }
     }
 }

@@ -9,6 +9,7 @@ use crate::device::{Arch, DeviceInfo};
 use crate::dtype::{DType, Float};
 use crate::error::{Error, Result};
 use crate::layout::Layout;
+use crate::packed::Format;
 
 const MOST_DIM: u64 = 128;
 /// Works and rows are counted in 32 bits.
@@ -54,6 +55,8 @@ pub struct ScaleAttentionBuilder<T> {
     groups: Option<u32>,
     splits: Option<u32>,
     pack_heads: Option<bool>,
+    packed: Option<(Format, bool)>,
+    numbers: Option<[[i64; 3]; 2]>,
     types: PhantomData<T>,
 }
 
@@ -90,8 +93,25 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             groups: None,
             splits: None,
             pack_heads: None,
+            packed: None,
+            numbers: None,
             types: PhantomData,
         }
+    }
+
+    /// `k` and `v` are packed, in [`Format::Fp8`] or [`Format::INT4`], as [`Pack`](crate::compression::Pack) packs rows with
+    /// numbers of f32, which lie in the slots if `inline`; strides of `k` and `v` are then bytes, multiples of 16. For
+    /// [`ScaleAttention::run_packed`]. Keys that were rotated meet queries that are rotated alike.
+    pub fn packed(mut self, format: Format, inline: bool) -> Self {
+        self.packed = Some((format, inline));
+        self
+    }
+
+    /// Strides of the numbers of `k` and of `v` in elements, `[batch, row, head]`; contiguous `[batch, kv_rows, kv_heads, n]` if
+    /// not given.
+    pub fn numbers_strides(mut self, k: [i64; 3], v: [i64; 3]) -> Self {
+        self.numbers = Some([k, v]);
+        self
     }
 
     /// Batch entries; 1 if not given.
@@ -177,7 +197,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
     /// [`Error::Size`] for a dim of 0 or beyond 128, heads of 0, more than 2^31 - 1 rows, works or keys, fewer `kv_rows` than
     /// keys, a bound out of range, or forced values out of range; [`Error::Unsupported`] for a dim that is no multiple of 8,
     /// heads that are no multiple of `kv_heads`, a scale that is not positive, a bound for f16, packed keys without a length,
-    /// or a kernel the device has not; [`Error::Stride`] for strides that are negative, no multiples of 8, or let outputs
+    /// a packed format or head_dim that there is no kernel for, or a kernel the device has not; [`Error::Stride`] for strides that are negative, no multiples of 8, or let outputs
     /// overlap; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<ScaleAttention<T>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
@@ -240,8 +260,43 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         };
         let q = layout("q", shape(q_rows, self.heads), self.q)?;
         let kv_shape = [if self.packed_keys { 1 } else { self.batch }, kv_rows, self.kv_heads, self.dim];
-        let k = layout("k", kv_shape, self.k)?;
-        let v = layout("v", kv_shape, self.v)?;
+        let mut slot_shape = kv_shape;
+        if let Some((format, inline)) = self.packed {
+            if ![Format::Fp8, Format::INT4].contains(&format) {
+                return refuse("format", "Fp8 and INT4");
+            }
+            if ![64, 96, 128].contains(&self.dim) {
+                return refuse("head_dim", "64, 96 and 128 of packed keys and values");
+            }
+            let dim = self.dim as usize;
+            slot_shape[3] = if inline { format.inline_bytes(dim) } else { format.code_bytes(dim) } as u64;
+        }
+        let k = layout("k", slot_shape, self.k)?;
+        let v = layout("v", slot_shape, self.v)?;
+        let numbers_shape = [kv_shape[0], kv_shape[1], kv_shape[2], self.packed.map_or(0, |(f, _)| f.numbers() as u64)];
+        let numbers = |strides: Option<[i64; 3]>| {
+            strides.map_or(Layout::contiguous(numbers_shape), |[b, r, h]| Layout::strided(numbers_shape, [b, r, h, 1]))
+        };
+        let numbers = [numbers(self.numbers.map(|n| n[0])), numbers(self.numbers.map(|n| n[1]))];
+        if self.packed.is_some() {
+            for (arg, layout, multiple) in [
+                ("k", &k, 16),
+                ("v", &v, 16),
+                ("k_numbers", &numbers[0], numbers_shape[3] as i64),
+                ("v_numbers", &numbers[1], numbers_shape[3] as i64),
+            ] {
+                for (dim, &got) in layout.strides()[..3].iter().enumerate() {
+                    if got % multiple != 0 {
+                        return Err(Error::Stride {
+                            arg,
+                            dim,
+                            got,
+                            need: "packed: multiples of 16 bytes, whole numbers",
+                        });
+                    }
+                }
+            }
+        }
         for (arg, layout) in [("q", &q), ("k", &k), ("v", &v)] {
             // A tensor copy may have no stride of 0; the batch's is left out of it.
             for dim in [1, 2] {
@@ -268,6 +323,10 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let many = self.dim <= 64 && self.batch * self.heads >= 4 * device.sm_count.max(1) as u64;
         let small = rows <= 64 && keys <= if many { 160 } else { 64 } && self.groups.is_none();
         let variant = match self.variant {
+            Variant::Hopper if self.packed.is_some() => {
+                return refuse("variant", "Variant::Portable of packed keys and values");
+            }
+            _ if self.packed.is_some() => Variant::Portable,
             Variant::Auto if hopper_can && !small => Variant::Hopper,
             Variant::Auto => Variant::Portable,
             Variant::Hopper if !hopper_can => {
@@ -320,7 +379,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let works = heads_taken * u64::from(schedule.items());
         size("batch * heads * items", works, 0, MOST)?;
         // Keys of the heads in work at once should stay in L2 until all of their items are done.
-        let kv_bytes = 4 * keys.max(1) * self.dim;
+        let kv_bytes = 4 * keys.max(1) * if self.packed.is_some() { slot_shape[3] / 2 } else { self.dim };
         let kv_heads_at_once = (device.l2_bytes.max(0) as u64 / 2 / kv_bytes).max(1);
         let section = kv_heads_at_once.saturating_mul(u64::from(per_kv / pack));
         let section = if section >= heads_taken { 0 } else { section as u32 };
@@ -333,6 +392,12 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             q_len: q.required_len("q")?,
             k_len: k.required_len("k")?,
             v_len: v.required_len("v")?,
+            numbers_len: match self.packed {
+                Some((_, false)) => [numbers[0].required_len("k_numbers")?, numbers[1].required_len("v_numbers")?],
+                _ => [0; 2],
+            },
+            packed: self.packed,
+            numbers,
             out_len,
             lse_len,
             lengths_len: lengths.required_len("lengths")?,
@@ -363,6 +428,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             plan.q_len = 0;
             plan.k_len = 0;
             plan.v_len = 0;
+            plan.numbers_len = [0; 2];
             plan.lengths_len = 0;
             plan.row_index_len = 0;
             plan.kv_offset_len = 0;
@@ -431,6 +497,12 @@ pub(super) struct Plan {
     pub(super) q_len: u64,
     pub(super) k_len: u64,
     pub(super) v_len: u64,
+    /// Of k and v; 0 where they are inline.
+    pub(super) numbers_len: [u64; 2],
+    /// Of packed k and v, and whether numbers are inline. Layouts of k and v are then of slots, in bytes.
+    pub(super) packed: Option<(Format, bool)>,
+    /// `[batch, kv_rows, kv_heads, n]`.
+    pub(super) numbers: [Layout<4>; 2],
     pub(super) out_len: u64,
     pub(super) lse_len: u64,
     pub(super) lengths_len: u64,
@@ -455,7 +527,7 @@ impl Eq for Plan {}
 impl core::hash::Hash for Plan {
     fn hash<H: core::hash::Hasher>(&self, state: &mut H) {
         self.schedule.hash(state);
-        (self.q, self.k, self.v, self.out, self.lse).hash(state);
+        (self.q, self.k, self.v, self.out, self.lse, self.packed, self.numbers).hash(state);
         (self.scale.to_bits(), self.logit_bound.to_bits(), self.variant).hash(state);
     }
 }

@@ -1,5 +1,6 @@
 #pragma once
 #include <bit>
+#include <cmath>
 
 #include "common/ptx/simt.cuh"
 
@@ -50,6 +51,34 @@ NXS_DEVICE u32 f32x2_to_f16x2_bits(float lo, float hi, NXS_WHERE) {
 }
 NXS_DEVICE u32 f32x2_to_bf16x2_bits(float lo, float hi, NXS_WHERE) {
   return f32_to_bf16_bits(lo, where) | static_cast<u32>(f32_to_bf16_bits(hi, where)) << 16;
+}
+
+
+namespace detail {
+// To the nearest multiple of the step at the magnitude's exponent, in double precision.
+NXS_DEVICE u32 round_to_e4m3(float x) {
+  if (std::isnan(x)) return 0x7f;
+  const u32 sign = std::signbit(x) ? 0x80 : 0;
+  const double magnitude = std::fabs(static_cast<double>(x));
+  if (magnitude >= 448) return sign | 0x7e;
+  const int exponent = magnitude < 0x1p-6 ? -6 : std::ilogb(magnitude);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
+  return sign | (static_cast<u32>(exponent + 6) * 8 + static_cast<u32>(steps));
+}
+NXS_DEVICE u16 e4m3_to_f16(u32 code) {
+  const u32 e = code >> 3 & 15, m = code & 7;
+  if (e == 15 && m == 7) return 0x7fff;
+  const double value = e ? std::ldexp(8 + m, static_cast<int>(e) - 10) : std::ldexp(m, -9);
+  return round_to_16_bits(static_cast<float>(code >> 7 & 1 ? -value : value), 5, 10);
+}
+}  // namespace detail
+NXS_DEVICE u16 f32x2_to_e4m3x2_bits(float lo, float hi, NXS_WHERE) {
+  emulator::check_registers(lo, where);
+  emulator::check_registers(hi, where);
+  return static_cast<u16>(detail::round_to_e4m3(lo) | detail::round_to_e4m3(hi) << 8);
+}
+NXS_DEVICE u32 e4m3x2_to_f16x2_bits(u16 pair) {
+  return detail::e4m3_to_f16(pair & 0xff) | static_cast<u32>(detail::e4m3_to_f16(pair >> 8)) << 16;
 }
 
 }  // namespace nxs

@@ -36,6 +36,8 @@ NXS_DEVICE float tanh_approx(float x, NXS_WHERE) {
 NXS_DEVICE float fma(float a, float b, float c) { return std::fma(a, b, c); }
 NXS_DEVICE float square_root(float x) { return std::sqrt(x); }
 NXS_DEVICE float divide(float a, float b) { return a / b; }
+NXS_DEVICE double fma_f64(double a, double b, double c) { return std::fma(a, b, c); }
+NXS_DEVICE double divide_f64(double a, double b) { return a / b; }
 NXS_DEVICE float multiply(float a, float b) { return a * b; }
 NXS_DEVICE float maximum(float a, float b) {
   if (std::isnan(a)) return b;
