@@ -876,15 +876,16 @@ fn graphs_replay() {
         let workspace = Buffer::<u8>::poisoned(&device, plan.workspace_bytes() as usize, 0);
         let workspace = std::cell::RefCell::new(workspace);
         let run = |k: &Buffer<bf16>, lengths: &Buffer<i32>, scores: &std::cell::RefCell<Buffer<f32>>| {
+            let (mut scores, mut workspace) = (scores.borrow_mut(), workspace.borrow_mut());
             let args = ImportanceArgs {
                 q: q.input(),
                 k: k.input(),
-                scores: scores.borrow_mut().output(),
+                scores: scores.output(),
                 rows: None,
                 masked: None,
                 lengths: Some(lengths.input()),
                 lse: None,
-                workspace: Some(workspace.borrow_mut().output()),
+                workspace: Some(workspace.output()),
             };
             plan.run(&stream, args).unwrap();
         };

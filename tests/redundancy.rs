@@ -618,21 +618,23 @@ fn graphs_replay() {
         let (out, eager) = (buffer(problem.scores.len()), buffer(problem.scores.len()));
         let workspace = std::cell::RefCell::new(Buffer::<u8>::poisoned(&device, most, 0));
         let run = |k: &Buffer<bf16>, scores: &std::cell::RefCell<Buffer<f32>>| {
+            let (mut inverse, mut sums) = (inverse.borrow_mut(), sums.borrow_mut());
+            let (mut scores, mut workspace) = (scores.borrow_mut(), workspace.borrow_mut());
             let args = KeyNormsArgs {
                 k: k.input(),
-                inverse_norms: inverse.borrow_mut().output(),
-                unit_sum: sums.borrow_mut().output(),
+                inverse_norms: inverse.output(),
+                unit_sum: sums.output(),
                 lengths: None,
-                workspace: Some(workspace.borrow_mut().output()),
+                workspace: Some(workspace.output()),
             };
             norms.run(&stream, args).unwrap();
             let args = RedundancyArgs {
                 k: k.input(),
-                inverse_norms: inverse.borrow().input(),
-                unit_sum: sums.borrow().input(),
-                scores: scores.borrow_mut().output(),
+                inverse_norms: inverse.input(),
+                unit_sum: sums.input(),
+                scores: scores.output(),
                 lengths: None,
-                workspace: Some(workspace.borrow_mut().output()),
+                workspace: Some(workspace.output()),
             };
             plan.run(&stream, args).unwrap();
         };
