@@ -479,13 +479,14 @@ __global__ void __launch_bounds__(kPackThreads, 3) pack_channels_kernel(const __
       magnitude[i] = maximum(magnitude[i], shuffle_xor(magnitude[i], apart));
     }
   const u32 warp = thread / kWarpSize;
-  if (thread % kWarpSize < lanes && inside)
+  if (thread % kWarpSize < lanes && inside) {
 #pragma unroll
     for (u32 i = 0; i < 8; ++i) {
       store_shared(channel_at(shared, warp, 0, lane * 8 + i), least[i]);
       store_shared(channel_at(shared, warp, 1, lane * 8 + i), most[i]);
       store_shared(channel_at(shared, warp, 2, lane * 8 + i), magnitude[i]);
     }
+  }
   block_sync();
   for (u32 channel = thread; channel < dim; channel += kPackThreads) {
     float low = kInfinity, high = -kInfinity, all = 0;

@@ -335,9 +335,10 @@ template <int kGroup, bool kSplit> struct EncodeWarp {
       sum[n] = 0;
     }
     u32 k = 0;
-    if constexpr (kSplit)  // the Hopper kernel, whose consumers have registers
+    if constexpr (kSplit) {  // the Hopper kernel, whose consumers have registers
 #pragma unroll 1
       for (; k + 16 <= chunks; k += 16) score_chunks<kMany, 16>(from, at, k, sum);
+    }
 #pragma unroll 1
     for (; k + 8 <= chunks; k += 8) score_chunks<kMany, 8>(from, at, k, sum);
 #pragma unroll 1

@@ -144,11 +144,13 @@ NXS_DEVICE void project_out(const nxs_rvq_encode_params& p, u32 level, u32 rows,
       for (u32 i = 0; i < kChunks; ++i) {
         const auto v = load_shared<Vec<float, 4>>(values + (r * kProjectedDim + i * 4) * 4);
 #pragma unroll
-        for (u32 c = 0; c < 4; ++c)
+        for (u32 c = 0; c < 4; ++c) {
           // Beyond dim there is nothing, not even a product with 0: the value might be what a row before left.
-          if (i * 4 + c < dim)
+          if (i * 4 + c < dim) {
 #pragma unroll
             for (u32 n = 0; n < kWide; ++n) y[n] = fma(w[n][i].data[c], v.data[c], y[n]);
+          }
+        }
       }
       const u32 place = shared + r * stride + k * 4;
       auto left = load_shared<Vec<float, kWide>>(place);
