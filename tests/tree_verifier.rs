@@ -1185,7 +1185,7 @@ fn only_the_path_is_read() {
         let rows: u64 = outcome.emitted.iter().map(|n| n.0 as u64).sum();
         let leaves: u64 = outcome.path.iter().filter(|&&node| node >= 0).count() as u64;
         assert_eq!(rows, leaves);
-        assert!(rows >= 6 && rows < 20, "{rows}");
+        assert!((6..20).contains(&rows), "{rows}");
         let row = vocab as u64 * 2;
         // No row of the draft at leaves, nor at a walk's greatest depth.
         let of_draft = if kind == Drafts::Logits { rows - batch as u64 } else { 0 };
