@@ -69,6 +69,10 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut RedundancyArgs<'_, T>) {
                         i != j as u64 && i32::from_ne_bytes(key) != j as i32
                     };
                     *score = (0..length).filter(kept).map(|i| cosine(i, j as u64)).sum::<f32>() / length as f32;
+                    // A NaN says so also where it is left out as the key's own.
+                    if cosine(j as u64, j as u64).is_nan() {
+                        *score = f32::NAN;
+                    }
                 }
             }
         }
