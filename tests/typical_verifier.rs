@@ -257,8 +257,10 @@ fn check<T: Float>(case: &Case, flaw: Flaw) -> Result<(), String> {
                     log_sum += of.ln();
                 }
             }
-            let better = best.is_none_or(|(n, sum, _)| {
-                if n == length && sum != log_sum {
+            let better = best.is_none_or(|(n, sum, other)| {
+                // Paths that accept the same nodes tie in every arithmetic; others only in this one.
+                let same = list(other).iter().take(n + 1).eq(nodes.iter().take(length + 1));
+                if n == length && (sum != log_sum || (length > 0 && !same)) {
                     margin = margin.min((sum - log_sum).abs());
                 }
                 length > n || (length == n && log_sum > sum && flaw != Flaw::FirstLongest)
