@@ -304,11 +304,13 @@ impl Oracle<'_> {
         let finite = items[candidates].iter().copied().filter(|x| x.is_finite());
         let least = finite.fold(f64::INFINITY, f64::min);
         for (i, score) in items.iter_mut().enumerate() {
+            // Means of blocks use all bits of an f32, so that what follows is rounded to one: that may make two equal.
+            let rounded = |x: f64| if case.block == 1 { x } else { f64::from(x as f32) };
             if case.relative && least.is_finite() {
-                *score -= least;
+                *score = rounded(*score - least);
             }
             if case.weighted {
-                *score *= f64::from(self.data.weights[i]);
+                *score = rounded(*score * f64::from(self.data.weights[i]));
             }
             if i < case.demoted {
                 // Not exact: a million takes most of the bits.
