@@ -14,10 +14,11 @@ flags="-std=c++20 -O1 -g1 -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-may
 # A register that a kernel reads before it writes it has this pattern.
 kernel_flags="-ftrivial-auto-var-init=pattern"
 
-# compile <source> <extra flags>: into $out, unless the object is newer than everything it was made from.
+object_of() { echo "$out/$(echo "$1" | tr / -).o"; }
+
+# Into $out, unless the object is newer than everything it was made from.
 compile() {
-  object=$out/$(echo "$1" | tr / -).o
-  echo "$object"
+  object=$(object_of "$1")
   if [ -f "$object.d" ] && [ -f "$object" ] && [ "$0" -ot "$object" ]; then
     fresh=1
     for dependency in $(sed 's/^[^:]*://; s/\\$//' "$object.d"); do
@@ -25,28 +26,33 @@ compile() {
     done
     [ $fresh = 1 ] && return
   fi
-  echo "compile $1" >&2
+  echo "compile $1"
+  case $1 in
+    emulator/src/*) extra=-O2 ;;
+    *) extra="$kernel_flags -Iemulator/tests" ;;
+  esac
   # shellcheck disable=SC2086
-  $cxx $flags $2 -MMD -MF "$object.d" -x c++ -c "$1" -o "$object" || { rm -f "$object"; exit 1; }
+  $cxx $flags $extra -MMD -MF "$object.d" -x c++ -c "$1" -o "$object" || { rm -f "$object"; exit 1; }
 }
 
-objects=
-for source in emulator/src/*.cpp; do
-  objects="$objects $(compile "$source" -O2)"
-done
-for source in kernels/*/*.cu; do
-  objects="$objects $(compile "$source" "$kernel_flags")"
-done
+# Called by itself, below: one source of many.
+if [ "${1:-}" = --compile ]; then
+  compile "$2"
+  exit
+fi
+
+# A failure does not keep the others from being compiled, so that one run tells them all.
+printf '%s\n' emulator/src/*.cpp kernels/*/*.cu emulator/tests/*.cpp | xargs -P "${JOBS:-1}" -n 1 sh "$0" --compile
 rm -f "$out/libnextscale_emulated.a"
-# shellcheck disable=SC2086
-ar rcs "$out/libnextscale_emulated.a" $objects
+for source in emulator/src/*.cpp kernels/*/*.cu; do
+  object_of "$source"
+done | xargs ar rcs "$out/libnextscale_emulated.a"
 
 passed=0 failed=0
 for source in emulator/tests/*.cpp; do
   name=$(basename "$source" .cpp)
-  object=$(compile "$source" "$kernel_flags -Iemulator/tests")
   # shellcheck disable=SC2086
-  $cxx $flags "$object" "$out/libnextscale_emulated.a" -o "$out/$name"
+  $cxx $flags "$(object_of "$source")" "$out/libnextscale_emulated.a" -o "$out/$name"
   # In order and as late as can be; then in two random orders. The planted bugs choose for themselves.
   for settings in "0 late" "1 random" "2 early"; do
     [ "$name" = bugs ] && [ "$settings" != "0 late" ] && continue

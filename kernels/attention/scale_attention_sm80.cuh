@@ -183,7 +183,7 @@ template <typename T, int kDim, int kFormat> struct Attend {
   // From the codes of a slot to values where they are used. All have come; all threads take part.
   NXS_DEVICE void expand(u32 slot) const {
     using H = PackedHalf<kDim, kFormat>;
-    constexpr u32 kUnroll = kFormat == NXS_KV_FP8 ? H::kRounds : 1;
+    [[maybe_unused]] constexpr u32 kUnroll = kFormat == NXS_KV_FP8 ? H::kRounds : 1;
 #pragma unroll kUnroll
     for (u32 i = 0; i < H::kRounds; ++i) {
       const u32 at = thread + i * C::kThreads, row = at / H::kPieces, piece = at % H::kPieces;

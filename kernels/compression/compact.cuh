@@ -225,8 +225,8 @@ struct Moving {
   bool go;
 };
 template <bool kInPlace>
-NXS_DEVICE void aim(const nxs_compact_params& p, const MoveShape& shape, const nxs_compact_tensor& tensor, i64 set, i64 head,
-                    i64 from_place, i64 to_place, Moving& row) {
+NXS_DEVICE void aim(const MoveShape& shape, const nxs_compact_tensor& tensor, i64 set, i64 head, i64 from_place, i64 to_place,
+                    Moving& row) {
   const u8* base = static_cast<const u8*>(kInPlace ? tensor.out_or_null : tensor.input_or_null);
   const i64 by_set = kInPlace ? tensor.out_stride_set : tensor.input_stride_set;
   const i64 by_row = kInPlace ? tensor.out_stride_row : tensor.input_stride_row;
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kCompactThreads, 3) gather_kernel(const __grid
     if (!tensor.out_or_null) continue;
 #pragma unroll
     for (u32 u = 0; u < kRows; ++u)
-      aim<false>(p, shape, tensor, set, head[u], from[u], to[u], moving[u]);
+      aim<false>(shape, tensor, set, head[u], from[u], to[u], moving[u]);
     const u32 units = shape.units[t], rotated = t == 0 ? shape.rotated : 0;
 #pragma unroll 1
     for (u32 unit = lane; unit < units; unit += lanes) {
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(kCompactThreads, 4) in_place_kernel(const __gr
     for (u32 u = 0; u < kRows; ++u) {
       moving[u].go = go[u];
       if (!go[u]) continue;
-      aim<true>(p, shape, tensor, set, head, from[u], to[u], moving[u]);
+      aim<true>(shape, tensor, set, head, from[u], to[u], moving[u]);
       if constexpr (Mover::kTurns) {
         if (turned) moving[u].angles = angles_of<true>(p, set, head, row[u], source[u], from[u]);
       }

@@ -437,8 +437,8 @@ struct Trials {
 
 // Tries children from trials.next on, up to one that is accepted or one that fails. -> command, and a child or token.
 template <typename P, typename Q>
-NXS_DEVICE u32 try_children(const Walk<P, Q>& walk, u32 node, u32 depth, u32 count, const Target<P>& target,
-                            const Draft<Q>& q, Trials& trials, u32& said, u32& result) {
+NXS_DEVICE u32 try_children(const Walk<P, Q>& walk, u32 depth, u32 count, const Target<P>& target, const Draft<Q>& q,
+                            Trials& trials, u32& said, u32& result) {
   const nxs_tree_verify_params& p = walk.p;
   while (trials.next < count) {
     const u32 j = trials.next++;
@@ -537,7 +537,7 @@ __global__ void __launch_bounds__(kThreads, 2) tree_verify_kernel(const __grid_c
           } else if (q.summary.shape == kSpread) {
             draws_token = false;
             trials.step = target.summary.sum / q.summary.sum;
-            command = try_children(walk, node, depth, count, target, q, trials, said, result);
+            command = try_children(walk, depth, count, target, q, trials, said, result);
             // No child was one that could be tried.
             draws_token = command == kEmit;
             matches = false;
@@ -589,7 +589,7 @@ __global__ void __launch_bounds__(kThreads, 2) tree_verify_kernel(const __grid_c
           result = sample_row(target.summary, target.row, walk.of_target, u.at[0], u.at[1], u.at[2], partial);
         } else {
           trials.step = mass / (p.without_replacement ? walk.total(sums, walk.of_target, walk.of_draft) : q.summary.sum);
-          command = try_children(walk, node, depth, count, target, q, trials, said, result);
+          command = try_children(walk, depth, count, target, q, trials, said, result);
           if (command == kEmit) {
             const Uniforms u = walk.three(node, depth, kUseResidual);
             const u32 chunk = pick_chunk(walk.of_target, u.at[0], [&](u32 at) { return walk.load(sums, at).max; });
