@@ -80,6 +80,31 @@ fn temperatures_and_exhausted_vocabularies_have_the_law_too() {
     }
 }
 
+/// Children that the library's drafter draws in one go have the law that the verifier takes them to have, however many there
+/// are; those that were drawn in the other way have not.
+#[test]
+fn children_drawn_at_once_have_the_law_of_the_target() {
+    for (name, chain) in [("similar", similar(5, 2.5, 11)), ("reversed", reversed(5, 2))] {
+        for tree in [&BUSHY[..], &WIDE] {
+            for kind in [Drafts::Logits, Drafts::LogitsAndStats] {
+                for siblings in SIBLINGS {
+                    let at_once = Some(siblings);
+                    let how = How { at_once, ..How::plain(tree, Rule::Reject, kind, siblings) };
+                    let excess = excess(&chain, &how, 30_000, 3);
+                    assert!(excess < 4.0, "{name} {tree:?} {kind:?} {siblings:?}: {excess}");
+                }
+            }
+        }
+    }
+    let chain = similar(5, 2.5, 11);
+    for (siblings, other) in [(SIBLINGS[0], SIBLINGS[1]), (SIBLINGS[1], SIBLINGS[0])] {
+        let how = How::plain(&WIDE, Rule::Reject, Drafts::Logits, siblings);
+        let how = How { at_once: Some(other), flaw: Some(Flaw::None), ..how };
+        let excess = excess(&chain, &how, 30_000, 3);
+        assert!(excess > 10.0, "{other:?} taken for {siblings:?}: {excess}");
+    }
+}
+
 #[test]
 fn wrong_rules_do_not() {
     let reversed = reversed(5, 2);

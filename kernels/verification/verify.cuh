@@ -311,7 +311,7 @@ NXS_DEVICE float residual_sum(const Step<P, Q>& step, float factor, const Target
   residual_weights(step, factor, p, q, chunk, weight);
 #pragma unroll
   for (u32 place = 0; place < 32; ++place) sum = sum + weight[place];
-  return shuffle(scan(sum), 31);
+  return sum_of_lanes(sum);
 }
 
 // Says one thread's word to the block.
@@ -734,7 +734,7 @@ __global__ void __launch_bounds__(kThreads, 3) verify_blocks_kernel(const __grid
         float own = 0;
         for (u32 chunk = lane_index(); chunk < step.of_target; chunk += 32) own = own + load_global(residuals + chunk);
         warp_sync();
-        const float mass = shuffle(scan(own), 31) / multiply(target.sum(), q.sum());
+        const float mass = sum_of_lanes(own) / multiply(target.sum(), q.sum());
         const float all = mass + (1.0f - state.ratio);
         passing = all > 0 ? mass / all : 1.0f;
       }
@@ -788,6 +788,12 @@ template <typename T> struct Swept {
   Partial* to;
 };
 
+template <typename T> NXS_DEVICE_CALL void sweep_one(const Swept<T>& of) {
+  Logits<T> logits = load_logits(of.row, of.chunk);
+  const Partial partial = chunk_partial(logits, of.scale);
+  if (lane_index() == 0) store_global(of.to, partial);
+}
+
 // Requests of few chunks: each by a cluster of p.cluster blocks, whose warps share out the chunks of all of its rows; then
 // the first block decides. No counter is needed, and no row is passed over.
 template <typename P, typename Q>
@@ -798,47 +804,66 @@ __global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __gr
   const u32 chunks = step.of_target + step.of_draft, all = r.rows * chunks, stride = ranks * kWarps;
   if (p.target_stats_or_null)
     for (u32 i = rank; i < r.rows; i += ranks) copy_partials<P, Q>(p, r.b, i, 0, step.of_target);
-  const auto of_draft = [&](u32 at, u32& i, u32& chunk) {
-    i = at / chunks;
-    chunk = at - i * chunks;
-    return chunk >= step.of_target;
+  // Row i and the chunk `number` of the pair, in steps of the stride: no division but the first.
+  const u32 begin = rank * kWarps + thread_index() / 32;
+  u32 at = begin, i = at / chunks, number = at - i * chunks;
+  const u32 rows_on = stride / chunks, chunks_on = stride - rows_on * chunks;
+  const auto go_on = [&] {
+    at += stride;
+    i += rows_on;
+    number += chunks_on;
+    if (number >= chunks) {
+      number -= chunks;
+      ++i;
+    }
   };
   if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
-    // From `at` on, the first chunk that is this warp's to sweep.
+    // From here on, the first chunk that is this warp's to sweep and is wide; those before it that are not are done at once,
+    // as are all the second time, if a NaN was among them.
+    bool nan = false, again = false;
     Swept<P> now, then;
-    const auto find = [&](u32& at, Swept<P>& chunk) {
-      for (; at < all; at += stride) {
-        u32 i, number;
-        const bool draft = of_draft(at, i, number);
+    const auto find = [&](Swept<P>& chunk) {
+      for (; at < all; go_on()) {
+        const bool draft = number >= step.of_target;
         if (draft ? !step.swept(r, i) : p.target_stats_or_null != nullptr) continue;
         chunk.to = step.partials(step.slot(r.b, i)) + number;
         chunk.row = draft ? step.draft_row(step.draft_index(r, i)) : step.target_row(r, i);
         chunk.chunk = draft ? number - step.of_target : number;
         chunk.scale = draft ? r.draft_scale : r.measure;
-        return true;
+        if (!again && chunk.chunk < wide_chunks(chunk.row)) return true;
+        const Swept<P> copied = chunk;
+        sweep_one(copied);
       }
       return false;
     };
-    u32 at = rank * kWarps + thread_index() / 32;
-    bool more = find(at, now);
-    Logits<P> next;
-    if (more) next = load_logits(now.row, now.chunk);
 #pragma unroll 1
-    while (more) {
-      Logits<P> logits = next;
-      at += stride;
-      more = find(at, then);
-      if (more) next = load_logits(then.row, then.chunk);
-      const Partial partial = chunk_partial(logits, now.scale);
-      if (lane_index() == 0) store_global(now.to, partial);
-      now = then;
+    for (;;) {
+      bool more = find(now);
+      Logits<P> next;
+      if (more) next = detail::load_wide(now.row.logits, now.chunk);
+#pragma unroll 1
+      while (more) {
+        const Logits<P> logits = next;
+        go_on();
+        more = find(then);
+        if (more) next = detail::load_wide(then.row.logits, then.chunk);
+        const float top = lane_maximum(logits);
+        nan = nan || top != top;
+        const Partial partial = partial_of_numbers(logits, top, now.scale);
+        if (lane_index() == 0) store_global(now.to, partial);
+        now = then;
+      }
+      if (again || !warp_any(nan)) break;
+      again = true;
+      at = begin;
+      i = at / chunks;
+      number = at - i * chunks;
     }
   } else {
 #pragma unroll 1
-    for (u32 at = rank * kWarps + thread_index() / 32; at < all; at += stride) {
-      u32 i, number;
+    for (; at < all; go_on()) {
       Partial partial;
-      if (of_draft(at, i, number)) {
+      if (number >= step.of_target) {
         if (!step.swept(r, i)) continue;
         Logits<Q> logits = load_logits(step.draft_row(step.draft_index(r, i)), number - step.of_target);
         partial = chunk_partial(logits, r.draft_scale);

@@ -21,6 +21,7 @@ mod candidates;
 mod confidence;
 mod draft_sample;
 mod host_rows;
+mod items;
 mod log2;
 mod moments;
 mod pooled;
