@@ -173,6 +173,8 @@ template <typename T> NXS_DEVICE_CALL void settle_row(const nxs_draft_sample_par
   if (p.top_p_or_null) truncation.top_p = load_global_nc(p.top_p_or_null + r);
   if (p.min_p_or_null) truncation.min_p = load_global_nc(p.min_p_or_null + r);
   truncate_row(truncation, summary, row, chunks, partials, shared + 16);
+  // All have seen the partials before drafts are taken out of them.
+  block_sync();
   if (warp == 0) {
     draw_drafts(p, r, summary, row, chunks, partials);
     if (lane_index() == 0) {

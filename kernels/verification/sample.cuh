@@ -245,8 +245,8 @@ NXS_DEVICE_CALL void sweep_narrow(const Row<T>& row, const Scale& scale, Partial
     if (lane_index() == 0) store_global(partials + chunk, partial);
   }
 }
-// All. The next chunk is on its way while one is added up, if the registers hold both; nothing is called in between, and
-// the two take turns, so that nothing is copied. A NaN is noticed at the end: then the chunks are done again.
+// All. The first two chunks are asked for at once, and the next one is on its way while one is added up, if the registers hold
+// both; nothing is called in between. A NaN is noticed at the end: then the chunks are done again.
 template <typename T>
 NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end, u32 turn) {
   const u32 first = begin + (thread_index() / 32 - turn) % kWarps;
@@ -266,17 +266,15 @@ NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* par
       to += kWarps;
     };
     if constexpr (sizeof(T) == 2) {
-      Logits<T> one = detail::load_wide(from, 0), other;
+      Logits<T> now = detail::load_wide(from, 0), next;
+      if (more > 0) next = detail::load_wide(from, kWarps);
 #pragma unroll 1
-      for (;;) {
-        if (more > 0) other = detail::load_wide(from, kWarps);
-        keep(one);
+      for (;; --more) {
+        keep(now);
         if (more == 0) break;
-        if (more > 1) one = detail::load_wide(from, 2 * kWarps);
-        keep(other);
-        if (more == 1) break;
-        more -= 2;
-        from += 2 * kWarps * kChunk;
+        now = next;
+        from += kWarps * kChunk;
+        if (more > 1) next = detail::load_wide(from, kWarps);
       }
     } else {
 #pragma unroll 1

@@ -391,22 +391,22 @@ template <typename P, typename Q> struct Walk {
     // Chunks of both rows one after the other.
     const u32 first = rank * kWarps + warp, stride = ranks * kWarps;
     if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
-      // Two are on their way while one is added up.
+      // The first two are asked for at once, and the next one is on its way while one is added up.
       const auto load_at = [&](u32 at) {
         return at < of_p ? detail::load_wide(p_row.logits, at) : detail::load_wide(q_row.logits, at - of_p);
       };
-      Logits<P> next, then;
-      if (first < all) next = load_at(first);
-      if (first + stride < all) then = load_at(first + stride);
+      Logits<P> now, next;
+      if (first < all) now = load_at(first);
+      if (first + stride < all) next = load_at(first + stride);
 #pragma unroll 1
-      for (u32 at = first; at < all; at += stride) {
-        const Logits<P> logits = next;
-        next = then;
-        if (at + 2 * stride < all) then = load_at(at + 2 * stride);
-        const float top = lane_maximum(logits);
+      for (u32 at = first; at < all;) {
+        const float top = lane_maximum(now);
         nan = nan || top != top;
-        const Partial partial = partial_of_numbers(logits, top, at < of_p ? r.measure : r.draft_scale);
+        const Partial partial = partial_of_numbers(now, top, at < of_p ? r.measure : r.draft_scale);
         pass_on(place, at < of_p ? at : of_target + (at - of_p), partial);
+        at += stride;
+        now = next;
+        if (at + stride < all) next = load_at(at + stride);
       }
     } else {
       sweep_wide(p_row, first, r.measure, place, 0, nan);

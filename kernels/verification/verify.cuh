@@ -780,19 +780,19 @@ template <typename P, typename Q> NXS_DEVICE_CALL void settle_request(const nxs_
   write_request<P, Q>(p, r, at, last, at);
 }
 
-// A chunk of a pair of rows of a request that is to be swept.
-template <typename T> struct Swept {
-  Row<T> row;
-  u32 chunk;
-  Scale scale;
-  Partial* to;
-};
-
-template <typename T> NXS_DEVICE_CALL void sweep_one(const Swept<T>& of) {
-  Logits<T> logits = load_logits(of.row, of.chunk);
-  const Partial partial = chunk_partial(logits, of.scale);
-  if (lane_index() == 0) store_global(of.to, partial);
+// A chunk that is not wide, or that may hold a NaN.
+template <typename T> NXS_DEVICE_CALL void sweep_one(const Row<T>& row, u32 chunk, const Scale& scale, Partial* to) {
+  Logits<T> logits = load_logits(row, chunk);
+  const Partial partial = chunk_partial(logits, scale);
+  if (lane_index() == 0) store_global(to, partial);
 }
+
+// A wide chunk of a pair of rows of a request that is to be swept.
+template <typename T> struct Swept {
+  const T* from;
+  Partial* to;
+  bool draft;
+};
 
 // Requests of few chunks: each by a cluster of p.cluster blocks, whose warps share out the chunks of all of its rows; then
 // the first block decides. No counter is needed, and no row is passed over.
@@ -821,37 +821,47 @@ __global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __gr
     // From here on, the first chunk that is this warp's to sweep and is wide; those before it that are not are done at once,
     // as are all the second time, if a NaN was among them.
     bool nan = false, again = false;
-    Swept<P> now, then;
-    const auto find = [&](Swept<P>& chunk) {
+    const auto find = [&](Swept<P>& found) {
       for (; at < all; go_on()) {
         const bool draft = number >= step.of_target;
         if (draft ? !step.swept(r, i) : p.target_stats_or_null != nullptr) continue;
-        chunk.to = step.partials(step.slot(r.b, i)) + number;
-        chunk.row = draft ? step.draft_row(step.draft_index(r, i)) : step.target_row(r, i);
-        chunk.chunk = draft ? number - step.of_target : number;
-        chunk.scale = draft ? r.draft_scale : r.measure;
-        if (!again && chunk.chunk < wide_chunks(chunk.row)) return true;
-        const Swept<P> copied = chunk;
-        sweep_one(copied);
+        const Row<P> row = draft ? step.draft_row(step.draft_index(r, i)) : step.target_row(r, i);
+        const u32 chunk = draft ? number - step.of_target : number;
+        Partial* to = step.partials(step.slot(r.b, i)) + number;
+        if (!again && chunk < wide_chunks(row)) {
+          found = Swept<P>{row.logits + static_cast<u64>(chunk) * kChunk, to, draft};
+          return true;
+        }
+        const Row<P> copied = row;
+        const Scale scale = draft ? r.draft_scale : r.measure;
+        sweep_one(copied, chunk, scale, to);
       }
       return false;
     };
 #pragma unroll 1
     for (;;) {
-      bool more = find(now);
-      Logits<P> next;
-      if (more) next = detail::load_wide(now.row.logits, now.chunk);
+      Swept<P> now, next;
+      Logits<P> of_now, of_next;
+      bool more = find(now), further = false;
+      if (more) {
+        of_now = detail::load_wide(now.from, 0);
+        go_on();
+        further = find(next);
+        if (further) of_next = detail::load_wide(next.from, 0);
+      }
 #pragma unroll 1
       while (more) {
-        const Logits<P> logits = next;
-        go_on();
-        more = find(then);
-        if (more) next = detail::load_wide(then.row.logits, then.chunk);
-        const float top = lane_maximum(logits);
+        const float top = lane_maximum(of_now);
         nan = nan || top != top;
-        const Partial partial = partial_of_numbers(logits, top, now.scale);
+        const Partial partial = partial_of_numbers(of_now, top, now.draft ? r.draft_scale : r.measure);
         if (lane_index() == 0) store_global(now.to, partial);
-        now = then;
+        more = further;
+        if (!more) break;
+        now = next;
+        of_now = of_next;
+        go_on();
+        further = find(next);
+        if (further) of_next = detail::load_wide(next.from, 0);
       }
       if (again || !warp_any(nan)) break;
       again = true;

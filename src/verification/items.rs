@@ -43,7 +43,7 @@ mod tests {
         assert_eq!(chosen(64, 4, 126, 126), 4);
         assert_eq!(chosen(64, 4, 126, 0), 4);
         assert_eq!(chosen(256, 4, 256, 256), 4);
-        assert_eq!(chosen(16, 4, 126, 126), 4);
+        assert_eq!(chosen(16, 4, 126, 126), 2);
         assert_eq!(chosen(0, 4, 126, 0), 4);
     }
 }
