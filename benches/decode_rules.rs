@@ -1,5 +1,5 @@
-//! Draft sampling and the rules beside chains and trees, on the shapes of `benches/shapes.json`. `benches/support` says what
-//! the modes time. Of each rule `rows` are a request's rows and `list` what the rule lists: `peers_decode_rules.py` has the table.
+//! Draft sampling and the rules beside chains and trees, on the shapes of `benches/shapes.json`. `benches/support` says
+//! what the modes time. `rows` are a request's rows and `list` is what the rule lists; each function says what that is.
 
 mod support;
 

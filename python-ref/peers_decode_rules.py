@@ -2,7 +2,7 @@
 
 | rule | what PyTorch does | what is checked |
 |---|---|---|
-| draft | softmax, `list` columns without replacement, by a race of exponentials or by multinomial; the row's log-sum-exp | log-sum-exps |
+| draft | softmax, `list` distinct columns by a race of exponentials or by multinomial; log-sum-exps | log-sum-exps |
 | pooled | softmax, the neighbours gathered, a threshold, its neighbourhood by pooling | the mask |
 | typical | softmax, entropy, the drafts gathered, prefixes of paths; a token of the last row | accepted, and which path |
 | confidence | softmax, its maximum, the rows of the greatest | tokens, -1 elsewhere |

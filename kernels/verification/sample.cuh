@@ -266,15 +266,15 @@ NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* par
       to += kWarps;
     };
     if constexpr (sizeof(T) == 2) {
-      Logits<T> now = detail::load_wide(from, 0), next;
-      if (more > 0) next = detail::load_wide(from, kWarps);
+      Logits<T> now = detail::load_wide(from, 0);
 #pragma unroll 1
       for (;; --more) {
+        // The last one twice: what is loaded under a condition ptxas keeps in local memory.
+        if (more > 0) from += kWarps * kChunk;
+        const Logits<T> next = detail::load_wide(from, 0);
         keep(now);
         if (more == 0) break;
         now = next;
-        from += kWarps * kChunk;
-        if (more > 1) next = detail::load_wide(from, kWarps);
       }
     } else {
 #pragma unroll 1

@@ -20,6 +20,8 @@
 //              After each child that fails the blocks sum max(p - c q, 0), rows then coming from L2, and pass on the sums in
 //              the same way. Partials and sums have two places by turns, so that a block that is ahead writes to the other one.
 //              Truncation is done by the first block, in global memory.
+//              The kernel itself is the sweep; what is done once a node is in functions that are called, which find the request
+//              and the summaries of the node's rows in shared memory.
 // Bytes        rows of the path * vocab * sizeof(target), once, and of the draft where it is swept; again, from L2, for each
 //              child that fails. FLOPs: about 22 a column, 30 with a residual.
 // Determinism  bitwise: see row_stats.cuh and sample.cuh; sums are made chunk by chunk whoever makes them.
@@ -365,16 +367,13 @@ template <typename P, typename Q> struct Walk {
   NXS_DEVICE Row<Q> swept_draft(u32 node, bool swept) const {
     return swept ? draft_row(node) : Row<Q>{nullptr, nullptr, 0};
   }
-  // Partials of the wide chunks of a row from `first` on; one is on its way while one is added up.
+  // Partials of the wide chunks of a row from `first` on.
   template <typename T>
   NXS_DEVICE void sweep_wide(const Row<T>& row, u32 first, const Scale& scale, u32 place, u32 begin, bool& nan) const {
     const u32 stride = ranks * kWarps, all = wide_chunks(row);
-    Logits<T> next;
-    if (first < all) next = detail::load_wide(row.logits, first);
 #pragma unroll 1
     for (u32 chunk = first; chunk < all; chunk += stride) {
-      const Logits<T> logits = next;
-      if (chunk + stride < all) next = detail::load_wide(row.logits, chunk + stride);
+      const Logits<T> logits = detail::load_wide(row.logits, chunk);
       const float top = lane_maximum(logits);
       nan = nan || top != top;
       pass_on(place, begin + chunk, partial_of_numbers(logits, top, scale));
@@ -391,22 +390,26 @@ template <typename P, typename Q> struct Walk {
     // Chunks of both rows one after the other.
     const u32 first = rank * kWarps + warp, stride = ranks * kWarps;
     if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
-      // The first two are asked for at once, and the next one is on its way while one is added up.
+      // Two at once: most warps have no more. Not under a condition, or ptxas would keep what is loaded in local memory.
       const auto load_at = [&](u32 at) {
-        return at < of_p ? detail::load_wide(p_row.logits, at) : detail::load_wide(q_row.logits, at - of_p);
+        return detail::load_wide(at < of_p ? p_row.logits : q_row.logits, at < of_p ? at : at - of_p);
       };
-      Logits<P> now, next;
-      if (first < all) now = load_at(first);
-      if (first + stride < all) next = load_at(first + stride);
-#pragma unroll 1
-      for (u32 at = first; at < all;) {
-        const float top = lane_maximum(now);
+      const auto finish = [&](u32 at, const Logits<P>& logits) {
+        const float top = lane_maximum(logits);
         nan = nan || top != top;
-        const Partial partial = partial_of_numbers(now, top, at < of_p ? r.measure : r.draft_scale);
+        const Partial partial = partial_of_numbers(logits, top, at < of_p ? r.measure : r.draft_scale);
         pass_on(place, at < of_p ? at : of_target + (at - of_p), partial);
-        at += stride;
-        now = next;
-        if (at + stride < all) next = load_at(at + stride);
+      };
+      u32 at = first;
+#pragma unroll 1
+      for (; at + stride < all; at += 2 * stride) {
+        const Logits<P> one = load_at(at), other = load_at(at + stride);
+        finish(at, one);
+        finish(at + stride, other);
+      }
+      if (at < all) {
+        const Logits<P> one = load_at(at);
+        finish(at, one);
       }
     } else {
       sweep_wide(p_row, first, r.measure, place, 0, nan);

@@ -32,9 +32,7 @@ mod tests {
 
     /// The items of `batch` requests of `drafts` pairs of rows and a row without a draft.
     fn chosen(batch: u64, drafts: u64, target: u64, draft: u64) -> u64 {
-        rounds(132, |rounds| {
-            batch * (drafts * (target + draft).div_ceil(rounds * 8) + target.div_ceil(rounds * 8))
-        })
+        rounds(132, |rounds| batch * (drafts * (target + draft).div_ceil(rounds * 8) + target.div_ceil(rounds * 8)))
     }
 
     #[test]
