@@ -390,6 +390,7 @@ template <typename P, typename Q> struct Walk {
     // Chunks of both rows one after the other.
     const u32 first = rank * kWarps + warp, stride = ranks * kWarps;
     if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
+      const Scale measure = r.measure, draft_scale = r.draft_scale;
       // Two at once: most warps have no more. Not under a condition, or ptxas would keep what is loaded in local memory.
       const auto load_at = [&](u32 at) {
         return detail::load_wide(at < of_p ? p_row.logits : q_row.logits, at < of_p ? at : at - of_p);
@@ -397,8 +398,10 @@ template <typename P, typename Q> struct Walk {
       const auto finish = [&](u32 at, const Logits<P>& logits) {
         const float top = lane_maximum(logits);
         nan = nan || top != top;
-        const Partial partial = partial_of_numbers(logits, top, at < of_p ? r.measure : r.draft_scale);
-        pass_on(place, at < of_p ? at : of_target + (at - of_p), partial);
+        // By value: of a choice between two places the address would be taken.
+        Scale scale = measure;
+        if (at >= of_p) scale = draft_scale;
+        pass_on(place, at < of_p ? at : of_target + (at - of_p), partial_of_numbers(logits, top, scale));
       };
       u32 at = first;
 #pragma unroll 1

@@ -821,11 +821,14 @@ __global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __gr
     // From here on, the first chunk that is this warp's to sweep and is wide; those before it that are not are done at once,
     // as are all the second time, if a NaN was among them.
     bool nan = false, again = false;
+    const Scale measure = r.measure, draft_scale = r.draft_scale;
     const auto find = [&](Swept<P>& found) {
       for (; at < all; go_on()) {
         const bool draft = number >= step.of_target;
         if (draft ? !step.swept(r, i) : p.target_stats_or_null != nullptr) continue;
-        const Row<P> row = draft ? step.draft_row(step.draft_index(r, i)) : step.target_row(r, i);
+        // By value: of a choice between two places the address would be taken.
+        Row<P> row = step.target_row(r, i);
+        if (draft) row = step.draft_row(step.draft_index(r, i));
         const u32 chunk = draft ? number - step.of_target : number;
         Partial* to = step.partials(step.slot(r.b, i)) + number;
         if (!again && chunk < wide_chunks(row)) {
@@ -833,7 +836,8 @@ __global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __gr
           return true;
         }
         const Row<P> copied = row;
-        const Scale scale = draft ? r.draft_scale : r.measure;
+        Scale scale = measure;
+        if (draft) scale = draft_scale;
         sweep_one(copied, chunk, scale, to);
       }
       return false;
@@ -853,7 +857,9 @@ __global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __gr
       while (more) {
         const float top = lane_maximum(of_now);
         nan = nan || top != top;
-        const Partial partial = partial_of_numbers(of_now, top, now.draft ? r.draft_scale : r.measure);
+        Scale scale = measure;
+        if (now.draft) scale = draft_scale;
+        const Partial partial = partial_of_numbers(of_now, top, scale);
         if (lane_index() == 0) store_global(now.to, partial);
         more = further;
         if (!more) break;
