@@ -187,7 +187,14 @@ impl<X: Float, C: Code> RvqEncodeBuilder<X, C> {
             quantized: layout(vectors, self.quantized),
             residual: layout(vectors, self.residual),
             distances: layout(per_code, self.distances),
-            schedule: EncodeSchedule { kernel: EncodeKernel::Portable, tile_rows: 0, stages: 0, splits: 1, sharers: 1, rows: 0 },
+            schedule: EncodeSchedule {
+                kernel: EncodeKernel::Portable,
+                tile_rows: 0,
+                stages: 0,
+                splits: 1,
+                sharers: 1,
+                rows: 0,
+            },
         };
         plan.codes.require_disjoint("codes")?;
         plan.quantized.require_disjoint("quantized")?;
@@ -263,9 +270,14 @@ impl Plan {
         let rows = self.rows();
         if self.latent > 0 {
             return match variant {
-                EncodeVariant::Auto | EncodeVariant::Portable => {
-                    Ok(EncodeSchedule { kernel: EncodeKernel::Projected, tile_rows: 16, stages: 0, splits: 1, sharers: 1, rows })
-                }
+                EncodeVariant::Auto | EncodeVariant::Portable => Ok(EncodeSchedule {
+                    kernel: EncodeKernel::Projected,
+                    tile_rows: 16,
+                    stages: 0,
+                    splits: 1,
+                    sharers: 1,
+                    rows,
+                }),
                 _ => refuse("projected rows have one kernel, the portable one"),
             };
         }
