@@ -411,7 +411,8 @@ fn plain() -> Case {
     }
 }
 
-/// Distinct drafts of a row that has fewer tokens than are asked for: all of them, then none; in order where it is greedy.
+/// Distinct drafts of a row that has fewer tokens than are asked for: all of them, then none; in order where it is
+/// greedy.
 #[test]
 fn rows_run_out() {
     for device in TestDevice::all() {
@@ -437,8 +438,8 @@ fn rows_run_out() {
     }
 }
 
-/// Ordered pairs of distinct drafts have the probability q(x) q(y) / (1 - q(x)), and pairs that are drawn with replacement
-/// have not.
+/// Ordered pairs of distinct drafts have the probability q(x) q(y) / (1 - q(x)), and pairs that are drawn with
+/// replacement have not.
 #[test]
 fn pairs_have_the_law_of_drawing_without_replacement() {
     let logits = [0.3f32, -1.0, 1.2, 0.0, 0.7];

@@ -80,8 +80,8 @@ fn temperatures_and_exhausted_vocabularies_have_the_law_too() {
     }
 }
 
-/// Children that the library's drafter draws in one go have the law that the verifier takes them to have; distinct ones have not
-/// that of independent ones.
+/// Children that the library's drafter draws in one go have the law that the verifier takes them to have; distinct ones
+/// have not that of independent ones.
 #[test]
 fn children_drawn_at_once_have_the_law_of_the_target() {
     for (name, chain) in [("similar", similar(5, 2.5, 11)), ("reversed", reversed(5, 2))] {

@@ -1,8 +1,9 @@
 // Draft sampling: tokens of each row, each by three uniforms, and what a verifier has to know of the row.
 //
-// Distinct drafts are drawn one after the other, each from what the ones before it left: what is drawn is taken out of its
-// chunk's partial, which is summed again without it, so that nothing is lost to cancellation. That is the law which recursive
-// rejection without replacement takes siblings to have. A row with all weight on one token gives its greatest logits in turn.
+// Distinct drafts are drawn one after the other, each from what the ones before it left: what is drawn is taken out of
+// its chunk's partial, which is summed again without it, so that nothing is lost to cancellation. That is the law which
+// recursive rejection without replacement takes siblings to have. A row with all weight on one token gives its greatest
+// logits in turn.
 //
 // Who does what  A persistent grid of blocks of 8 warps. An item is chunks_per_item chunks of a row; block i takes items i,
 //                i + blocks, ... A warp writes the partials of its chunks, then the block arrives at the row's counter.
@@ -84,7 +85,8 @@ NXS_DEVICE u32 draw_left(const Summary& summary, const Row<T>& row, u32 chunks, 
   return place == kNothing ? kNothing : chunk * kChunk + place;
 }
 
-// One warp: the partial of what is left of a chunk. The greatest logit stays that of the chunk's reference where weights count.
+// One warp: the partial of what is left of a chunk. The greatest logit stays that of the chunk's reference where
+// weights count.
 template <typename T>
 NXS_DEVICE Partial partial_left(const Summary& summary, const Row<T>& row, u32 chunk, float max, const Taken& taken) {
   const Logits<T> logits = load_logits(row, chunk);

@@ -231,8 +231,8 @@ struct alignas(8) Partial {
   float max, sum;
 };
 
-// The partial of the warp's chunk, in every lane, from the greatest logits of the lanes; anything if one is NaN. Greedy: only
-// max.
+// The partial of the warp's chunk, in every lane, from the greatest logits of the lanes; anything if one is NaN.
+// Greedy: only max.
 template <typename T> NXS_DEVICE Partial partial_of_numbers(const Logits<T>& logits, float lane_top, const Scale& scale) {
   const float top = key_float(warp_reduce_max(key_of(lane_top)));
   float sum = 0;

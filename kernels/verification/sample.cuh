@@ -245,8 +245,8 @@ NXS_DEVICE_CALL void sweep_narrow(const Row<T>& row, const Scale& scale, Partial
     if (lane_index() == 0) store_global(partials + chunk, partial);
   }
 }
-// All. The first two chunks are asked for at once, and the next one is on its way while one is added up, if the registers hold
-// both; nothing is called in between. A NaN is noticed at the end: then the chunks are done again.
+// All. The first two chunks are asked for at once, and the next one is on its way while one is added up, if the
+// registers hold both; nothing is called in between. A NaN is noticed at the end: then the chunks are done again.
 template <typename T>
 NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end, u32 turn) {
   const u32 first = begin + (thread_index() / 32 - turn) % kWarps;

@@ -20,8 +20,8 @@
 //              After each child that fails the blocks sum max(p - c q, 0), rows then coming from L2, and pass on the sums in
 //              the same way. Partials and sums have two places by turns, so that a block that is ahead writes to the other one.
 //              Truncation is done by the first block, in global memory.
-//              The kernel itself is the sweep; what is done once a node is in functions that are called, which find the request
-//              and the summaries of the node's rows in shared memory.
+//              The kernel itself is the sweep; what is done once a node is in functions that are called, which find the
+//              request and the summaries of the node's rows in shared memory.
 // Bytes        rows of the path * vocab * sizeof(target), once, and of the draft where it is swept; again, from L2, for each
 //              child that fails. FLOPs: about 22 a column, 30 with a residual.
 // Determinism  bitwise: see row_stats.cuh and sample.cuh; sums are made chunk by chunk whoever makes them.
@@ -379,8 +379,9 @@ template <typename P, typename Q> struct Walk {
       pass_on(place, begin + chunk, partial_of_numbers(logits, top, scale));
     }
   }
-  // Partials of a node's row, and of the draft's if it is swept, into `place`: of all chunks that are read 16 bytes at a time.
-  // -> how many those are, or 0 if there is a NaN among this warp's, which are then to be done again. Nothing is called, so
+  // Partials of a node's row, and of the draft's if it is swept, into `place`: of all chunks that are read 16 bytes at
+  // a time. -> how many those are, or 0 if there is a NaN among this warp's, which are then to be done again. Nothing is
+  // called, so
   // that what is on its way stays in registers.
   NXS_DEVICE u32 sweep(u32 node, u32 place, bool swept) const {
     bool nan = false;
@@ -391,7 +392,8 @@ template <typename P, typename Q> struct Walk {
     const u32 first = rank * kWarps + warp, stride = ranks * kWarps;
     if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
       const Scale measure = r.measure, draft_scale = r.draft_scale;
-      // Two at once: most warps have no more. Not under a condition, or ptxas would keep what is loaded in local memory.
+      // Two at once: most warps have no more. Not under a condition, or ptxas would keep what is loaded in local
+      // memory.
       const auto load_at = [&](u32 at) {
         return detail::load_wide(at < of_p ? p_row.logits : q_row.logits, at < of_p ? at : at - of_p);
       };
@@ -505,8 +507,8 @@ template <typename P, typename Q> NXS_DEVICE_CALL Node open_node(const nxs_tree_
   return Node{count, walk.r.rule == NXS_RULE_REJECT && p.draft_or_null && !walk.r.scale.greedy() && count > 0};
 }
 
-// Partials of the chunks that the sweep has left: in the order of wide chunks, the target's first, then of the others, this
-// warp's from number `done` on. With 0 of all of them.
+// Partials of the chunks that the sweep has left: in the order of wide chunks, the target's first, then of the others,
+// this warp's from number `done` on. With 0 of all of them.
 template <typename P, typename Q>
 NXS_DEVICE_CALL void sweep_rest(const nxs_tree_verify_params& p, u32 node, u32 place, bool swept, u32 done) {
   const Walk<P, Q> walk(p);
@@ -565,8 +567,8 @@ template <typename P, typename Q> NXS_DEVICE_CALL void truncate_node(const nxs_t
   walk.meet();
 }
 
-// Sums of max(p - c q, 0) of all chunks, into `place`, and without replacement of what q has beside the tokens tried; then
-// all have met.
+// Sums of max(p - c q, 0) of all chunks, into `place`, and without replacement of what q has beside the tokens tried;
+// then all have met.
 template <typename P, typename Q>
 NXS_DEVICE_CALL void sweep_residual(const nxs_tree_verify_params& p, u32 node, u32 place, float c, u32 count) {
   const Walk<P, Q> walk(p);

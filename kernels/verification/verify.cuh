@@ -818,8 +818,8 @@ __global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __gr
     }
   };
   if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
-    // From here on, the first chunk that is this warp's to sweep and is wide; those before it that are not are done at once,
-    // as are all the second time, if a NaN was among them.
+    // From here on, the first chunk that is this warp's to sweep and is wide; those before it that are not are done at
+    // once, as are all the second time, if a NaN was among them.
     bool nan = false, again = false;
     const Scale measure = r.measure, draft_scale = r.draft_scale;
     const auto find = [&](Swept<P>& found) {

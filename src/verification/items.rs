@@ -5,16 +5,17 @@ pub(crate) const WARPS: u64 = 8;
 /// Blocks that share a multiprocessor.
 pub(crate) const BLOCKS_A_MULTIPROCESSOR: u64 = 3;
 
-/// Clocks that an item takes beside its sweep, in which its block issues little: the request's parameters, the first rows on
-/// their way, a barrier, the counter. And those in which a multiprocessor issues the instructions of a round, a chunk for each
-/// warp of a block: 445 a warp, four at a time. Both from the machine code and latencies of an H200.
+/// Clocks that an item takes beside its sweep, in which its block issues little: the request's parameters, the first
+/// rows on their way, a barrier, the counter. And those in which a multiprocessor issues the instructions of a round, a
+/// chunk for each warp of a block: 475 a warp, four at a time. Both from the machine code and latencies of an H200.
 const ALONE: u64 = 4400;
-const A_ROUND: u64 = WARPS * 445 / 4;
+const A_ROUND: u64 = WARPS * 475 / 4;
 /// Larger items would be seldom better, and find out later that a request has stopped.
 const MOST_ROUNDS: u64 = 4;
 
 /// The rounds of an item for which the items are done first, with `items(rounds)` of them: few and long ones leave
-/// multiprocessors without work at the end, many short ones cost their beginnings and ends. The results do not depend on it.
+/// multiprocessors without work at the end, many short ones cost their beginnings and ends. The results do not depend
+/// on it.
 pub(crate) fn rounds(multiprocessors: u64, items: impl Fn(u64) -> u64) -> u64 {
     let at_once = |blocks: u64, rounds: u64| (blocks * rounds * A_ROUND).max(ALONE + rounds * A_ROUND);
     let clocks = |rounds: u64| {

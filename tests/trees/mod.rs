@@ -506,7 +506,8 @@ pub struct How {
     pub flaw: Option<Flaw>,
     /// The residual's uniforms are those of the drafter's first child.
     pub shares_noise: bool,
-    /// The children of a node are drawn in one go, like this, instead of one after the other from rows that lack the others.
+    /// The children of a node are drawn in one go, like this, instead of one after the other from rows that lack the
+    /// others.
     pub at_once: Option<Siblings>,
 }
 

@@ -55,15 +55,15 @@ impl<Q: Float> DraftSampleBuilder<Q> {
         self
     }
 
-    /// How many drafts of each row, 1 to 32; 1 if not given. Those of a row are the children of a node of a tree, in the order
-    /// in which [`TreeVerifier`](super::super::TreeVerifier) is to try them.
+    /// How many drafts of each row, 1 to 32; 1 if not given. Those of a row are the children of a node of a tree, in
+    /// the order in which [`TreeVerifier`](super::super::TreeVerifier) is to try them.
     pub fn drafts(mut self, drafts: u32) -> Self {
         self.drafts = drafts.into();
         self
     }
 
-    /// Whether the drafts of a row are distinct; [`Siblings::WithoutReplacement`] if not given. The verifier is to be told the
-    /// same.
+    /// Whether the drafts of a row are distinct; [`Siblings::WithoutReplacement`] if not given. The verifier is to be
+    /// told the same.
     pub fn siblings(mut self, siblings: Siblings) -> Self {
         self.siblings = siblings;
         self
@@ -78,8 +78,8 @@ impl<Q: Float> DraftSampleBuilder<Q> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `vocab` outside 1 to 2^24, more than 2^20 rows, `row_in_step` above 1023, `drafts` outside 1 to 32;
-    /// [`Error::Stride`] for rows that overlap; [`Error::UnsupportedDevice`] below compute capability 8.0.
+    /// [`Error::Size`] for `vocab` outside 1 to 2^24, more than 2^20 rows, `row_in_step` above 1023, `drafts` outside 1
+    /// to 32; [`Error::Stride`] for rows that overlap; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<DraftSample<Q>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
