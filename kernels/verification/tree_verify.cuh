@@ -381,8 +381,7 @@ template <typename P, typename Q> struct Walk {
   }
   // Partials of a node's row, and of the draft's if it is swept, into `place`: of all chunks that are read 16 bytes at
   // a time. -> how many those are, or 0 if there is a NaN among this warp's, which are then to be done again. Nothing is
-  // called, so
-  // that what is on its way stays in registers.
+  // called, so that what is on its way stays in registers.
   NXS_DEVICE u32 sweep(u32 node, u32 place, bool swept) const {
     bool nan = false;
     const Row<P> p_row = swept_target(node);

@@ -26,10 +26,10 @@ use crate::view::{In, Out};
 ///
 /// For trees it is called once for each level, with [`DraftSampleBuilder::drafts`], a row for each node that gets
 /// children: `rows_in_step` has the nodes' numbers, and `positions` those of the children, the verifier's plus the depth
-/// of the node. Distinct drafts of a row are drawn one after the other, each with the probabilities that the ones before it left:
-/// the law that recursive rejection without replacement takes siblings to have (arXiv 2402.14160). What is drawn is
-/// taken out of the sum of its chunk, which is made again without it. A greedy row gives its greatest logits in turn,
-/// ties by column. Where nothing is left, drafts are -1, which is none.
+/// of the node. Distinct drafts of a row are drawn one after the other, each with the probabilities that the ones before
+/// it left: the law that recursive rejection without replacement takes siblings to have (arXiv 2402.14160). What is
+/// drawn is taken out of the sum of its chunk, which is made again without it. A greedy row gives its greatest logits in
+/// turn, ties by column. Where nothing is left, drafts are -1, which is none.
 ///
 /// | operand | shape | |
 /// |---|---|---|
