@@ -99,7 +99,7 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   NXS_REQUIRE(p.logit_bound >= 0 && p.logit_bound <= 40 && (p.logit_bound == 0 || p.dtype == NXS_BF16), NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.kv_format >= NXS_KV_PLAIN && p.kv_format <= NXS_KV_INT4, NXS_E_UNSUPPORTED);
   const bool packed = p.kv_format != NXS_KV_PLAIN;
-  NXS_REQUIRE(!packed || (p.groups <= 2 && (p.dim == 64 || p.dim == 96 || p.dim == 128)), NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(!packed || (p.groups <= (p.dim == 64 ? 3 : 2) && (p.dim == 64 || p.dim == 96 || p.dim == 128)), NXS_E_UNSUPPORTED);
   if (p.batch == 0 || p.rows == 0 || p.items == 0) return NXS_OK;
   NXS_REQUIRE(p.batch * (p.heads / p.pack) <= INT32_MAX / p.items, NXS_E_SHAPE);
   NXS_REQUIRE(p.variant == 0 || (p.blocks > 0 && (p.groups < 4 || p.blocks % 2 == 0)), NXS_E_SHAPE);

@@ -5,11 +5,12 @@
 //   what NXS_KV_FP8 or NXS_KV_INT4 stand for, rounded to T
 //
 // Grid       persistent, as in scale_attention_sm90.cuh.
-// Block      a producer warpgroup, kExpanders warpgroups that unpack, and kGroups consumer warpgroups. Of the producer, warp 0
-//            streams units of 64 rows of codes (TMA) and says what the chunks are, warp 1 copies the rows' numbers where they are
-//            not in the slots, warp 2 loads q, warp 3 writes results.
-// Unpacking  a ring of units: K of a chunk, then V of it, then the next chunk. Of one expander's warpgroup all units are its own; of
-//            two each has every other unit of a chunk. A thread takes 16 bytes of codes to the 16 or 32 elements that the portable
+// Block      a producer warpgroup, kGroups consumer warpgroups, and between them two warpgroups that unpack for one consumer, one for
+//            two, none for three, for which there would be no registers. Of the producer, warp 0 streams units of 64 rows: codes
+//            by TMA, the rows' numbers by cp.async where they are not in the slots, and what the chunks are. Warp 1 writes results
+//            and loads q. For three consumers warps 2 and 3 unpack.
+// Unpacking  a ring of units: K of a chunk, then V of it, then the next chunk. Two warpgroups have every other unit of a chunk
+//            each; else all who unpack share each unit. A thread takes 16 bytes of codes to the 16 or 32 elements that the portable
 //            kernel and nxs_unpack make of them, writes these to the swizzled tile, and fences: so each row is what it is in the
 //            unpacked cache, and the result is that of scale_attention_sm90.cuh over it, bit for bit, where both are cut alike.
 // Tails      rows beyond a chunk's last key are written as zeroes.
@@ -19,8 +20,10 @@
 //            piece_of.
 // Bytes      q and out once; codes and numbers of K and V once for each item and head.
 // FLOPs      4 * kDim * 64 * kKeys a tile and chunk; about 3 instructions an element of fp8, 3.6 of 4 bits, for all groups.
-// Limits     dim = kDim; items of one or two tiles; sm_90a.
+// Limits     dim = kDim; items of one or two tiles, of dim 64 also three; sm_90a.
 #pragma once
+#include <type_traits>
+
 #include "attention/packed_values.cuh"
 #include "attention/scale_attention_sm90.cuh"
 
@@ -30,15 +33,17 @@ constexpr u32 kUnitKeys = 64;
 
 template <int kFormat_, int kDim_, int kGroups_> struct PackedSm90 {
   static constexpr int kFormat = kFormat_, kDim = kDim_, kGroups = kGroups_, kPair = 1;
-  static_assert(kGroups == 1 || kGroups == 2);
+  static_assert(kGroups == 1 || kGroups == 2 || (kGroups == 3 && kDim == 64));
   static constexpr u32 kBlocks = (kDim + 63) / 64, kKeys = kChunk, kMaskWords = NXS_SCHEDULE_MASK_WORDS / kGroupThreads;
   static constexpr u32 kStages = kDim == 64 ? 4 : 2, kSlots = 2;
   static constexpr u32 kTileBytes = kBlocks * kTileRows * 128, kSlotBytes = kGroups * kTileBytes;
   static constexpr u32 kChunkBytes = kBlocks * kKeys * 128;
   static constexpr bool kTurns = kGroups > 1, kTight = kDim > 64 || kGroups != 2;
-  // One group waits for memory, so unpacking has to keep up with that; two need the registers.
-  static constexpr u32 kExpanders = kGroups == 1 ? 2 : 1;
-  static constexpr u32 kThreads = kGroupThreads * (1 + kExpanders + kGroups);
+  // Who unpacks: teams of threads, in so many warpgroups of their own. One group waits for memory, with which unpacking has to keep
+  // up; more need the registers.
+  static constexpr u32 kTeams = kGroups == 1 ? 2 : 1, kTeam = kGroups == 3 ? 64 : kGroupThreads;
+  static constexpr u32 kApart = kGroups == 3 ? 0 : kTeams, kUnpackWarps = kTeams * kTeam / kWarpSize;
+  static constexpr u32 kThreads = kGroupThreads * (1 + kApart + kGroups);
 
   // Units.
   static constexpr u32 kBits = kFormat == NXS_KV_FP8 ? 8 : 4, kNumbers = kFormat == NXS_KV_FP8 ? 1 : 2;
@@ -52,7 +57,7 @@ template <int kFormat_, int kDim_, int kGroups_> struct PackedSm90 {
                        kHeaderBytes = (16 + 8 * kGroups + 15) / 16 * 16,
                        kInverse = kHeader + kSlots * kHeaderBytes,  // of the sums, f32 [kGroups][kTileRows]
       kLse = kInverse + kGroups * kTileRows * 4,                    // f32 [kSlots][kGroups][kTileRows]
-      kUnitInfo = kLse + kSlots * kGroups * kTileRows * 4,          // ChunkInfo of each group, 16 bytes a unit
+      kUnitInfo = kLse + kSlots * kGroups * kTileRows * 4,          // of a unit: keys of its chunk and flags, masks of the groups
       kBarriers = kUnitInfo + kMostUnits * 16;
   static constexpr u32 kQFull = kBarriers, kResults = kQFull + 8 * kSlots, kQEmpty = kResults + 8 * kSlots,
                        kKFull = kQEmpty + 8 * kSlots, kKEmpty = kKFull + 8 * kStages, kVFull = kKEmpty + 8 * kStages,
@@ -67,9 +72,6 @@ template <int kFormat_, int kDim_, int kGroups_> struct PackedSm90 {
   // Units whose numbers are under way while those of one more are asked for: less than there are slots, or nothing would go on.
   static constexpr int kLag = (kPlainUnits < kInlineUnits + 1 ? kPlainUnits : kInlineUnits + 1) - 2;
   static_assert(kInlineUnits >= 3 && kPlainUnits >= 3 && kPlainUnit % 128 == 0 && kInlineUnit % 128 == 0);
-
-  // How rows' numbers come: of k and of v.
-  NXS_DEVICE static bool all_inline(const ScaleKernelParams& p) { return !p.k_numbers_or_null && !p.v_numbers_or_null; }
 };
 
 // A place in the ring of units.
@@ -91,99 +93,81 @@ template <typename C> struct UnitAt {
   }
 };
 
-// Calls take(which, first key, keys, infos, of) for each unit of the block's works in their order, which being 0 for K and 1 for V;
-// of a work without keys, once, with no keys.
-template <typename C, typename Take> NXS_DEVICE void for_each_unit(const ScaleKernelParams& p, const Take& take) {
-  const u32 works = all_works(p);
+// The numbers of a unit have come, in all lanes. Lane 1 says so: lane 0 has arrived for the codes.
+template <typename C> NXS_DEVICE void announce_next(UnitAt<C>& unit, u32 lane) {
+  warp_sync();
+  if (lane == 1) mbarrier_arrive(unit.full());
+  unit.advance();
+}
+// Warp 0: units, in the order of their use. The warp says that numbers have come kLag units after it has asked for them.
+template <typename C>
+NXS_DEVICE void stream_units(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  const bool apart = p.k_numbers_or_null || p.v_numbers_or_null;
+  UnitAt<C> unit(p, shared), come(p, shared);
+  int under_way = 0;
   for (u32 n = 0;; ++n) {
     const u32 index = nth_work<1>(n);
     if (index >= works) break;
     typename KeyWalk<C::kKeys>::Of of;
     KeyWalk<C::kKeys> walk(p, work_at(p, index), of);
     u32 coming = walk.next(p, of);
-    bool nothing = coming == 0;  // still one chunk, hidden from all
+    bool nothing = coming == 0;  // a work without keys still has one chunk, hidden from all, and a unit that says so
     while (coming > 0 || nothing) {
-      const u32 key = walk.first_key(), keys = coming;
-      const Vec<u32, 4> masks = nothing ? Vec<u32, 4>{} : walk.masks(p);
+      const u32 first_key = walk.first_key(), all = coming;
+      Vec<u32, 4> info{};
+      if (!nothing) info = walk.masks(p);
       coming = walk.next(p, of);
-      Vec<u32, 4> infos{};
 #pragma unroll
-      for (u32 g = 0; g < static_cast<u32>(C::kGroups); ++g) {
-        const bool hidden = nothing || masks.data[g] == NXS_MASK_HIDDEN;
-        infos.data[2 * g] = keys | (hidden ? kChunkHidden : 0) | (coming > 0 ? 0 : kChunkLast);
-        infos.data[2 * g + 1] = hidden ? 0 : masks.data[g];
+      for (u32 g = 3; g > 0; --g) info.data[g] = info.data[g - 1];
+      info.data[0] = all | (coming > 0 ? 0 : kChunkLast);
+      const u32 units = nothing ? 1 : (all + kUnitKeys - 1) / kUnitKeys;
+#pragma unroll 1
+      for (u32 i = 0; i < (nothing ? 1 : 2 * units); ++i) {
+        const bool of_k = i < units;
+        const u32 first = (of_k ? i : i - units) * kUnitKeys, key = first_key + first, keys = all - first;
+        mbarrier_wait(unit.empty(), unit.parity ^ 1);
+        warp_sync();  // before what lets the phase go on: a lane that is late would wait for the one after
+        const float* numbers = of_k ? p.k_numbers_or_null : p.v_numbers_or_null;
+        if (lane == 0) {
+          store_shared(unit.info(), info);
+          if (nothing) {
+            mbarrier_arrive(unit.full());
+          } else {
+            const bool batched = of_k ? p.k_stride_batch != 0 : p.v_stride_batch != 0;
+            mbarrier_arrive_expect(unit.full(), kUnitKeys * (C::kCodeBytes + (numbers ? 0 : 16)));
+            const i32 from[4] = {0, static_cast<i32>(key), static_cast<i32>(of.kv_head), static_cast<i32>(batched ? of.batch : 0)};
+            tensor_load(unit.codes(), of_k ? map_k : map_v, unit.full(), from);
+          }
+        }
+        if (apart) {
+          if (numbers && !nothing) {
+            const i64 stride = of_k ? p.k_numbers_stride_row : p.v_numbers_stride_row;
+            const float* from = numbers + of.batch * (of_k ? p.k_numbers_stride_batch : p.v_numbers_stride_batch) +
+                                of.kv_head * (of_k ? p.k_numbers_stride_head : p.v_numbers_stride_head);
+#pragma unroll
+            for (u32 j = 0; j < kUnitKeys; j += kWarpSize) {
+              const u32 row = j + lane;
+              const bool there = row < keys && static_cast<u64>(key) + row < static_cast<u64>(p.kv_rows);
+              copy_async<4 * C::kNumbers>(unit.codes() + kUnitKeys * C::kCodeBytes + row * (4 * C::kNumbers),
+                                          there ? from + (static_cast<u64>(key) + row) * stride : numbers,
+                                          there ? 4 * C::kNumbers : 0);
+            }
+          }
+          copy_async_commit();
+          if (++under_way > C::kLag) {
+            copy_async_wait<C::kLag>();
+            announce_next(come, lane);
+            --under_way;
+          }
+        }
+        unit.advance();
       }
-#pragma unroll 1
-      for (u32 which = 0; which < 2; ++which)
-#pragma unroll 1
-        for (u32 first = 0; first < keys || (nothing && which == 0 && first == 0); first += kUnitKeys)
-          take(which, key + first, keys - first < kUnitKeys ? keys - first : kUnitKeys, infos, of);
       nothing = false;
     }
   }
-}
-
-// Warp 0: codes, and what each chunk is.
-template <typename C>
-NXS_DEVICE void stream_codes(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
-  const u32 lane = thread_index() % kWarpSize;
-  UnitAt<C> unit(p, shared);
-  for_each_unit<C>(p, [&](u32 which, u32 key, u32 keys, const Vec<u32, 4>& infos, const typename KeyWalk<C::kKeys>::Of& of) {
-    mbarrier_wait(unit.empty(), unit.parity ^ 1);
-    warp_sync();  // before what lets the phase go on: a lane that is late would wait for the one after
-    if (lane == 0) {
-      store_shared(unit.info(), infos);
-      if (keys == 0) {
-        mbarrier_arrive(unit.full());
-      } else {
-        const bool inlined = which == 0 ? !p.k_numbers_or_null : !p.v_numbers_or_null;
-        const bool batched = which == 0 ? p.k_stride_batch != 0 : p.v_stride_batch != 0;
-        mbarrier_arrive_expect(unit.full(), kUnitKeys * (C::kCodeBytes + (inlined ? 16 : 0)));
-        const i32 from[4] = {0, static_cast<i32>(key), static_cast<i32>(of.kv_head), static_cast<i32>(batched ? of.batch : 0)};
-        tensor_load(unit.codes(), which == 0 ? map_k : map_v, unit.full(), from);
-      }
-    }
-    unit.advance();
-  });
-}
-
-// Warp 1: numbers that are not in the slots. It is kLag units ahead of what it says has come.
-template <typename C> NXS_DEVICE void stream_numbers(const ScaleKernelParams& p, u32 shared) {
-  if (C::all_inline(p)) return;
-  const u32 lane = thread_index() % kWarpSize, rows = static_cast<u32>(p.kv_rows);
-  UnitAt<C> unit(p, shared), come(p, shared);
-  int under_way = 0;
-  const auto announce = [&] {
-    warp_sync();
-    if (lane == 0) mbarrier_arrive(come.full());
-    come.advance();
-    --under_way;
-  };
-  for_each_unit<C>(p, [&](u32 which, u32 key, u32 keys, const Vec<u32, 4>&, const typename KeyWalk<C::kKeys>::Of& of) {
-    mbarrier_wait(unit.empty(), unit.parity ^ 1);
-    warp_sync();
-    const float* numbers = which == 0 ? p.k_numbers_or_null : p.v_numbers_or_null;
-    if (numbers && keys > 0) {
-      const i64 stride = which == 0 ? p.k_numbers_stride_row : p.v_numbers_stride_row;
-      const float* from = numbers + of.batch * (which == 0 ? p.k_numbers_stride_batch : p.v_numbers_stride_batch) +
-                          of.kv_head * (which == 0 ? p.k_numbers_stride_head : p.v_numbers_stride_head);
-#pragma unroll
-      for (u32 i = 0; i < kUnitKeys; i += kWarpSize) {
-        const u32 row = i + lane;
-        const bool there = row < keys && key + row < rows;
-        copy_async<4 * C::kNumbers>(unit.codes() + kUnitKeys * C::kCodeBytes + row * (4 * C::kNumbers),
-                                    there ? from + (static_cast<u64>(key) + row) * stride : numbers, there ? 4 * C::kNumbers : 0);
-      }
-    }
-    copy_async_commit();
-    unit.advance();
-    if (++under_way > C::kLag) {
-      copy_async_wait<C::kLag>();
-      announce();
-    }
-  });
   copy_async_wait<0>();
-  while (under_way > 0) announce();
+  for (; under_way > 0; --under_way) announce_next(come, lane);
 }
 
 // Of the pieces of a unit number `at`: its row, and which 16 bytes of it. Two pieces of fp8 that are 64 bytes apart land in the same
@@ -202,15 +186,14 @@ template <typename C> NXS_DEVICE void piece_of(u32 at, u32& row, u32& piece) {
   }
 }
 
-// A warpgroup that unpacks.
+// Who unpacks: one of `kTeams`.
 template <typename T, typename C> struct Expander {
   const ScaleKernelParams& p;
-  const u32 shared, number, thread, lane;  // of the expanders; within it
+  const u32 shared, team, thread, lane;
   UnitAt<C> unit;
 
-  NXS_DEVICE Expander(const ScaleKernelParams& p_, u32 shared_, u32 number_)
-      : p(p_), shared(shared_), number(number_), thread(thread_index() % kGroupThreads), lane(thread_index() % kWarpSize),
-        unit(p_, shared_) {}
+  NXS_DEVICE Expander(const ScaleKernelParams& p_, u32 shared_, u32 team_, u32 thread_)
+      : p(p_), shared(shared_), team(team_), thread(thread_), lane(thread_ % kWarpSize), unit(p_, shared_) {}
 
   // Lane 0 speaks for its warp.
   NXS_DEVICE void arrive(u32 barrier) const {
@@ -222,16 +205,17 @@ template <typename T, typename C> struct Expander {
   }
   // Rows `first` and up of a tile, from the unit at hand; those from `keys` on are zero.
   NXS_DEVICE void unpack(u32 tile, u32 first, u32 keys, bool inlined) const {
-    constexpr u32 kAll = kUnitKeys * C::kPieces, kRounds = (kAll + kGroupThreads - 1) / kGroupThreads;
-    const u32 codes = unit.codes(), pitch = C::kCodeBytes + (inlined ? 16 : 0);
-    const u32 numbers = codes + (inlined ? C::kCodeBytes : kUnitKeys * C::kCodeBytes), next = inlined ? pitch : 4 * C::kNumbers;
-#pragma unroll
+    constexpr u32 kAll = kUnitKeys * C::kPieces, kRounds = (kAll + C::kTeam - 1) / C::kTeam;
+    [[maybe_unused]] constexpr u32 kUnroll = C::kApart == 0 ? 1 : kRounds;  // as far as registers go
+    const u32 pitch = C::kCodeBytes + (inlined ? 16 : 0), next = inlined ? pitch : 4 * C::kNumbers;
+    const u32 numbers = unit.codes() + (inlined ? C::kCodeBytes : kUnitKeys * C::kCodeBytes);
+#pragma unroll kUnroll
     for (u32 i = 0; i < kRounds; ++i) {
-      const u32 at = thread + i * kGroupThreads;
-      if (kAll % kGroupThreads != 0 && at >= kAll) break;
+      const u32 at = thread + i * C::kTeam;
+      if (kAll % C::kTeam != 0 && at >= kAll) break;
       u32 row, piece;
       piece_of<C>(at, row, piece);
-      const auto code = load_shared<Vec<u32, 4>>(codes + row * pitch + piece * 16);
+      const auto code = load_shared<Vec<u32, 4>>(unit.codes() + row * pitch + piece * 16);
       const auto of = load_row_numbers<C::kFormat>(numbers + row * next);
       const bool there = row < keys;
 #pragma unroll
@@ -244,24 +228,26 @@ template <typename T, typename C> struct Expander {
   // Rows that no unit came for.
   NXS_DEVICE void clear(u32 tile, u32 first) const {
 #pragma unroll 1
-    for (u32 i = thread; i < kUnitKeys * (C::kDim / 8); i += kGroupThreads)
+    for (u32 i = thread; i < kUnitKeys * (C::kDim / 8); i += C::kTeam)
       store_shared(place(tile, first + i / (C::kDim / 8), i % (C::kDim / 8)), Vec<u32, 4>{});
   }
-  // K or V of a chunk, whose first unit is the one at hand; it has come, if `keys` says that there is one.
+  // K or V of a chunk of `keys` keys, whose first unit is the one at hand, if there are any.
   NXS_DEVICE void take_tile(u32 tile, u32 keys, bool inlined, u32 full) {
+    if (keys > 0) {
 #pragma unroll 1
-    for (u32 first = 0; first < C::kKeys; first += kUnitKeys) {
-      const bool mine = C::kExpanders == 1 || first / kUnitKeys % C::kExpanders == number;
-      if (first < keys) {
-        mbarrier_wait(unit.full(), unit.parity);
-        if (mine) unpack(tile, first, keys - first, inlined);
-        arrive(unit.empty());
-        unit.advance();
-      } else if (mine) {
-        clear(tile, first);
+      for (u32 first = 0; first < C::kKeys; first += kUnitKeys) {
+        const bool mine = first / kUnitKeys % C::kTeams == team;
+        if (first < keys) {
+          mbarrier_wait(unit.full(), unit.parity);
+          if (mine) unpack(tile, first, keys - first, inlined);
+          arrive(unit.empty());
+          unit.advance();
+        } else if (mine) {
+          clear(tile, first);
+        }
       }
+      fence_async_shared();
     }
-    fence_async_shared();
     arrive(full);
   }
 
@@ -269,40 +255,49 @@ template <typename T, typename C> struct Expander {
     const u32 works = all_works(p);
     u32 chunk = 0;
     for (u32 n = 0; nth_work<1>(n) < works; ++n) {
-      bool last = false;
-      while (!last) {
+      u32 keys;  // of the chunk, with its flags
+      do {
         const u32 stage = stage_of<C::kStages>(chunk), parity = parity_of<C::kStages>(chunk) ^ 1;
         mbarrier_wait(unit.full(), unit.parity);
-        const auto infos = load_shared<Vec<u32, 4>>(unit.info());
-        const u32 keys = infos.data[0] & 0xffff;
-        last = infos.data[0] & kChunkLast;
+        const auto info = load_shared<Vec<u32, 4>>(unit.info());
+        keys = info.data[0];
         mbarrier_wait(shared + C::kKEmpty + 8 * stage, parity);
         warp_sync();
-        if (number == 0 && thread == 0)
+        if (team == 0 && thread == 0)
 #pragma unroll
-          for (u32 g = 0; g < static_cast<u32>(C::kGroups); ++g)
+          for (u32 g = 0; g < static_cast<u32>(C::kGroups); ++g) {
+            const bool hidden = (keys & 0xffff) == 0 || info.data[1 + g] == NXS_MASK_HIDDEN;
             store_shared(shared + C::kInfo + (stage * C::kGroups + g) * static_cast<u32>(sizeof(ChunkInfo)),
-                         ChunkInfo{infos.data[2 * g], infos.data[2 * g + 1]});
-        const u32 k_full = shared + C::kKFull + 8 * stage, v_full = shared + C::kVFull + 8 * stage;
-        if (keys == 0) {  // nothing to see; the unit said only that
+                         ChunkInfo{keys | (hidden ? kChunkHidden : 0), hidden ? 0 : info.data[1 + g]});
+          }
+        if ((keys & 0xffff) == 0) {  // the unit said only that
           arrive(unit.empty());
           unit.advance();
-          arrive(k_full);
-        } else {
-          take_tile(shared + C::kK + stage * C::kChunkBytes, keys, !p.k_numbers_or_null, k_full);
         }
+        take_tile(shared + C::kK + stage * C::kChunkBytes, keys & 0xffff, !p.k_numbers_or_null, shared + C::kKFull + 8 * stage);
         mbarrier_wait(shared + C::kVEmpty + 8 * stage, parity);
-        if (keys == 0)
-          arrive(v_full);
-        else
-          take_tile(shared + C::kV + stage * C::kChunkBytes, keys, !p.v_numbers_or_null, v_full);
+        take_tile(shared + C::kV + stage * C::kChunkBytes, keys & 0xffff, !p.v_numbers_or_null, shared + C::kVFull + 8 * stage);
         ++chunk;
-      }
+      } while (!(keys & kChunkLast));
     }
   }
 };
 
-// In whose order of arguments the kernels of pairs in scale_attention_sm90.cuh and these differ, for the budgets.
+// Warp 1: the results of works done, then q of those to come, for which they make room.
+template <typename T, typename C>
+NXS_DEVICE void serve_slots(const ScaleKernelParams& p, const TensorMap* map_q, const TensorMap* map_out, u32 shared) {
+  const u32 works = all_works(p);
+  // The items may have come with the params, but masks did not.
+  const bool ours = load_global_nc(p.schedule + 3) == p.digest;
+  u32 mine = 0;
+  while (nth_work<1>(mine) < works) ++mine;
+#pragma unroll 1
+  for (u32 n = 0; n < mine + C::kSlots; ++n) {
+    if (n >= C::kSlots && n - C::kSlots < mine) write_results_of<T, C>(p, map_out, shared, n - C::kSlots, ours);
+    if (n < mine) load_queries_of<T, C>(p, map_q, shared, n, nth_work<1>(n));
+  }
+}
+
 template <typename T, int kFormat, int kDim, int kGroups>
 __global__ void __launch_bounds__(PackedSm90<kFormat, kDim, kGroups>::kThreads, 1)
     scale_attention_packed_sm90_kernel(const __grid_constant__ ScaleKernelParams p, const __grid_constant__ TensorMap map_q,
@@ -322,37 +317,35 @@ __global__ void __launch_bounds__(PackedSm90<kFormat, kDim, kGroups>::kThreads, 
       mbarrier_init(shared + C::kQEmpty + 8 * slot, 1);
     }
     for (u32 stage = 0; stage < C::kStages; ++stage) {
-      mbarrier_init(shared + C::kKFull + 8 * stage, 4 * C::kExpanders);
+      mbarrier_init(shared + C::kKFull + 8 * stage, C::kUnpackWarps);
       mbarrier_init(shared + C::kKEmpty + 8 * stage, 4 * kGroups);
-      mbarrier_init(shared + C::kVFull + 8 * stage, 4 * C::kExpanders);
+      mbarrier_init(shared + C::kVFull + 8 * stage, C::kUnpackWarps);
       mbarrier_init(shared + C::kVEmpty + 8 * stage, 4 * kGroups);
     }
     for (u32 slot = 0; slot < C::kMostUnits; ++slot) {
-      mbarrier_init(shared + C::kUnitFull + 8 * slot, C::all_inline(p) ? 1 : 2);  // codes, numbers
-      mbarrier_init(shared + C::kUnitEmpty + 8 * slot, 4 * C::kExpanders);
+      mbarrier_init(shared + C::kUnitFull + 8 * slot, p.k_numbers_or_null || p.v_numbers_or_null ? 2 : 1);  // codes, numbers
+      mbarrier_init(shared + C::kUnitEmpty + 8 * slot, C::kUnpackWarps);
     }
     fence_mbarrier_init();
   }
   block_sync();
   const u32 group = t / kGroupThreads;
   if (group == 0) {
-    lower_registers<40>();
+    lower_registers<kGroups == 1 ? 56 : kGroups == 2 ? 56 : 32>();
     if (t < kWarpSize)
-      stream_codes<C>(p, &map_k, &map_v, shared);
+      stream_units<C>(p, &map_k, &map_v, shared);
     else if (t < 2 * kWarpSize)
-      stream_numbers<C>(p, shared);
-    else if (t < 3 * kWarpSize)
-      load_queries<T, C>(p, &map_q, shared);
-    else
-      write_results<T, C>(p, &map_out, shared);
-  } else if (group <= C::kExpanders) {
-    if constexpr (kGroups == 1) lower_registers<104>();
-    if constexpr (kGroups == 2) lower_registers<64>();
-    Expander<T, C>(p, shared, group - 1).run();
+      serve_slots<T, C>(p, &map_q, &map_out, shared);
+    else if constexpr (C::kApart == 0)
+      Expander<T, C>(p, shared, 0, t - 2 * kWarpSize).run();
+  } else if (group <= C::kApart) {
+    if constexpr (C::kApart > 0) {
+      lower_registers<kGroups == 1 ? 104 : 56>();
+      Expander<T, C>(p, shared, group - 1, t % kGroupThreads).run();
+    }
   } else {
-    if constexpr (kGroups == 1) raise_registers<240>();
-    if constexpr (kGroups == 2) raise_registers<200>();
-    Consumer<T, C>(p, shared, group - 1 - C::kExpanders).run();
+    raise_registers<kGroups == 1 ? 240 : kGroups == 2 ? 200 : 160>();
+    Consumer<T, C>(p, shared, group - 1 - C::kApart).run();
   }
 }
 
@@ -410,13 +403,18 @@ nxs_status scale_attention_packed_sm90_launch(const ScaleParams& p, void* stream
 
 // One instantiation file for each dtype and dim: scale_attention_packed_sm90_<dtype>_d<dim>.cu.
 template <typename T, int kDim> nxs_status scale_attention_packed_sm90(const ScaleParams& p, void* stream) {
-  switch (p.kv_format * 4 + p.groups) {
-    case NXS_KV_FP8 * 4 + 1: return scale_attention_packed_sm90_launch<T, NXS_KV_FP8, kDim, 1>(p, stream);
-    case NXS_KV_FP8 * 4 + 2: return scale_attention_packed_sm90_launch<T, NXS_KV_FP8, kDim, 2>(p, stream);
-    case NXS_KV_INT4 * 4 + 1: return scale_attention_packed_sm90_launch<T, NXS_KV_INT4, kDim, 1>(p, stream);
-    case NXS_KV_INT4 * 4 + 2: return scale_attention_packed_sm90_launch<T, NXS_KV_INT4, kDim, 2>(p, stream);
-    default: return NXS_E_UNSUPPORTED;
-  }
+  const auto of_format = [&](auto format) -> nxs_status {
+    constexpr int kFormat = decltype(format)::value;
+    switch (p.groups) {
+      case 1: return scale_attention_packed_sm90_launch<T, kFormat, kDim, 1>(p, stream);
+      case 2: return scale_attention_packed_sm90_launch<T, kFormat, kDim, 2>(p, stream);
+      case 3:
+        if constexpr (kDim == 64) return scale_attention_packed_sm90_launch<T, kFormat, kDim, 3>(p, stream);
+      default: return NXS_E_UNSUPPORTED;
+    }
+  };
+  if (p.kv_format == NXS_KV_FP8) return of_format(std::integral_constant<int, NXS_KV_FP8>{});
+  return of_format(std::integral_constant<int, NXS_KV_INT4>{});
 }
 
 }  // namespace nxs::attention

@@ -170,7 +170,8 @@ typedef struct nxs_scale_attention_params {
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
   int32_t kv_format;                /* NXS_KV_*; packed: k and v are [batch, kv_rows, kv_heads, slot] bytes, their strides count
-                                       bytes and are multiples of 16; groups 1 or 2, dim 64, 96 or 128 */
+                                       bytes and are multiples of 16; dim 64, 96 or 128, groups up to 2,
+                                       of dim 64 up to 3 */
   const float *k_numbers_or_null;   /* packed: [batch, kv_rows, kv_heads, n], 16-byte aligned; null: in the slots, see nxs_pack */
   const float *v_numbers_or_null;
   int64_t k_numbers_stride_batch, k_numbers_stride_row, k_numbers_stride_head; /* multiples of n */
