@@ -5,10 +5,11 @@
 //   what NXS_KV_FP8 or NXS_KV_INT4 stand for, rounded to T
 //
 // Grid       persistent, as in scale_attention_sm90.cuh.
-// Block      a producer warpgroup, kGroups consumer warpgroups, and between them two warpgroups that unpack for one consumer, one for
-//            two, none for three, for which there would be no registers. Of the producer, warp 0 streams units of 64 rows: codes
-//            by TMA, the rows' numbers by cp.async where they are not in the slots, and what the chunks are. Warp 1 writes results
-//            and loads q. For three consumers warps 2 and 3 unpack.
+// Block      a producer warpgroup, kGroups consumer warpgroups, and between them two warpgroups that unpack for one consumer, one
+//            for two, none for three, for which there would be no registers. Of the producer, warp 0 streams units of 64 rows:
+//            codes by TMA, and what the chunks are. Warp 1 copies the rows' numbers (cp.async) where they are not in the slots,
+//            warp 2 loads q, warp 3 writes results. For three consumers warp 0 does both of the first, warp 1 both of the last,
+//            and warps 2 and 3 unpack.
 // Unpacking  a ring of units: K of a chunk, then V of it, then the next chunk. Two warpgroups have every other unit of a chunk
 //            each; else all who unpack share each unit. A thread takes 16 bytes of codes to the 16 or 32 elements that the portable
 //            kernel and nxs_unpack make of them, writes these to the swizzled tile, and fences: so each row is what it is in the
@@ -65,7 +66,9 @@ template <int kFormat_, int kDim_, int kGroups_> struct PackedSm90 {
                        kUnitEmpty = kUnitFull + 8 * kMostUnits,
                        kRing = (kUnitEmpty + 8 * kMostUnits + 127) / 128 * 128;
   static constexpr u32 kMostShared = 232448;
-  static constexpr u32 units(u32 bytes) { return (kMostShared - kRing) / bytes < kMostUnits ? (kMostShared - kRing) / bytes : kMostUnits; }
+  static constexpr u32 units(u32 bytes) {
+    return (kMostShared - kRing) / bytes < kMostUnits ? (kMostShared - kRing) / bytes : kMostUnits;
+  }
   static constexpr u32 kPlainUnits = units(kPlainUnit), kInlineUnits = units(kInlineUnit);
   static constexpr u32 kSharedBytes =
       kRing + (kPlainUnits * kPlainUnit > kInlineUnits * kInlineUnit ? kPlainUnits * kPlainUnit : kInlineUnits * kInlineUnit);
@@ -99,11 +102,13 @@ template <typename C> NXS_DEVICE void announce_next(UnitAt<C>& unit, u32 lane) {
   if (lane == 1) mbarrier_arrive(unit.full());
   unit.advance();
 }
-// Warp 0: units, in the order of their use. The warp says that numbers have come kLag units after it has asked for them.
-template <typename C>
+// Units, in the order of their use: codes and what the chunks are, or numbers, or both. The warp says that numbers have come kLag
+// units after it has asked for them.
+template <typename C, bool kCodes, bool kNumbers>
 NXS_DEVICE void stream_units(const ScaleKernelParams& p, const TensorMap* map_k, const TensorMap* map_v, u32 shared) {
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
-  const bool apart = p.k_numbers_or_null || p.v_numbers_or_null;
+  const bool apart = kNumbers && (p.k_numbers_or_null || p.v_numbers_or_null);
+  if (!kCodes && !apart) return;
   UnitAt<C> unit(p, shared), come(p, shared);
   int under_way = 0;
   for (u32 n = 0;; ++n) {
@@ -115,12 +120,10 @@ NXS_DEVICE void stream_units(const ScaleKernelParams& p, const TensorMap* map_k,
     bool nothing = coming == 0;  // a work without keys still has one chunk, hidden from all, and a unit that says so
     while (coming > 0 || nothing) {
       const u32 first_key = walk.first_key(), all = coming;
-      Vec<u32, 4> info{};
-      if (!nothing) info = walk.masks(p);
+      Vec<u32, 4> masks{};
+      if (kCodes && !nothing) masks = walk.masks(p);
       coming = walk.next(p, of);
-#pragma unroll
-      for (u32 g = 3; g > 0; --g) info.data[g] = info.data[g - 1];
-      info.data[0] = all | (coming > 0 ? 0 : kChunkLast);
+      const Vec<u32, 4> info{{all | (coming > 0 ? 0 : kChunkLast), masks.data[0], masks.data[1], masks.data[2]}};
       const u32 units = nothing ? 1 : (all + kUnitKeys - 1) / kUnitKeys;
 #pragma unroll 1
       for (u32 i = 0; i < (nothing ? 1 : 2 * units); ++i) {
@@ -129,7 +132,7 @@ NXS_DEVICE void stream_units(const ScaleKernelParams& p, const TensorMap* map_k,
         mbarrier_wait(unit.empty(), unit.parity ^ 1);
         warp_sync();  // before what lets the phase go on: a lane that is late would wait for the one after
         const float* numbers = of_k ? p.k_numbers_or_null : p.v_numbers_or_null;
-        if (lane == 0) {
+        if (kCodes && lane == 0) {
           store_shared(unit.info(), info);
           if (nothing) {
             mbarrier_arrive(unit.full());
@@ -283,18 +286,14 @@ template <typename T, typename C> struct Expander {
   }
 };
 
-// Warp 1: the results of works done, then q of those to come, for which they make room.
+// The results of works done, then q of those to come, for which they make room.
 template <typename T, typename C>
 NXS_DEVICE void serve_slots(const ScaleKernelParams& p, const TensorMap* map_q, const TensorMap* map_out, u32 shared) {
   const u32 works = all_works(p);
-  // The items may have come with the params, but masks did not.
-  const bool ours = load_global_nc(p.schedule + 3) == p.digest;
-  u32 mine = 0;
-  while (nth_work<1>(mine) < works) ++mine;
 #pragma unroll 1
-  for (u32 n = 0; n < mine + C::kSlots; ++n) {
-    if (n >= C::kSlots && n - C::kSlots < mine) write_results_of<T, C>(p, map_out, shared, n - C::kSlots, ours);
-    if (n < mine) load_queries_of<T, C>(p, map_q, shared, n, nth_work<1>(n));
+  for (u32 n = 0; n < C::kSlots || nth_work<1>(n - C::kSlots) < works; ++n) {
+    if (n >= C::kSlots) write_results<T, C, true>(p, map_out, shared, n - C::kSlots);
+    load_queries<T, C, true>(p, map_q, shared, n);
   }
 }
 
@@ -331,20 +330,31 @@ __global__ void __launch_bounds__(PackedSm90<kFormat, kDim, kGroups>::kThreads, 
   block_sync();
   const u32 group = t / kGroupThreads;
   if (group == 0) {
-    lower_registers<kGroups == 1 ? 56 : kGroups == 2 ? 56 : 32>();
-    if (t < kWarpSize)
-      stream_units<C>(p, &map_k, &map_v, shared);
-    else if (t < 2 * kWarpSize)
-      serve_slots<T, C>(p, &map_q, &map_out, shared);
-    else if constexpr (C::kApart == 0)
-      Expander<T, C>(p, shared, 0, t - 2 * kWarpSize).run();
+    lower_registers<kGroups == 3 ? 32 : 56>();
+    if constexpr (C::kApart > 0) {
+      if (t < kWarpSize)
+        stream_units<C, true, false>(p, &map_k, &map_v, shared);
+      else if (t < 2 * kWarpSize)
+        stream_units<C, false, true>(p, &map_k, &map_v, shared);
+      else if (t < 3 * kWarpSize)
+        load_queries<T, C>(p, &map_q, shared);
+      else
+        write_results<T, C>(p, &map_out, shared);
+    } else {
+      if (t < kWarpSize)
+        stream_units<C, true, true>(p, &map_k, &map_v, shared);
+      else if (t < 2 * kWarpSize)
+        serve_slots<T, C>(p, &map_q, &map_out, shared);
+      else
+        Expander<T, C>(p, shared, 0, t - 2 * kWarpSize).run();
+    }
   } else if (group <= C::kApart) {
     if constexpr (C::kApart > 0) {
-      lower_registers<kGroups == 1 ? 104 : 56>();
+      lower_registers<kGroups == 1 ? 104 : 40>();
       Expander<T, C>(p, shared, group - 1, t % kGroupThreads).run();
     }
   } else {
-    raise_registers<kGroups == 1 ? 240 : kGroups == 2 ? 200 : 160>();
+    raise_registers<kGroups == 1 ? 240 : kGroups == 2 ? 208 : 160>();
     Consumer<T, C>(p, shared, group - 1 - C::kApart).run();
   }
 }

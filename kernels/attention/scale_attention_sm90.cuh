@@ -219,125 +219,118 @@ template <int kDim, int kGroups, int kPair> NXS_DEVICE void clean_tails(const Sc
   }
 }
 
-// q of the block's n-th work, and a header that tells what its slot holds.
-template <typename T, typename C>
-NXS_DEVICE void load_queries_of(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared, u32 n, u32 index) {
+// Warp 2: q of works to come, and headers that tell what the slots hold; or of the block's work number `first` alone.
+template <typename T, typename C, bool kOne = false>
+NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared, u32 first = 0) {
   constexpr int kDim = C::kDim, kGroups = C::kGroups, kPair = C::kPair;
   constexpr u32 kPieces = kDim / 8;  // of 16 bytes, in a row
-  const u32 lane = thread_index() % kWarpSize;
-  const Work work = work_at(p, index);
-  const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
-  const u32 full = shared + C::kQFull + 8 * slot, tiles = shared + C::kQ + slot * C::kSlotBytes;
-  const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4 + 4 * rank_in_pair<kPair>());
-  const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
-  const bool ours = item.data[3] == p.digest;  // else nothing is read or written
-  mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
-  warp_sync();
-  const bool plain = p.pack <= 1 && !p.row_index_or_null;
-  if (lane == 0) {
-    store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
-    if (plain) mbarrier_expect(full, C::kSlotBytes);
-  }
-#pragma unroll
-  for (u32 g = 0; g < kGroups; ++g) {
-    const Vec<u32, 4>& pair = g < 2 ? tile01 : tile2;
-    Vec<u32, 2> tile{{pair.data[g % 2 * 2], pair.data[g % 2 * 2 + 1]}};
-    if (!ours) tile.data[1] = 0;
-    const u32 to = tiles + g * C::kTileBytes;
-    if (lane == 0) store_shared(header + 16 + 8 * g, tile);
-    if (plain) {
-      // Rows beyond the tile's are loaded too, and lead to nothing.
-      if (lane == 0)
-#pragma unroll
-        for (u32 block = 0; block < C::kBlocks; ++block)
-          tensor_load(to + block * kTileRows * 128, map_q, full,
-                      {static_cast<i32>(block * 64), static_cast<i32>(ours ? tile.data[0] : 0), static_cast<i32>(work.head),
-                       static_cast<i32>(p.q_stride_batch ? work.batch : 0)});
-      continue;
-    }
-#pragma unroll 1
-    for (u32 i = lane; i < kTileRows * kPieces; i += kWarpSize) {
-      const u32 row = i / kPieces, piece = i % kPieces;
-      const bool valid = row < tile.data[1] && piece * 8 < static_cast<u32>(p.dim);
-      const T* from = static_cast<const T*>(p.q);
-      if (valid) from = query_at<T>(p, work.batch, row_at(p, work.head, tile.data[0] + row)) + piece * 8;
-      const u32 address = to + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
-      copy_async<16>(swizzled(address, Swizzle::k128), from, valid ? 16 : 0);
-    }
-  }
-  if (!plain) {
-    copy_async_commit();
-    copy_async_wait<0>();
-    fence_async_shared();
-    warp_sync();
-  }
-  if (lane == 0) mbarrier_arrive(full);
-}
-// Warp 2: q of works to come.
-template <typename T, typename C>
-NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared) {
-  const u32 works = all_works(p);
-  for (u32 n = 0;; ++n) {
-    const u32 index = nth_work<C::kPair>(n);
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
+  for (u32 n = first;; ++n) {
+    const u32 index = nth_work<kPair>(n);
     if (index >= works) break;
-    load_queries_of<T, C>(p, map_q, shared, n, index);
+    const Work work = work_at(p, index);
+    const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
+    const u32 full = shared + C::kQFull + 8 * slot, tiles = shared + C::kQ + slot * C::kSlotBytes;
+    const Vec<u32, 4> item = p.words(work.item), tile01 = p.words(work.item + 4 + 4 * rank_in_pair<kPair>());
+    const Vec<u32, 4> tile2 = kGroups > 2 ? p.words(work.item + 8) : Vec<u32, 4>{};
+    const bool ours = item.data[3] == p.digest;  // else nothing is read or written
+    mbarrier_wait(shared + C::kQEmpty + 8 * slot, parity_of<C::kSlots>(n) ^ 1);
+    warp_sync();
+    const bool plain = p.pack <= 1 && !p.row_index_or_null;
+    if (lane == 0) {
+      store_shared(header, Vec<u32, 4>{{work.batch, work.head, item.data[2], 0}});
+      if (plain) mbarrier_expect(full, C::kSlotBytes);
+    }
+#pragma unroll
+    for (u32 g = 0; g < kGroups; ++g) {
+      const Vec<u32, 4>& pair = g < 2 ? tile01 : tile2;
+      Vec<u32, 2> tile{{pair.data[g % 2 * 2], pair.data[g % 2 * 2 + 1]}};
+      if (!ours) tile.data[1] = 0;
+      const u32 to = tiles + g * C::kTileBytes;
+      if (lane == 0) store_shared(header + 16 + 8 * g, tile);
+      if (plain) {
+        // Rows beyond the tile's are loaded too, and lead to nothing.
+        if (lane == 0)
+#pragma unroll
+          for (u32 block = 0; block < C::kBlocks; ++block)
+            tensor_load(to + block * kTileRows * 128, map_q, full,
+                        {static_cast<i32>(block * 64), static_cast<i32>(ours ? tile.data[0] : 0), static_cast<i32>(work.head),
+                         static_cast<i32>(p.q_stride_batch ? work.batch : 0)});
+        continue;
+      }
+#pragma unroll 1
+      for (u32 i = lane; i < kTileRows * kPieces; i += kWarpSize) {
+        const u32 row = i / kPieces, piece = i % kPieces;
+        const bool valid = row < tile.data[1] && piece * 8 < static_cast<u32>(p.dim);
+        const T* from = static_cast<const T*>(p.q);
+        if (valid) from = query_at<T>(p, work.batch, row_at(p, work.head, tile.data[0] + row)) + piece * 8;
+        const u32 address = to + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
+        copy_async<16>(swizzled(address, Swizzle::k128), from, valid ? 16 : 0);
+      }
+    }
+    if (!plain) {
+      copy_async_commit();
+      copy_async_wait<0>();
+      fence_async_shared();
+      warp_sync();
+    }
+    if (lane == 0) mbarrier_arrive(full);
+    if constexpr (kOne) break;
   }
 }
 
-// The results that the consumers left in the slot of the block's n-th work. Parts they have written themselves.
-template <typename T, typename C>
-NXS_DEVICE void write_results_of(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared, u32 n, bool ours) {
-  constexpr int kDim = C::kDim, kGroups = C::kGroups;
-  const u32 lane = thread_index() % kWarpSize;
-  const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
-  mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
-  const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
-  const u32 batch = work.data[0], head = work.data[1], split = work.data[2];
-#pragma unroll 1
-  for (u32 g = 0; g < kGroups; ++g) {
-    Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
-    if (!ours) tile.data[1] = 0;
-    if (p.splits > 1 || p.lse_or_null)
-#pragma unroll 1
-      for (u32 row = lane; row < tile.data[1]; row += kWarpSize) {
-        const RowAt at = row_at(p, head, tile.data[0] + row);
-        store_lse(p, split, batch, at,
-                  load_shared<float>(shared + C::kLse + ((slot * kGroups + g) * kTileRows + row) * 4));
-      }
-    if (p.splits > 1) continue;
-    const u32 from = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes;
-    // Eight rows a copy; the rest, and packed heads, in pieces of 16 bytes.
-    const u32 eights = p.pack <= 1 ? tile.data[1] / 8 : 0;
-    if (lane < eights)
-#pragma unroll
-      for (u32 block = 0; block < C::kBlocks; ++block)
-        tensor_store(map_out, from + block * kTileRows * 128 + lane * 1024,
-                     {static_cast<i32>(block * 64), static_cast<i32>(tile.data[0] + lane * 8), static_cast<i32>(head),
-                      static_cast<i32>(batch)});
-#pragma unroll 1
-    for (u32 i = eights * kDim + lane; i < tile.data[1] * (kDim / 8); i += kWarpSize) {
-      const u32 row = i / (kDim / 8), piece = i % (kDim / 8);
-      if (piece * 8 >= static_cast<u32>(p.dim)) continue;
-      const RowAt at = row_at(p, head, tile.data[0] + row);
-      const u32 address = from + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
-      T* out = static_cast<T*>(p.out) + batch * p.out_stride_batch + at.row * p.out_stride_row + at.head * p.out_stride_head;
-      store_global(reinterpret_cast<Vec<u32, 4>*>(out + piece * 8),
-                   load_shared<Vec<u32, 4>>(swizzled(address, Swizzle::k128)));
-    }
-  }
-  bulk_commit();
-  bulk_wait_read<0>();
-  fence_async_shared();  // q comes next by TMA
-  warp_sync();
-  if (lane == 0) mbarrier_arrive(shared + C::kQEmpty + 8 * slot);
-}
-// Warp 3: results of works done.
-template <typename T, typename C>
-NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
-  const u32 works = all_works(p);
+// Warp 3: the results that the consumers left in a slot; or of the block's work number `first` alone. Parts they have written
+// themselves.
+template <typename T, typename C, bool kOne = false>
+NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared, u32 first = 0) {
+  constexpr int kDim = C::kDim, kGroups = C::kGroups, kPair = C::kPair;
+  const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   // The items may have come with the params, but masks did not.
   const bool ours = load_global_nc(p.schedule + 3) == p.digest;
-  for (u32 n = 0; nth_work<C::kPair>(n) < works; ++n) write_results_of<T, C>(p, map_out, shared, n, ours);
+  for (u32 n = first; nth_work<kPair>(n) < works; ++n) {
+    const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
+    mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
+    const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
+    const u32 batch = work.data[0], head = work.data[1], split = work.data[2];
+#pragma unroll 1
+    for (u32 g = 0; g < kGroups; ++g) {
+      Vec<u32, 2> tile = load_shared<Vec<u32, 2>>(header + 16 + 8 * g);
+      if (!ours) tile.data[1] = 0;
+      if (p.splits > 1 || p.lse_or_null)
+#pragma unroll 1
+        for (u32 row = lane; row < tile.data[1]; row += kWarpSize) {
+          const RowAt at = row_at(p, head, tile.data[0] + row);
+          store_lse(p, split, batch, at,
+                    load_shared<float>(shared + C::kLse + ((slot * kGroups + g) * kTileRows + row) * 4));
+        }
+      if (p.splits > 1) continue;
+      const u32 from = shared + C::kQ + slot * C::kSlotBytes + g * C::kTileBytes;
+      // Eight rows a copy; the rest, and packed heads, in pieces of 16 bytes.
+      const u32 eights = p.pack <= 1 ? tile.data[1] / 8 : 0;
+      if (lane < eights)
+#pragma unroll
+        for (u32 block = 0; block < C::kBlocks; ++block)
+          tensor_store(map_out, from + block * kTileRows * 128 + lane * 1024,
+                       {static_cast<i32>(block * 64), static_cast<i32>(tile.data[0] + lane * 8), static_cast<i32>(head),
+                        static_cast<i32>(batch)});
+#pragma unroll 1
+      for (u32 i = eights * kDim + lane; i < tile.data[1] * (kDim / 8); i += kWarpSize) {
+        const u32 row = i / (kDim / 8), piece = i % (kDim / 8);
+        if (piece * 8 >= static_cast<u32>(p.dim)) continue;
+        const RowAt at = row_at(p, head, tile.data[0] + row);
+        const u32 address = from + piece / 8 * (kTileRows * 128) + row * 128 + piece % 8 * 16;
+        T* out = static_cast<T*>(p.out) + batch * p.out_stride_batch + at.row * p.out_stride_row + at.head * p.out_stride_head;
+        store_global(reinterpret_cast<Vec<u32, 4>*>(out + piece * 8),
+                     load_shared<Vec<u32, 4>>(swizzled(address, Swizzle::k128)));
+      }
+    }
+    bulk_commit();
+    bulk_wait_read<0>();
+    fence_async_shared();  // q comes next by TMA
+    warp_sync();
+    if (lane == 0) mbarrier_arrive(shared + C::kQEmpty + 8 * slot);
+    if constexpr (kOne) break;
+  }
 }
 
 // ---- consumer: one warpgroup, one tile of 64 rows at a time
