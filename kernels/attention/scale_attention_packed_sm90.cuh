@@ -173,11 +173,15 @@ NXS_DEVICE void stream_units(const ScaleKernelParams& p, const TensorMap* map_k,
   for (; under_way > 0; --under_way) announce_next(come, lane);
 }
 
-// Of the pieces of a unit number `at`: its row, and which 16 bytes of it. Two pieces of fp8 that are 64 bytes apart land in the same
-// banks of their blocks, as do two of 4 bits that are 32 bytes apart. So of eight threads those of one row have a block, those of
-// the next rows the other.
-template <typename C> NXS_DEVICE void piece_of(u32 at, u32& row, u32& piece) {
-  if constexpr (C::kPieces == 8) {
+// Of the pieces of a unit number `at`: its row, and which 16 bytes of it. Eight threads access shared memory together. Where rows are
+// not a power of two of bytes apart, they have the same piece of eight rows. Else they would read the same banks then, so they
+// have all pieces of a row or of some; of dim 128 two pieces in different blocks land in the same banks, so that those of one
+// row have a block, those of the next the other.
+template <typename C, bool kInline> NXS_DEVICE void piece_of(u32 at, u32& row, u32& piece) {
+  if constexpr (kInline || C::kDim == 96) {
+    row = at % kUnitKeys;
+    piece = at / kUnitKeys;
+  } else if constexpr (C::kPieces == 8) {
     row = at / 16 * 2 + at / 4 % 2;
     piece = at % 4 + (at / 4 ^ at / 8) % 2 * 4;
   } else if constexpr (C::kPieces == 4 && C::kDim == 128) {
@@ -207,19 +211,19 @@ template <typename T, typename C> struct Expander {
     return tile + eight / 8 * (C::kKeys * 128) + row * 128 + (eight ^ row) % 8 * 16;
   }
   // Rows `first` and up of a tile, from the unit at hand; those from `keys` on are zero.
-  NXS_DEVICE void unpack(u32 tile, u32 first, u32 keys, bool inlined) const {
+  template <bool kInline> NXS_DEVICE void unpack(u32 tile, u32 first, u32 keys) const {
     constexpr u32 kAll = kUnitKeys * C::kPieces, kRounds = (kAll + C::kTeam - 1) / C::kTeam;
     [[maybe_unused]] constexpr u32 kUnroll = C::kApart == 0 ? 1 : kRounds;  // as far as registers go
-    const u32 pitch = C::kCodeBytes + (inlined ? 16 : 0), next = inlined ? pitch : 4 * C::kNumbers;
-    const u32 numbers = unit.codes() + (inlined ? C::kCodeBytes : kUnitKeys * C::kCodeBytes);
+    constexpr u32 kPitch = C::kCodeBytes + (kInline ? 16 : 0), kNext = kInline ? kPitch : 4 * C::kNumbers;
+    const u32 numbers = unit.codes() + (kInline ? C::kCodeBytes : kUnitKeys * C::kCodeBytes);
 #pragma unroll kUnroll
     for (u32 i = 0; i < kRounds; ++i) {
       const u32 at = thread + i * C::kTeam;
       if (kAll % C::kTeam != 0 && at >= kAll) break;
       u32 row, piece;
-      piece_of<C>(at, row, piece);
-      const auto code = load_shared<Vec<u32, 4>>(unit.codes() + row * pitch + piece * 16);
-      const auto of = load_row_numbers<C::kFormat>(numbers + row * next);
+      piece_of<C, kInline>(at, row, piece);
+      const auto code = load_shared<Vec<u32, 4>>(unit.codes() + row * kPitch + piece * 16);
+      const auto of = load_row_numbers<C::kFormat>(numbers + row * kNext);
       const bool there = row < keys;
 #pragma unroll
       for (u32 j = 0; j < C::kEights; ++j) {
@@ -242,7 +246,10 @@ template <typename T, typename C> struct Expander {
         const bool mine = first / kUnitKeys % C::kTeams == team;
         if (first < keys) {
           mbarrier_wait(unit.full(), unit.parity);
-          if (mine) unpack(tile, first, keys - first, inlined);
+          if (mine && inlined)
+            unpack<true>(tile, first, keys - first);
+          else if (mine)
+            unpack<false>(tile, first, keys - first);
           arrive(unit.empty());
           unit.advance();
         } else if (mine) {
