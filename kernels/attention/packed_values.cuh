@@ -18,15 +18,8 @@ template <int kFormat> NXS_DEVICE RowNumbers<kFormat> load_row_numbers(u32 addre
   }
 }
 
-// Code k of eight in a word, exactly: its bits become those of a float between 2^n and 2^(n + 1) in which they count ones. That
-// is cheaper than a shift and a conversion. Codes from 5 on come from the word moved by 20 bits.
-template <int k> NXS_DEVICE float four_bits(u32 word, u32 moved) {
-  constexpr int at = k < 5 ? k : k - 5;
-  constexpr u32 none = static_cast<u32>(150 - 4 * at) << 23;
-  return bits_float(((k < 5 ? word : moved) & (15u << 4 * at)) | none) - bits_float(none);
-}
-
-// Eight elements, rounded to T: from two words of codes in fp8, or one of 4 bits.
+// Eight elements, rounded to T: from two words of codes in fp8, or one of 4 bits. Two codes of 4 bits at a time are the digits of
+// two subnormal numbers of f16, 2^-24 or 2^-20 of what they say: that is cheaper than to move and convert each.
 template <typename T, int kFormat>
 NXS_DEVICE Vec<u32, 4> eight_values(u32 codes, u32 more, const RowNumbers<kFormat>& of) {
   Vec<u32, 4> value;
@@ -38,12 +31,14 @@ NXS_DEVICE Vec<u32, 4> eight_values(u32 codes, u32 more, const RowNumbers<kForma
                                     nxs::multiply(f16_bits_to_f32(static_cast<u16>(both >> 16)), of.scale));
     }
   } else {
-    const u32 moved = codes >> 20;
-    const auto at = [&](float code) { return fma(code, of.scale, of.min); };
-    value.data[0] = round_pair<T>(at(four_bits<0>(codes, moved)), at(four_bits<1>(codes, moved)));
-    value.data[1] = round_pair<T>(at(four_bits<2>(codes, moved)), at(four_bits<3>(codes, moved)));
-    value.data[2] = round_pair<T>(at(four_bits<4>(codes, moved)), at(four_bits<5>(codes, moved)));
-    value.data[3] = round_pair<T>(at(four_bits<6>(codes, moved)), at(four_bits<7>(codes, moved)));
+    const float even = of.scale * 0x1p24f, odd = of.scale * 0x1p20f;
+#pragma unroll
+    for (u32 k = 0; k < 2; ++k) {
+      const u32 first = codes >> 8 * k & 0x000f000fu, second = codes >> 8 * k & 0x00f000f0u;  // of codes 2 k and 2 k + 4, and the next
+      const auto at = [&](u32 bits, float scale) { return fma(f16_bits_to_f32(static_cast<u16>(bits)), scale, of.min); };
+      value.data[k] = round_pair<T>(at(first, even), at(second, odd));
+      value.data[k + 2] = round_pair<T>(at(first >> 16, even), at(second >> 16, odd));
+    }
   }
   return value;
 }

@@ -20,7 +20,7 @@
 // Banks      eight threads, which a store of 16 bytes each takes together, have pieces of all eight places of a swizzled row: see
 //            piece_of.
 // Bytes      q and out once; codes and numbers of K and V once for each item and head.
-// FLOPs      4 * kDim * 64 * kKeys a tile and chunk; about 3 instructions an element of fp8, 3.6 of 4 bits, for all groups.
+// FLOPs      4 * kDim * 64 * kKeys a tile and chunk; about 3 instructions an element to unpack, for all groups.
 // Limits     dim = kDim; items of one or two tiles, of dim 64 also three; sm_90a.
 #pragma once
 #include <type_traits>
@@ -212,24 +212,26 @@ template <typename T, typename C> struct Expander {
   }
   // Rows `first` and up of a tile, from the unit at hand; those from `keys` on are zero.
   template <bool kInline> NXS_DEVICE void unpack(u32 tile, u32 first, u32 keys) const {
-    constexpr u32 kAll = kUnitKeys * C::kPieces, kRounds = (kAll + C::kTeam - 1) / C::kTeam;
+    constexpr bool kSameRow = kInline || C::kDim == 96;  // a thread's pieces are of one row, else the same piece of many
+    constexpr u32 kRounds = (kUnitKeys * C::kPieces + C::kTeam - 1) / C::kTeam;
     [[maybe_unused]] constexpr u32 kUnroll = C::kApart == 0 ? 1 : kRounds;  // as far as registers go
     constexpr u32 kPitch = C::kCodeBytes + (kInline ? 16 : 0), kNext = kInline ? kPitch : 4 * C::kNumbers;
     const u32 numbers = unit.codes() + (kInline ? C::kCodeBytes : kUnitKeys * C::kCodeBytes);
+    u32 row, piece;
+    piece_of<C, kInline>(thread, row, piece);
+    RowNumbers<C::kFormat> of{};
+    if (kSameRow && row < keys) of = load_row_numbers<C::kFormat>(numbers + row * kNext);
 #pragma unroll kUnroll
     for (u32 i = 0; i < kRounds; ++i) {
-      const u32 at = thread + i * C::kTeam;
-      if (kAll % C::kTeam != 0 && at >= kAll) break;
-      u32 row, piece;
-      piece_of<C, kInline>(at, row, piece);
-      const auto code = load_shared<Vec<u32, 4>>(unit.codes() + row * kPitch + piece * 16);
-      const auto of = load_row_numbers<C::kFormat>(numbers + row * kNext);
-      const bool there = row < keys;
+      const u32 this_row = kSameRow ? row : row + i * (C::kTeam / C::kPieces);
+      const u32 this_piece = kSameRow ? piece + i * (C::kTeam / kUnitKeys) : piece;
+      if (kSameRow && C::kPieces * kUnitKeys % C::kTeam != 0 && this_piece >= C::kPieces) break;
+      auto code = load_shared<Vec<u32, 4>>(unit.codes() + this_row * kPitch + this_piece * 16);
+      if (!kSameRow) of = load_row_numbers<C::kFormat>(numbers + this_row * kNext);
+      if (this_row >= keys) code = {}, of = {};
 #pragma unroll
-      for (u32 j = 0; j < C::kEights; ++j) {
-        const auto value = eight_of<T, C::kFormat>(code, j, of);
-        store_shared(place(tile, first + row, piece * C::kEights + j), there ? value : Vec<u32, 4>{});
-      }
+      for (u32 j = 0; j < C::kEights; ++j)
+        store_shared(place(tile, first + this_row, this_piece * C::kEights + j), eight_of<T, C::kFormat>(code, j, of));
     }
   }
   // Rows that no unit came for.
