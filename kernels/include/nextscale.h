@@ -132,7 +132,7 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
 /* What k and v are: of dtype, or packed as nxs_pack packs rows, each unpacked to dtype, rounded once, before it is used. */
 #define NXS_KV_PLAIN 0
 #define NXS_KV_FP8 1  /* NXS_PACK_FP8, n 1 */
-#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2 */
+#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2; scales below 2^100 */
 
 typedef struct nxs_scale_attention_params {
   const void *q;                    /* [batch, q_rows, heads, dim] dtype; 16-byte aligned, as are k, v and out */
