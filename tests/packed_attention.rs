@@ -402,6 +402,10 @@ fn what_packed_plans_refuse() {
     };
     let plan = build(|b| b).unwrap();
     assert_eq!(plan.variant(), Variant::Portable);
+    let long = Visibility::new(&[Segment::tokens(1)], &[Segment::tokens(4096)], |_, _| Rule::Full).unwrap();
+    let long = ScaleAttention::<bf16>::builder(&long).head_dim(128).heads(8, 2).packed(Format::INT4, true);
+    let long = long.build(&DeviceInfo::H200).unwrap();
+    assert_eq!((long.variant(), long.schedule().groups(), long.schedule().pack()), (Variant::Hopper, 1, 4));
     unsupported(build(|b| b.packed(Format::turbo_key(4), false)), "format");
     unsupported(build(|b| b.packed(Format::kivi_value(4, 32), false)), "format");
     unsupported(build(|b| b.head_dim(80)), "head_dim");
