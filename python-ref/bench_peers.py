@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_compression import Pack, PackedAttention
+from peers_decode_rules import DecodeRules
 from peers_keep import Compact, Drift, Select
 from peers_importance import Importance, Redundancy
 from peers_multi_scale import MultiScale
@@ -327,6 +328,7 @@ OPS = {
     "importance": Importance,
     "redundancy": Redundancy,
     "visual_verify": VisualVerify,
+    "decode_rules": DecodeRules,
     "pack": Pack,
     "packed_attention": PackedAttention,
 }
