@@ -14,6 +14,7 @@ mod drift;
 mod importance;
 mod key_norms;
 mod pack;
+mod places;
 mod redundancy;
 mod rotate;
 mod select;
@@ -30,6 +31,7 @@ pub use importance::{
     Aggregation, Importance, ImportanceArgs, ImportanceBuilder, ImportanceSchedule, ImportanceVariant, Pool, Reduction,
 };
 pub use key_norms::{KeyNorms, KeyNormsArgs, KeyNormsBuilder};
+pub use places::KeyPages;
 pub use pack::{Pack, PackArgs, PackBuilder, UnpackArgs};
 pub use redundancy::{Form, Redundancy, RedundancyArgs, RedundancyBuilder, Retain, Similar};
 pub use rotate::{Rotate, RotateArgs, RotateBuilder};
