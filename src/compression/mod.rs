@@ -11,6 +11,7 @@
 mod cache;
 mod compact;
 mod drift;
+mod event;
 mod importance;
 mod key_norms;
 mod pack;
@@ -22,10 +23,11 @@ mod select;
 pub use crate::packed::{Format, Rotation};
 pub use crate::plan::Traffic;
 pub use cache::{
-    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Policy, PolicyScores,
+    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, Packed, PageCopy, Placed, Policy, PolicyScores,
     Region, Run, Segment,
 };
 pub use compact::{Compact, CompactArgs, CompactBuilder, CompactSchedule, EXTRAS, RopePairs, Turn, flags};
+pub use event::{Event, EventArgs, EventBuilder};
 pub use drift::{Drift, DriftArgs, DriftBuilder, Force};
 pub use importance::{
     Aggregation, Importance, ImportanceArgs, ImportanceBuilder, ImportanceSchedule, ImportanceVariant, Pool, Reduction,
