@@ -7,8 +7,8 @@ mod support;
 use std::collections::HashMap;
 
 use nextscale::compression::{
-    CacheSpec, ChunkCache, ChunkState, CompactArgs, Format, PackArgs, Packed, Placed, Policy, PositionWeight, SelectArgs,
-    UnpackArgs,
+    CacheSpec, ChunkCache, ChunkState, CompactArgs, Format, PackArgs, Packed, Placed, Policy, PositionWeight,
+    SelectArgs, UnpackArgs,
 };
 use nextscale::{DType, DeviceInfo, Error, In, Out, Stream, bf16};
 use proptest::prelude::*;
@@ -332,7 +332,9 @@ fn a_thousand_chunks_of(packed: Option<Packed>) {
 /// packed alone.
 #[test]
 fn packed_rows_through_the_stages() {
-    for (device, packed) in TestDevice::all().iter().flat_map(|device| packings().into_iter().map(move |it| (device, it))) {
+    for (device, packed) in
+        TestDevice::all().iter().flat_map(|device| packings().into_iter().map(move |it| (device, it)))
+    {
         let Some(packed) = packed else { continue };
         let spec = CacheSpec { branches: 1, packed: Some(packed), ..spec(1 << 16) };
         let (heads, page_rows) = (spec.heads, spec.page_rows);
@@ -420,7 +422,8 @@ fn packed_rows_through_the_stages() {
             let mut row = 0;
             for run in runs {
                 let at = run.place as usize * heads;
-                let [plan, other] = cache.pack::<bf16>(run.rows).unwrap().map(|plan| plan.build(&DeviceInfo::H200).unwrap());
+                let [plan, other] =
+                    cache.pack::<bf16>(run.rows).unwrap().map(|plan| plan.build(&DeviceInfo::H200).unwrap());
                 let plan = if which == 0 { plan } else { other };
                 let of = |codes: &[u8], numbers: &[f32], rows: usize| {
                     let mut out = vec![bf16::ZERO; rows * heads * dim];
@@ -440,7 +443,9 @@ fn packed_rows_through_the_stages() {
                 let moved = of(codes, its, run.rows);
                 // The rows that were kept, packed anew on the host.
                 let old: Vec<bf16> = (row..row + run.rows)
-                    .flat_map(|row| written[layer][which][kept[row] * heads * dim..(kept[row] + 1) * heads * dim].to_vec())
+                    .flat_map(|row| {
+                        written[layer][which][kept[row] * heads * dim..(kept[row] + 1) * heads * dim].to_vec()
+                    })
                     .collect();
                 let mut codes = vec![0u8; run.rows * heads * slot];
                 let mut its = vec![0f32; run.rows * heads * count];
@@ -633,10 +638,9 @@ fn policies_through_the_stages() {
             let flow = Policy::FlowCache { budget: 12, lambda: 0.5, weight };
             let joint = compress(&device, flow, [Some(&importance), Some(&redundancy)], shared);
             assert_eq!(joint, vec![vec![odd.clone(), even.clone()]; 2]);
-            for (policy, recent) in [
-                (Policy::SnapKv { budget: 8, window: 4 }, 4),
-                (Policy::H2o { heavy: 4, recent: 4 }, 4),
-            ] {
+            for (policy, recent) in
+                [(Policy::SnapKv { budget: 8, window: 4 }, 4), (Policy::H2o { heavy: 4, recent: 4 }, 4)]
+            {
                 for of_layer in compress(&device, policy, [Some(&importance), None], shared) {
                     for (head, rows) in of_layer.iter().enumerate() {
                         // The last ones, and of the others the best: the latest of the head's parity.

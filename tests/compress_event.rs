@@ -197,8 +197,10 @@ impl Scene {
         let mut positions = Buffer::of(device, &self.positions, 0);
         let mut norms = Buffer::of(device, &self.norms, 0);
         let mut lengths = Buffer::of(device, &self.lengths[..layers * heads], 0);
-        let (input_pages, out_pages) =
-            (Buffer::of(device, &words(|moves| &moves.input_pages), 0), Buffer::of(device, &words(|moves| &moves.out_pages), 0));
+        let (input_pages, out_pages) = (
+            Buffer::of(device, &words(|moves| &moves.input_pages), 0),
+            Buffer::of(device, &words(|moves| &moves.out_pages), 0),
+        );
         let queries = Buffer::of(device, &q, 0);
         let (rows, columns) = (Buffer::of(device, event.rows(), 0), Buffer::of(device, event.columns(), 0));
         let weights = event.weights().map(|weights| Buffer::of(device, weights, 0));
@@ -373,8 +375,7 @@ fn oracle(
             importance.resize(n, 0.0);
             let mut means = vec![0.0; n];
             for i in 0..n {
-                let cosines: Vec<f64> =
-                    (0..n).map(|j| if i == j { 0.0 } else { dot(&unit[i], &unit[j]) }).collect();
+                let cosines: Vec<f64> = (0..n).map(|j| if i == j { 0.0 } else { dot(&unit[i], &unit[j]) }).collect();
                 let retained = (0..n).rev().find(|&j| cosines[j] > 0.5).unwrap_or(0);
                 (0..n).filter(|&j| j != retained).for_each(|j| means[j] += cosines[j] / n as f64);
             }
@@ -444,7 +445,9 @@ fn budgets(policy: &Policy, scores: &[Scores], block: usize) -> Vec<usize> {
     let mut all: Vec<(f64, usize)> = scores
         .iter()
         .enumerate()
-        .flat_map(|(head, of)| of.items.iter().zip(&of.stay).filter(|(_, stays)| !**stays).map(move |(&x, _)| (x, head)))
+        .flat_map(|(head, of)| {
+            of.items.iter().zip(&of.stay).filter(|(_, stays)| !**stays).map(move |(&x, _)| (x, head))
+        })
         .collect();
     all.sort_by(|a, b| b.0.total_cmp(&a.0));
     let shares: Vec<f64> = (0..scores.len())
@@ -488,7 +491,14 @@ fn every_policy_once_and_again() {
 fn shapes() {
     let flow = Policy::FlowCache { budget: 40, lambda: 0.07, weight: PositionWeight::None };
     check(&Case { page_rows: 130, chunks: vec![260, 130], further: vec![61], queries: 256, layers: 1, ..case(flow) });
-    check(&Case { page_rows: 128, chunks: vec![128, 128, 9], further: vec![70], queries: 300, layers: 1, ..case(flow) });
+    check(&Case {
+        page_rows: 128,
+        chunks: vec![128, 128, 9],
+        further: vec![70],
+        queries: 300,
+        layers: 1,
+        ..case(flow)
+    });
     check(&Case { block: 12, ..case(Policy::FlowCache { budget: 36, lambda: 0.07, weight: PositionWeight::None }) });
     check(&Case { block: 5, ..case(Policy::FlowCache { budget: 33, lambda: 0.5, weight: PositionWeight::Gaussian }) });
     let ada = Policy::AdaKv { budget: 20, window: 9, floor: 0.1 };
@@ -601,7 +611,8 @@ fn turned_to_positions_in_the_cache() {
         case.chunks.iter().for_each(|&rows| scene.append(rows));
         let moves: Vec<_> = (0..2).map(|layer| scene.cache.compress(0, layer, 24).unwrap().unwrap()).collect();
         let turn = Turn { pairs: RopePairs::Half, rotary_dim: DIM, table_rows: rows, table_stride: None };
-        let event = scene.cache.event::<bf16>(case.policy, &moves).unwrap().turn(0, turn).build(&DeviceInfo::H200).unwrap();
+        let event =
+            scene.cache.event::<bf16>(case.policy, &moves).unwrap().turn(0, turn).build(&DeviceInfo::H200).unwrap();
         let mut k = Buffer::of(&device, &scene.k, 0);
         let mut v = Buffer::of(&device, &scene.v, 0);
         let mut positions = Buffer::of(&device, &scene.positions, 0);
@@ -627,7 +638,8 @@ fn turned_to_positions_in_the_cache() {
             for pair in 0..DIM / 2 {
                 let (sin, cos) = ((row as f64 - was as f64) * frequency(pair)).sin_cos();
                 let (a, b) = (old[pair], old[pair + DIM / 2]);
-                for (at, want) in [(at * DIM + pair, a * cos - b * sin), (at * DIM + pair + DIM / 2, a * sin + b * cos)] {
+                for (at, want) in [(at * DIM + pair, a * cos - b * sin), (at * DIM + pair + DIM / 2, a * sin + b * cos)]
+                {
                     assert!((k[at].to_f64() - want).abs() <= 2f64.powi(-8) * want.abs() + 1e-4, "{} not {want}", k[at]);
                 }
             }

@@ -13,8 +13,18 @@ pub(crate) static OP: Op = Op {
     inputs: &[
         TensorHelp { name: "k", dtypes: "bf16, f16, f32", shape: "[sets, tokens, heads, dim]", about: "sealed chunks" },
         TensorHelp { name: "v", dtypes: "as k", shape: "[sets, tokens, heads, dim]", about: "" },
-        TensorHelp { name: "q", dtypes: "as k", shape: "[sets, rows, q_heads, dim]", about: "if the policy scores by queries" },
-        TensorHelp { name: "k_more", dtypes: "as k", shape: "[sets, more, heads, dim]", about: "optional: appended for a second event" },
+        TensorHelp {
+            name: "q",
+            dtypes: "as k",
+            shape: "[sets, rows, q_heads, dim]",
+            about: "if the policy scores by queries",
+        },
+        TensorHelp {
+            name: "k_more",
+            dtypes: "as k",
+            shape: "[sets, more, heads, dim]",
+            about: "optional: appended for a second event",
+        },
         TensorHelp { name: "v_more", dtypes: "as k", shape: "[sets, more, heads, dim]", about: "with k_more" },
         TensorHelp { name: "q_more", dtypes: "as k", shape: "as q", about: "of the second event" },
     ],
@@ -41,11 +51,21 @@ pub(crate) static OP: Op = Op {
         SettingHelp { name: "workspace", values: "bytes", about: "the most; default 64 MB" },
     ],
     outputs: &[
-        TensorHelp { name: "positions", dtypes: "i32", shape: "[sets, heads, kept]", about: "of kept rows; -1 after them" },
+        TensorHelp {
+            name: "positions",
+            dtypes: "i32",
+            shape: "[sets, heads, kept]",
+            about: "of kept rows; -1 after them",
+        },
         TensorHelp { name: "k", dtypes: "as k", shape: "[sets, kept, heads, dim]", about: "" },
         TensorHelp { name: "v", dtypes: "as k", shape: "[sets, kept, heads, dim]", about: "" },
         TensorHelp { name: "lengths", dtypes: "i32", shape: "[sets, heads]", about: "" },
-        TensorHelp { name: "first_positions", dtypes: "i32", shape: "[sets, heads, kept]", about: "after the first event" },
+        TensorHelp {
+            name: "first_positions",
+            dtypes: "i32",
+            shape: "[sets, heads, kept]",
+            about: "after the first event",
+        },
     ],
     run,
 };
@@ -121,7 +141,8 @@ fn compress<T: Float>(runner: &Runner, inputs: &Tensors, settings: &Settings) ->
     };
     // Page by page in all layers, so that no layer's pages are next to each other.
     let append = |cache: &mut ChunkCache, pool: &mut Pool<T>, names: [&str; 2], first: usize, rows: usize| {
-        let [k, v] = names.map(|name| inputs.require(name).and_then(|it| it.expect::<T>(name, &[sets, rows, heads, dim])));
+        let [k, v] =
+            names.map(|name| inputs.require(name).and_then(|it| it.expect::<T>(name, &[sets, rows, heads, dim])));
         let (k, v) = (k?, v?);
         for from in (0..rows).step_by(page_rows) {
             let count = page_rows.min(rows - from);
@@ -224,8 +245,7 @@ fn event<T: Float>(
     let mut lengths = runner.upload(&pool.lengths)?;
     let mut workspace = runner.output::<u8>(plan.workspace_bytes() as usize)?;
     runner.run(|stream| {
-        let mut args =
-            EventArgs::of(k.as_out(), v.as_out(), lengths.as_out(), pages.as_in(), workspace.as_out());
+        let mut args = EventArgs::of(k.as_out(), v.as_out(), lengths.as_out(), pages.as_in(), workspace.as_out());
         args.q = queries.as_ref().map(|q| q.as_in());
         args.positions = Some(positions.as_out());
         args.rows = rows.as_ref().map(|rows| rows.as_in());

@@ -83,9 +83,7 @@ impl Places {
         let Some(given) = given else { return Ok(operands) };
         rule("kept", given.kept.is_some() == (self.first_rows > 0), "given if and only if the plan has first rows")?;
         rule("lengths", !has_lengths || given.kept.is_none(), "none where `kept` says them")?;
-        operands
-            .input("pages", &given.pages, sets * self.pages_of(tokens))?
-            .input_if("kept", &given.kept, sets * heads)
+        operands.input("pages", &given.pages, sets * self.pages_of(tokens))?.input_if("kept", &given.kept, sets * heads)
     }
 
     #[cfg(nxs_kernels)]

@@ -133,7 +133,8 @@ impl CacheSpec {
 
     /// Numbers beside a key and a value.
     pub fn numbers(&self) -> [usize; 2] {
-        self.packed.map_or([0; 2], |packed| [packed.numbers(packed.k, self.k_dim), packed.numbers(packed.v, self.v_dim)])
+        self.packed
+            .map_or([0; 2], |packed| [packed.numbers(packed.k, self.k_dim), packed.numbers(packed.v, self.v_dim)])
     }
 
     /// Bytes of a page with what belongs to its rows.

@@ -431,7 +431,10 @@ impl ChunkCache {
         let first_kept = if was_compressed { chunks[0].rows } else { 0 };
         let first_rows = if was_compressed { chunks[0].pages.len() * page_rows } else { 0 };
         let tokens = first_rows + rows - first_kept;
-        if chunks[usize::from(was_compressed).min(sealed - 1)..sealed - 1].iter().any(|chunk| chunk.rows % page_rows > 0) {
+        if chunks[usize::from(was_compressed).min(sealed - 1)..sealed - 1]
+            .iter()
+            .any(|chunk| chunk.rows % page_rows > 0)
+        {
             return Err(Error::Unsupported {
                 arg: "kept",
                 what: "chunks between the compressed and the last sealed one that fill their pages",
@@ -488,7 +491,8 @@ impl ChunkCache {
     /// [`Error::Unsupported`] of a cache that is not packed.
     pub fn pack<T: Float>(&self, rows: usize) -> Result<[PackBuilder<T, f32>; 2]> {
         let spec = &self.spec;
-        let packed = spec.packed.ok_or(Error::Unsupported { arg: "packed", what: "a cache of packed keys and values" })?;
+        let packed =
+            spec.packed.ok_or(Error::Unsupported { arg: "packed", what: "a cache of packed keys and values" })?;
         Ok([(packed.k, spec.k_dim), (packed.v, spec.v_dim)].map(|(format, dim)| {
             let builder = Pack::builder(format, rows, spec.heads, dim);
             if packed.inline { builder.inline() } else { builder }

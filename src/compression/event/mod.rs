@@ -4,9 +4,7 @@ mod plan;
 
 pub use plan::EventBuilder;
 
-use super::{
-    CompactArgs, EXTRAS, ImportanceArgs, KeyNormsArgs, KeyPages, RedundancyArgs, SelectArgs, Traffic,
-};
+use super::{CompactArgs, EXTRAS, ImportanceArgs, KeyNormsArgs, KeyPages, RedundancyArgs, SelectArgs, Traffic};
 use crate::dtype::{Element, Float};
 use crate::error::{Error, Result};
 use crate::launch::Operands;
@@ -113,7 +111,8 @@ impl<T: Float> Clone for Event<T> {
 // Weights by their bits.
 impl<T: Float> PartialEq for Event<T> {
     fn eq(&self, other: &Self) -> bool {
-        let bits = |of: &Self| of.weights.as_ref().map(|weights| weights.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+        let bits =
+            |of: &Self| of.weights.as_ref().map(|weights| weights.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
         (&self.shape, &self.full, &self.rest) == (&other.shape, &other.full, &other.rest) && bits(self) == bits(other)
     }
 }
@@ -315,7 +314,50 @@ impl<T: Float> Event<T> {
         Ok(())
     }
 
-    fn run_group(&self, stream: &Stream<'_>, set: usize, stages: &Stages<T>, args: &mut EventArgs<'_, T>) -> Result<()> {
+    fn run_group(
+        &self,
+        stream: &Stream<'_>,
+        set: usize,
+        stages: &Stages<T>,
+        args: &mut EventArgs<'_, T>,
+    ) -> Result<()> {
+        let (shape, parts, sets) = (&self.shape, &stages.parts, stages.sets);
+        let (first_list, lists) = (set * shape.heads, sets * shape.heads);
+        self.score(stream, set, stages, args)?;
+        let [mut importance, mut redundancy, mut indices, workspace] =
+            args.workspace.parts([parts.importance, parts.redundancy, parts.indices, parts.select_workspace]);
+        let (importance, redundancy) = (importance.cast(), redundancy.cast());
+        let select = SelectArgs {
+            importance: stages.importance.as_ref().map(|_| importance.as_in()),
+            redundancy: stages.redundancy.as_ref().map(|_| redundancy.as_in()),
+            weights: args.weights.as_ref().map(whole),
+            lengths: None,
+            budgets: None,
+            indices: indices.cast(),
+            counts: args.lengths.part(first_list, lists),
+            status: args.status.as_mut().map(|status| status.part(first_list, lists)),
+            workspace: Some(workspace),
+        };
+        stages.select.run(stream, select)?;
+        let (indices, lengths) = (indices.cast(), args.lengths.as_in());
+        let mut compact = CompactArgs::of(indices.as_in());
+        compact.k_out = Some(args.k.whole());
+        compact.v_out = Some(args.v.whole());
+        compact.counts = Some(lengths.part(first_list, lists));
+        compact.positions_out = args.positions.as_mut().map(|view| view.whole());
+        for (to, extra) in compact.extras_out.iter_mut().zip(&mut args.extras) {
+            *to = extra.as_mut().map(|view| view.whole());
+        }
+        compact.input_pages = Some(args.input_pages.part(set * shape.input_pages, sets * shape.input_pages));
+        let out_pages = args.out_pages.as_ref();
+        compact.out_pages = out_pages.map(|view| view.part(set * shape.out_pages, sets * shape.out_pages));
+        compact.cos = args.cos.as_ref().map(whole);
+        compact.sin = args.sin.as_ref().map(whole);
+        stages.compact.run(stream, compact)
+    }
+
+    /// The scores of a group, into the workspace.
+    fn score(&self, stream: &Stream<'_>, set: usize, stages: &Stages<T>, args: &mut EventArgs<'_, T>) -> Result<()> {
         let (shape, parts, sets) = (&self.shape, &stages.parts, stages.sets);
         let (first_list, lists) = (set * shape.heads, sets * shape.heads);
         let input_pages = args.input_pages.part(set * shape.input_pages, sets * shape.input_pages);
@@ -372,40 +414,7 @@ impl<T: Float> Event<T> {
             };
             redundancy.run(stream, args)?;
         }
-        let [mut importance, mut redundancy, mut indices, workspace] = args.workspace.parts([
-            parts.importance,
-            parts.redundancy,
-            parts.indices,
-            parts.select_workspace,
-        ]);
-        let (importance, redundancy) = (importance.cast(), redundancy.cast());
-        let select = SelectArgs {
-            importance: stages.importance.as_ref().map(|_| importance.as_in()),
-            redundancy: stages.redundancy.as_ref().map(|_| redundancy.as_in()),
-            weights: args.weights.as_ref().map(whole),
-            lengths: None,
-            budgets: None,
-            indices: indices.cast(),
-            counts: args.lengths.part(first_list, lists),
-            status: args.status.as_mut().map(|status| status.part(first_list, lists)),
-            workspace: Some(workspace),
-        };
-        stages.select.run(stream, select)?;
-        let (indices, lengths) = (indices.cast(), args.lengths.as_in());
-        let mut compact = CompactArgs::of(indices.as_in());
-        compact.k_out = Some(args.k.whole());
-        compact.v_out = Some(args.v.whole());
-        compact.counts = Some(lengths.part(first_list, lists));
-        compact.positions_out = args.positions.as_mut().map(|view| view.whole());
-        for (to, extra) in compact.extras_out.iter_mut().zip(&mut args.extras) {
-            *to = extra.as_mut().map(|view| view.whole());
-        }
-        compact.input_pages = Some(input_pages);
-        let out_pages = args.out_pages.as_ref();
-        compact.out_pages = out_pages.map(|view| view.part(set * shape.out_pages, sets * shape.out_pages));
-        compact.cos = args.cos.as_ref().map(whole);
-        compact.sin = args.sin.as_ref().map(whole);
-        stages.compact.run(stream, compact)
+        Ok(())
     }
 }
 

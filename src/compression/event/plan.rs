@@ -138,7 +138,8 @@ impl<T: Float> EventBuilder<T> {
         }
         let q_heads = self.spec.heads * self.groups;
         let shape = [self.sets, q_rows, q_heads, self.spec.k_dim].map(|size| size as u64);
-        let q = self.q.map_or(Layout::contiguous(shape), |[set, row, head]| Layout::strided(shape, [set, row, head, 1]));
+        let q =
+            self.q.map_or(Layout::contiguous(shape), |[set, row, head]| Layout::strided(shape, [set, row, head, 1]));
         let q_len = if scores.importance { q.required_len("q")? } else { 0 };
 
         let stages = |sets: usize| Stages::of(&self, device, sets, queries, q.strides(), [tokens, kept, first_rows]);
