@@ -122,8 +122,7 @@ fn bench(criterion: &mut Criterion, stream: &Arc<CudaStream>, shape: &Shape) {
     let traffic = event.traffic(tokens, dim);
     let mut group = criterion.benchmark_group("compress_event");
     group.throughput(Throughput::Bytes(traffic.read + traffic.written));
-    support::time_graph(&mut group, stream, &shape.name, run);
-    support::time_host(&mut group, stream, &shape.name, run);
+    support::time_in(&mut group, stream, &shape.name, run);
     group.finish();
     assert_eq!(lengths.borrow().read(), vec![budget as i32; layers * heads], "{}", shape.name);
 }

@@ -19,7 +19,7 @@ SCORES = {
 class CompressEvent:
     """All layers of one event: scores, selection, and K and V of what is kept, in new memory."""
 
-    MODES = ["graph", "eager"]
+    MODES = ["graph", "eager", "cold"]
 
     @staticmethod
     def cases(shape):
