@@ -671,3 +671,91 @@ fn refusals_name_the_argument() {
     // The compactions have place for 12 rows.
     assert!(matches!(build(Policy::SnapKv { budget: 13, window: 4 }), Some(Error::Size { arg: "capacity", .. })));
 }
+
+/// Groups of sets and repetition change no bit.
+#[test]
+fn bitwise_in_any_groups() {
+    for device in TestDevice::all() {
+        for policy in policies() {
+            let outcome = |workspace: u64| {
+                let mut scene = Scene::new(&Case { workspace, layers: 3, ..case(policy) });
+                scene.append(72);
+                scene.compress(&device);
+                scene.append(36);
+                scene.compress(&device);
+                let bits = |values: &[bf16]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                (bits(&scene.k), bits(&scene.v), scene.positions, scene.lengths)
+            };
+            let want = outcome(64_000_000);
+            assert_eq!(outcome(64_000_000), want, "{policy:?}");
+            assert_eq!(outcome(0), want, "{policy:?}");
+        }
+    }
+}
+
+/// A captured graph compresses what its buffers hold at the time: other queries, other pages.
+#[cfg(feature = "cudarc-0_19")]
+#[test]
+fn graphs_replay() {
+    let Some(TestDevice::Cuda(stream)) = TestDevice::cuda() else { return };
+    let device = TestDevice::Cuda(stream.clone());
+    let policy = Policy::FlowCache { budget: 30, lambda: 0.07, weight: PositionWeight::None };
+    let case = case(policy);
+    let prepared = |seed: u64, turned: bool| {
+        let mut scene = Scene::new(&Case { seed, ..case.clone() });
+        if turned {
+            // Other pages for the same rows.
+            scene.cache.append(1, 0, 0, 30, 0).unwrap();
+        }
+        scene.append(72);
+        let moves: Vec<_> = (0..2).map(|layer| scene.cache.compress(0, layer, 30).unwrap().unwrap()).collect();
+        let pages: Vec<i32> = moves.iter().flat_map(|moves| &moves.input_pages).map(|&page| page as i32).collect();
+        let q = uniform(&mut scene.rng, 2 * case.queries * 4 * DIM);
+        (scene, moves, pages, q)
+    };
+    let (scene, moves, pages, q) = prepared(1, false);
+    let event = scene.plan(&moves, &DeviceInfo::H200);
+    let mut k = Buffer::of(&device, &scene.k, 0);
+    let mut v = Buffer::of(&device, &scene.v, 0);
+    let mut lengths = Buffer::<i32>::poisoned(&device, 4, 0);
+    let mut pages = Buffer::of(&device, &pages, 0);
+    let mut q = Buffer::of(&device, &q, 0);
+    let mut workspace = Buffer::<u8>::poisoned(&device, event.workspace_bytes() as usize, 0);
+    {
+        let mut run = || {
+            let mut args = EventArgs::of(k.output(), v.output(), lengths.output(), pages.input(), workspace.output());
+            args.q = Some(q.input());
+            event.run(&stream, args).unwrap();
+        };
+        run(); // loads the code
+    }
+    let graph = support::capture(&stream, || {
+        let mut args = EventArgs::of(k.output(), v.output(), lengths.output(), pages.input(), workspace.output());
+        args.q = Some(q.input());
+        event.run(&stream, args).unwrap();
+    });
+    for seed in 2..5 {
+        let (scene, _, words, queries) = prepared(seed, seed % 2 == 0);
+        k.write(&scene.k);
+        v.write(&scene.v);
+        pages.write(&words);
+        q.write(&queries);
+        graph.launch().unwrap();
+        // The same again without a graph.
+        let mut want_k = Buffer::of(&device, &scene.k, 0);
+        let mut want_v = Buffer::of(&device, &scene.v, 0);
+        let mut want_lengths = Buffer::<i32>::poisoned(&device, 4, 0);
+        let mut other = Buffer::<u8>::poisoned(&device, event.workspace_bytes() as usize, 0);
+        {
+            let (out_k, out_v) = (want_k.output(), want_v.output());
+            let mut args = EventArgs::of(out_k, out_v, want_lengths.output(), pages.input(), other.output());
+            args.q = Some(q.input());
+            event.run(&stream, args).unwrap();
+        }
+        let bits = |buffer: &Buffer<bf16>| buffer.read().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&k), bits(&want_k));
+        assert_eq!(bits(&v), bits(&want_v));
+        assert_eq!(lengths.read(), want_lengths.read());
+        assert_ne!(bits(&k), scene.k.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    }
+}
