@@ -16,11 +16,12 @@ def compress_event(program, number, rng):
     slow = program.device == "emulated"
     sets, heads, groups = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
     dim = rng.choice([64, 96, 128])
-    page_rows = rng.choice([1, 7, 16, 50, 128])
+    block = rng.choice([1, 1, 5]) if policy == "flowcache" else 1
+    page_rows = rng.choice([1, 7, 16, 50, 128]) if block == 1 else rng.choice([5, 50])
     tokens = -(-rng.randint(130, 200 if slow else 700) // page_rows) * page_rows
     window = rng.choice([4, 8]) if policy in ("rkv", "snapkv", "h2o", "adakv") else 0
-    budget = rng.randint(20, 40)
-    more = rng.choice([0, rng.randint(21, 90)])
+    budget = rng.randint(20, 40) // block * block
+    more = rng.choice([0, rng.randint(21, 90) // block * block])
     queries = window or rng.choice([1, 17, 50, 256 if slow else 300])
     height, width = rng.choice([(4, 4), (4, 5)])
     if policy == "h2o":
@@ -36,7 +37,6 @@ def compress_event(program, number, rng):
         settings |= {"height": height, "width": width}
         how |= {"height": height, "width": width}
     weighting = rng.choice(["none", "none", "exponential", "gaussian"]) if policy == "flowcache" else "none"
-    block = rng.choice([1, 1, 5]) if policy == "flowcache" else 1
     if policy == "flowcache":
         settings |= {"weighting": weighting, "block": block}
     floor = 0.25
@@ -73,7 +73,7 @@ def compress_event(program, number, rng):
             for h in range(heads):
                 of_q = None if policy in ("keydiff", "streaming") else q[s, :, h * groups : (h + 1) * groups]
                 of_head.append(events.scores(policy, of_q, all_k[s, have[h], h], **how))
-            wanted = [budget // block * block] * heads
+            wanted = [budget] * heads
             if policy == "adakv":
                 quotas = [keep.quota(len(rows), budget, 0, window) for rows in have]
                 shares = keep.split_ada(torch.nn.utils.rnn.pad_sequence([one[0] for one in of_head], batch_first=True),

@@ -487,7 +487,7 @@ fn refusals_name_the_argument() {
         assert!(matches!(error, Some(Error::Unsupported { arg, .. }) if arg == name), "{error:?}");
     };
     unsupported(packed(Format::kivi_key(2, 32), Format::Fp8, false), "packed");
-    unsupported(packed(Format::Fp8, Format::kivi_value(2, 8), true), "inline");
+    unsupported(packed(Format::kivi_value(2, 8), Format::Fp8, true), "inline");
     unsupported(packed(Format::Uniform { bits: 5, group: None }, Format::Fp8, false), "bits");
     unsupported(ChunkCache::new(spec(1 << 20)).unwrap().pack::<bf16>(4).err(), "packed");
     let mut cache = ChunkCache::new(spec(1 << 20)).unwrap();

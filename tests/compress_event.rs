@@ -500,7 +500,7 @@ fn shapes() {
         ..case(flow)
     });
     check(&Case { block: 12, ..case(Policy::FlowCache { budget: 36, lambda: 0.07, weight: PositionWeight::None }) });
-    check(&Case { block: 5, ..case(Policy::FlowCache { budget: 33, lambda: 0.5, weight: PositionWeight::Gaussian }) });
+    check(&Case { block: 6, ..case(Policy::FlowCache { budget: 36, lambda: 0.5, weight: PositionWeight::Gaussian }) });
     let ada = Policy::AdaKv { budget: 20, window: 9, floor: 0.1 };
     check(&Case { page_rows: 1, chunks: vec![50], further: vec![4, 30, 7], ..case(ada) });
     check(&Case { page_rows: 7, chunks: vec![70], further: vec![2, 21, 5], heads: 3, groups: 1, ..case(ada) });
@@ -666,6 +666,8 @@ fn refusals_name_the_argument() {
     unsupported(build(flow), "queries");
     let snap = cache.event::<bf16>(Policy::SnapKv { budget: 12, window: 4 }, &moves).unwrap();
     unsupported(snap.queries(5).build(&DeviceInfo::H200).err(), "queries");
+    let blocks = cache.event::<bf16>(flow, &moves).unwrap().queries(5).block(5);
+    unsupported(blocks.build(&DeviceInfo::H200).err(), "block");
     unsupported(build(Policy::ScaleKv { budget: 12, scale: [3, 4] }), "scale");
     assert!(matches!(build(Policy::ScaleKv { budget: 12, scale: [6, 7] }), Some(Error::Size { arg: "scale", .. })));
     // The compactions have place for 12 rows.

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kNormThreads) key_norms_kernel(const __grid_co
 #pragma unroll
     for (u32 i = 0; i < kAtOnce; ++i) {
       const u32 j = first + i * kStep + warp * KeyRows<kDim>::kRows + rows.row;
-      key[i] = rows.load(k + places(j < last ? j : last) * p.k_stride_token);
+      key[i] = rows.load(k + (length > 0 ? places(j < last ? j : last) : places.place_of_row(0)) * p.k_stride_token);
     }
 #pragma unroll
     for (u32 i = 0; i < kAtOnce; ++i) {

@@ -82,7 +82,8 @@ impl<T: Float> EventBuilder<T> {
         self
     }
 
-    /// Tokens that are kept or dropped together: FlowCache's frames and chunks. 1 if not given.
+    /// Tokens that are kept or dropped together: FlowCache's frames and chunks; the budget is whole ones, and a last one that is
+    /// shorter counts as one. 1 if not given.
     pub fn block(mut self, tokens: usize) -> Self {
         self.block = tokens;
         self
@@ -106,7 +107,7 @@ impl<T: Float> EventBuilder<T> {
     ///
     /// # Errors
     /// Those of the stages ([`Importance`], [`KeyNorms`], [`Redundancy`], [`Select`], [`Compact`]); [`Error::Unsupported`] for
-    /// queries that are missing, or others than the policy's, or a scale of ScaleKV less than 4 tokens wide; [`Error::Size`]
+    /// queries that are missing, or others than the policy's, a budget of no whole blocks, or a scale of ScaleKV less than 4 tokens wide; [`Error::Size`]
     /// for compactions that keep fewer rows than [`Policy::rows`], or more tokens of ScaleKV's last scale than there are.
     pub fn build(self, device: &DeviceInfo) -> Result<Event<T>> {
         let Compaction { tokens, kept, first_rows, first_kept, .. } = self.shape;
@@ -122,7 +123,10 @@ impl<T: Float> EventBuilder<T> {
             }
             (true, None, None) => return Err(Error::Unsupported { arg: "queries", what: "a number of them" }),
         };
-        // Keys that there are: no head of ScaleKV's has fewer.
+        if self.block > 1 && self.policy.budget() % self.block > 0 {
+            return Err(Error::Unsupported { arg: "block", what: "blocks of which the budget is whole ones" });
+        }
+        // Keys that there are: no head has fewer, but of Ada-KV's.
         let keys = first_kept + tokens - first_rows;
         let mut columns = Vec::new();
         let mut q_rows = queries;
@@ -156,7 +160,11 @@ impl<T: Float> EventBuilder<T> {
         let left = self.sets % of_group;
         let rest = if left > 0 { Some(stages(left)?) } else { None };
         let pool = (self.pages * self.spec.page_rows * self.spec.heads) as u64;
-        let weights = self.policy.weights(full.select.items());
+        // Over the items that there are; the table has room for rows between.
+        let mut weights = self.policy.weights(keys.div_ceil(self.block.max(1)));
+        if let Some(weights) = &mut weights {
+            weights.resize(full.select.items(), 1.0);
+        }
         Ok(Event {
             shape: super::Shape {
                 sets: self.sets,
