@@ -119,7 +119,7 @@ fn bench(criterion: &mut Criterion, stream: &Arc<CudaStream>, shape: &Shape) {
         args.columns = (!event.columns().is_empty()).then(|| columns.input());
         event.run(stream, args).unwrap();
     };
-    let traffic = event.traffic(tokens, dim);
+    let traffic = event.traffic();
     let mut group = criterion.benchmark_group("compress_event");
     group.throughput(Throughput::Bytes(traffic.read + traffic.written));
     support::time_in(&mut group, stream, &shape.name, run);

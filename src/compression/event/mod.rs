@@ -94,6 +94,8 @@ struct Shape {
     v_len: u64,
     /// Places times heads.
     pool: u64,
+    /// Elements of the keys of a head.
+    keys: u64,
     turns: bool,
 }
 
@@ -229,10 +231,10 @@ impl<T: Float> Event<T> {
     }
 
     /// The bytes of keys and values that any kernels must move: keys once if they are scored, and what is kept.
-    pub fn traffic(&self, tokens: usize, k_dim: usize) -> Traffic {
+    pub fn traffic(&self) -> Traffic {
         let mut all = Traffic { read: 0, written: 0 };
         self.each(|_, stages| {
-            let keys = (stages.sets * self.shape.heads * tokens * k_dim * size_of::<T>()) as u64;
+            let keys = (stages.sets * self.shape.heads) as u64 * self.shape.keys * size_of::<T>() as u64;
             let its = stages.traffic(keys);
             all.read = all.read.saturating_add(its.read);
             all.written = all.written.saturating_add(its.written);

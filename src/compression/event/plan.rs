@@ -180,6 +180,7 @@ impl<T: Float> EventBuilder<T> {
                 k_len: pool * self.spec.k_dim as u64,
                 v_len: pool * self.spec.v_dim as u64,
                 pool,
+                keys: (keys * self.spec.k_dim) as u64,
                 turns: self.turns,
             },
             weights,
