@@ -593,6 +593,10 @@ fn workspace_at_published_shapes() {
         let (bytes, its) = (event.workspace_bytes(), event.groups());
         println!("{policy:?}, {queries:?} queries of {chunks:?}: {:.1} MB in {its} groups", bytes as f64 / 1e6);
         assert!(bytes < 64_000_000 && its <= most_groups, "{policy:?}: {bytes} bytes, {its} groups");
+        let (lists, kept) = ((spec.layers * spec.heads) as u64, policy.budget() as u64 * 512);
+        let traffic = event.traffic();
+        assert_eq!(traffic.read, lists * (chunks.iter().sum::<usize>() as u64 * 256 + kept));
+        assert_eq!(traffic.written, lists * kept);
     }
 }
 

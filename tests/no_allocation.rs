@@ -600,7 +600,7 @@ fn events_allocate_nothing() {
             });
             let moves: Vec<_> =
                 (0..3).map(|layer| cache.compress(0, layer, policy.rows(2)).unwrap().unwrap()).collect();
-            let mut builder = cache.event::<bf16>(policy, &moves).unwrap().workspace(4096);
+            let mut builder = cache.event::<bf16>(policy, &moves).unwrap().workspace(0);
             let queries = policy.queries().unwrap_or(5);
             if policy.queries().is_none() {
                 builder = builder.queries(queries);
