@@ -488,7 +488,7 @@ fn every_policy_once_and_again() {
 /// Pages of which chunks fill many, none, or a part of; many queries, for the other kernels; frames; a window across the gap that
 /// uneven heads leave.
 #[test]
-fn shapes() {
+fn pages_and_windows() {
     let flow = Policy::FlowCache { budget: 40, lambda: 0.07, weight: PositionWeight::None };
     check(&Case { page_rows: 130, chunks: vec![260, 130], further: vec![61], queries: 256, layers: 1, ..case(flow) });
     check(&Case {
