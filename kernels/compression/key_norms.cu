@@ -20,7 +20,7 @@ using KeyNormsParams = nxs_key_norms_params;
 constexpr u32 kNormThreads = 256, kNormWarps = kNormThreads / kWarpSize, kAtOnce = 4;
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kNormThreads) key_norms_kernel(const __grid_constant__ KeyNormsParams p) {
+__global__ void __launch_bounds__(kNormThreads, 4) key_norms_kernel(const __grid_constant__ KeyNormsParams p) {
   const u32 heads = static_cast<u32>(p.heads), item = block_index_y(), set = item / heads, head = item - set * heads;
   const KeyPlaces places(p.places, set, head);
   const u32 length = length_of(p, places, set, head), tokens = static_cast<u32>(p.tokens);
