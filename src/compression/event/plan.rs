@@ -123,7 +123,7 @@ impl<T: Float> EventBuilder<T> {
             }
             (true, None, None) => return Err(Error::Unsupported { arg: "queries", what: "a number of them" }),
         };
-        if self.block > 1 && self.policy.budget() % self.block > 0 {
+        if self.block > 1 && !self.policy.budget().is_multiple_of(self.block) {
             return Err(Error::Unsupported { arg: "block", what: "blocks of which the budget is whole ones" });
         }
         // Keys that there are: no head has fewer, but of Ada-KV's.
