@@ -1,8 +1,8 @@
-//! Whole compression events on the shapes of `benches/shapes.json`: all layers, over the pages of a cache, in place. A case is timed
-//! from the queries to the rows in their places. `benches/support` says what the modes time.
+//! Whole compression events on the shapes of `benches/shapes.json`: all layers, over the pages of a cache, in place. A
+//! case is timed from the queries to the rows in their places. `benches/support` says what the modes time.
 //!
-//! Layers take their pages in turn, as an engine fills them. Every run compresses the same rows again: what the one before has
-//! moved are keys like others.
+//! Layers take their pages in turn, as an engine fills them. Every run compresses the same rows again: what the one
+//! before has moved are keys like others.
 
 mod support;
 

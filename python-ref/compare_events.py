@@ -48,10 +48,13 @@ def compress_event(program, number, rng):
     def random(*shape):
         return torch.randn(shape, generator=generator).to(DTYPES[dtype])
 
-    parts = [(random(sets, tokens, heads, dim), random(sets, tokens, heads, dim), random(sets, rows, heads * groups, dim))]
+    def chunk(count):
+        return *(random(sets, count, heads, dim) for _ in range(2)), random(sets, rows, heads * groups, dim)
+
+    parts = [chunk(tokens)]
     inputs = dict(zip(["k", "v", "q"], parts[0]))
     if more:
-        parts.append((random(sets, more, heads, dim), random(sets, more, heads, dim), random(sets, rows, heads * groups, dim)))
+        parts.append(chunk(more))
         inputs |= dict(zip(["k_more", "v_more", "q_more"], parts[1]))
     if policy in ("keydiff", "streaming"):
         inputs = {name: it for name, it in inputs.items() if not name.startswith("q")}

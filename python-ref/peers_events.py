@@ -1,6 +1,6 @@
-"""What PyTorch offers for whole compression events: the published algorithms, layer by layer as they are written, with their
-top-k moved to the GPU, and lean ones: one product with the mean key for a matrix of cosines, queries in pieces that fit,
-sorted indices, and compiled. bench_peers.py checks and times them.
+"""What PyTorch offers for whole compression events: the published algorithms, layer by layer as they are written, with
+their top-k moved to the GPU, and lean ones: one product with the mean key for a matrix of cosines, queries in pieces
+that fit, sorted indices, and compiled. bench_peers.py checks and times them.
 """
 
 import torch
@@ -96,7 +96,8 @@ class CompressEvent:
     def peers(self):
         """Yields (name, when it is worth its time, a function that makes the call)."""
         large = self.layers * self.case["heads"] * self.tokens * self.case["queries"] > 2**32
-        yield "published, layer by layer, top-k on the GPU", FULL if large else ALWAYS, lambda: self.whole(self.published)
+        when = FULL if large else ALWAYS
+        yield "published, layer by layer, top-k on the GPU", when, lambda: self.whole(self.published)
         yield "lean", BEST, lambda: self.whole(self.lean(None))
         for mode, name, when in COMPILERS:
             yield f"{name}: lean", when, lambda m=mode: self.whole(self.lean(m))

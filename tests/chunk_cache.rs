@@ -328,8 +328,8 @@ fn a_thousand_chunks_of(packed: Option<Packed>) {
     }
 }
 
-/// Rows are packed where they are appended, moved as bytes, and unpacked where attention reads them: the same as if each were
-/// packed alone.
+/// Rows are packed where they are appended, moved as bytes, and unpacked where attention reads them: the same as if
+/// each were packed alone.
 #[test]
 fn packed_rows_through_the_stages() {
     for (device, packed) in

@@ -485,8 +485,8 @@ fn every_policy_once_and_again() {
     }
 }
 
-/// Pages of which chunks fill many, none, or a part of; many queries, for the other kernels; frames; a window across the gap that
-/// uneven heads leave.
+/// Pages of which chunks fill many, none, or a part of; many queries, for the other kernels; frames; a window across
+/// the gap that uneven heads leave.
 #[test]
 fn pages_and_windows() {
     let flow = Policy::FlowCache { budget: 40, lambda: 0.07, weight: PositionWeight::None };
@@ -512,12 +512,12 @@ proptest! {
     #[test]
     fn random_events(
         which in 0..9usize, layers in 1..4usize, heads in 1..4usize, groups in 1..4usize, page_rows in 1..40usize,
-        pages in 1..5usize, rest in 1..40usize, further in proptest::collection::vec(20..60usize, 0..3), queries in 1..30usize,
-        shared in any::<bool>(), workspace in proptest::sample::select(vec![0u64, 40_000, 64_000_000]), seed in any::<u64>(),
+        pages in 1..5usize, rest in 1..40usize, further in proptest::collection::vec(20..60usize, 0..3),
+        queries in 1..30usize, shared in any::<bool>(),
+        workspace in proptest::sample::select(vec![0u64, 40_000, 64_000_000]), seed in any::<u64>(),
     ) {
         let policy = policies()[which];
         let first = (120usize.div_ceil(page_rows) + pages) * page_rows;
-        // A heads' share of Ada-KV may be all that there is.
         let queries = policy.queries().unwrap_or(queries);
         check(&Case {
             layers, heads, groups, page_rows, chunks: vec![first, rest + 20], further, queries, shared, workspace, seed,

@@ -1,7 +1,8 @@
-"""Whole compression events, from the publications: the scores of the tokens of one head, and which stay whatever they score.
+"""Whole compression events, from the publications: the scores of the tokens of one head, and which stay whatever they
+score.
 
-References for nextscale::compression::Event, in f64, with all the matrices. A head's keys are [tokens, dim], its queries
-[queries, groups, dim], in the order of the tokens.
+References for nextscale::compression::Event, in f64, with all the matrices. A head's keys are [tokens, dim], its
+queries [queries, groups, dim], in the order of the tokens.
 """
 
 import torch

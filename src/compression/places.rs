@@ -8,9 +8,9 @@ use crate::view::In;
 /// The page tables of keys that lie in the pages of a pool: for [`Importance`](super::Importance),
 /// [`KeyNorms`](super::KeyNorms) and [`Redundancy`](super::Redundancy) over a [`ChunkCache`](super::ChunkCache).
 ///
-/// Row `r` of a set lies at place `pages[set, r / page_rows] * page_rows + r % page_rows` of the pool. Where a compression has been,
-/// a head has `kept[set, head]` of the first rows, and its other keys follow at row `first_rows`, whatever lies between: an op
-/// sees its keys as one list without gaps, `kept + tokens - first_rows` long.
+/// Row `r` of a set lies at place `pages[set, r / page_rows] * page_rows + r % page_rows` of the pool. Where a
+/// compression has been, a head has `kept[set, head]` of the first rows, and its other keys follow at row `first_rows`,
+/// whatever lies between: an op sees its keys as one list without gaps, `kept + tokens - first_rows` long.
 #[derive(Debug)]
 pub struct KeyPages<'a> {
     /// `[sets, ceil(tokens / page_rows)]`; those that there are not are clamped.

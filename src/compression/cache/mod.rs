@@ -107,8 +107,8 @@ pub struct Placed {
 /// What a compression moves: the operands of [`Compact`](super::Compact).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compaction {
-    /// Rows of the sealed chunks, of which to choose: row `r` of them in page `input_pages[r / page_rows]`. Those of a chunk that was
-    /// compressed before are all of its pages' rows, whatever it has kept.
+    /// Rows of the sealed chunks, of which to choose: row `r` of them in page `input_pages[r / page_rows]`. Those of a
+    /// chunk that was compressed before are all of its pages' rows, whatever it has kept.
     pub tokens: usize,
     /// Rows that each head may keep.
     pub kept: usize,
@@ -118,9 +118,9 @@ pub struct Compaction {
     pub input_pages: Vec<u32>,
     /// Pages of what is kept; in place the first of `input_pages`.
     pub out_pages: Vec<u32>,
-    /// Rows at the start that a compression left, whole pages: a head has so many of them as the region `lengths` says, and the
-    /// stages pass over the others ([`KeyPages`](super::KeyPages), [`SelectBuilder::first_rows`](super::SelectBuilder::first_rows)).
-    /// 0: no compression has been.
+    /// Rows at the start that a compression left, whole pages: a head has so many of them as the region `lengths` says,
+    /// and the stages pass over the others ([`KeyPages`](super::KeyPages),
+    /// [`SelectBuilder::first_rows`](super::SelectBuilder::first_rows)). 0: no compression has been.
     pub first_rows: usize,
     /// The most of them that a head has.
     pub first_kept: usize,
@@ -406,11 +406,12 @@ impl ChunkCache {
         Ok(())
     }
 
-    /// Sealed chunks at the start of a layer, the compressed one among them, become one of up to `kept` rows a head; `None` if
-    /// they have no more. Says what to move: [`ChunkCache::event`] is all of it, before anything else is written. Active chunks
-    /// stay where they are.
+    /// Sealed chunks at the start of a layer, the compressed one among them, become one of up to `kept` rows a head;
+    /// `None` if they have no more. Says what to move: [`ChunkCache::event`] is all of it, before anything else is
+    /// written. Active chunks stay where they are.
     ///
-    /// The rows of several chunks are rows of one list only where all that were not compressed, but for the last, fill their pages.
+    /// The rows of several chunks are rows of one list only where all that were not compressed, but for the last, fill
+    /// their pages.
     ///
     /// Out of place, the pages that are read are given back here too: another owner holds those that are shared, and the others
     /// are not taken by anything before the move if it is enqueued next.
@@ -477,15 +478,15 @@ impl ChunkCache {
         Ok(self.compact_rows(sets, compaction, self.spec.row_bytes().map(|bytes| bytes / size_of::<T>())))
     }
 
-    /// The plan that moves the numbers of packed keys and values, after the slots, by the same indices: over the regions `k_numbers`
-    /// and `v_numbers`, the operands `k_out` and `v_out`. `None` where there are none.
+    /// The plan that moves the numbers of packed keys and values, after the slots, by the same indices: over the
+    /// regions `k_numbers` and `v_numbers`, the operands `k_out` and `v_out`. `None` where there are none.
     pub fn compact_numbers(&self, sets: usize, compaction: &Compaction) -> Option<CompactBuilder<f32, f32>> {
         let numbers = self.spec.numbers();
         (numbers != [0, 0]).then(|| self.compact_rows(sets, compaction, numbers))
     }
 
-    /// How the keys and the values of a run of `rows` rows are packed. Slots and numbers begin at row `place` of their regions:
-    /// at byte `place * heads * slot`, and at number `place * heads * n`.
+    /// How the keys and the values of a run of `rows` rows are packed. Slots and numbers begin at row `place` of their
+    /// regions: at byte `place * heads * slot`, and at number `place * heads * n`.
     ///
     /// # Errors
     /// [`Error::Unsupported`] of a cache that is not packed.
@@ -526,12 +527,13 @@ impl ChunkCache {
         }
     }
 
-    /// The whole event of a policy: scores, selection and move of what `compactions` say, which are of one shape, one a set. A set
-    /// is a layer of a branch.
+    /// The whole event of a policy: scores, selection and move of what `compactions` say, which are of one shape, one a
+    /// set. A set is a layer of a branch.
     ///
     /// # Errors
-    /// [`Error::DType`] if `T` is not the cache's type; [`Error::Unsupported`] for no compactions, or of different shapes, or of packed
-    /// keys, which are not scored: [`Select`](super::Select) with scores of one's own, and [`ChunkCache::compact`].
+    /// [`Error::DType`] if `T` is not the cache's type; [`Error::Unsupported`] for no compactions, or of different
+    /// shapes, or of packed keys, which are not scored: [`Select`](super::Select) with scores of one's own, and
+    /// [`ChunkCache::compact`].
     pub fn event<T: Float>(&self, policy: Policy, compactions: &[Compaction]) -> Result<EventBuilder<T>> {
         if self.spec.packed.is_some() {
             return Err(Error::Unsupported { arg: "packed", what: "keys that are not packed: these are not scored" });

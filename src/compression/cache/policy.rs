@@ -71,8 +71,9 @@ pub enum Policy {
         /// Part of the budget that every head gets.
         floor: f32,
     },
-    /// arXiv 2505.19602: raw logits of the queries at the centres of a 4 x 4 grid over the last scale, max-pool 5; the tokens of these
-    /// queries stay: their scores are +inf ([`ImportanceBuilder::protect_masked`](super::super::ImportanceBuilder::protect_masked)).
+    /// arXiv 2505.19602: raw logits of the queries at the centres of a 4 x 4 grid over the last scale, max-pool 5; the
+    /// tokens of these queries stay: their scores are +inf
+    /// ([`ImportanceBuilder::protect_masked`](super::super::ImportanceBuilder::protect_masked)).
     ScaleKv {
         /// Tokens to keep of each head: the layer's budget for the scale.
         budget: usize,

@@ -12,29 +12,29 @@ use crate::stream::{AsStream, Stream};
 use crate::view::{In, Out};
 use plan::Stages;
 
-/// A plan that compresses sets of a [`ChunkCache`](super::ChunkCache) by a [`Policy`](super::Policy), from the queries to the rows
-/// in their new places: [`Importance`](super::Importance), [`KeyNorms`](super::KeyNorms),
-/// [`Redundancy`](super::Redundancy), [`Select`](super::Select) and [`Compact`](super::Compact), those that the policy has, over
-/// the pages of the pool. Nothing is gathered before, and active chunks stay where they are.
+/// A plan that compresses sets of a [`ChunkCache`](super::ChunkCache) by a [`Policy`](super::Policy), from the queries
+/// to the rows in their new places: [`Importance`](super::Importance), [`KeyNorms`](super::KeyNorms),
+/// [`Redundancy`](super::Redundancy), [`Select`](super::Select) and [`Compact`](super::Compact), those that the policy
+/// has, over the pages of the pool. Nothing is gathered before, and active chunks stay where they are.
 ///
 /// A plan is made once for a shape, from the compactions that the cache gives:
-/// [`ChunkCache::event`](super::ChunkCache::event). It runs for any compactions of that shape, in as few groups of sets as its
-/// workspace allows; each set comes out as it would alone.
+/// [`ChunkCache::event`](super::ChunkCache::event). It runs for any compactions of that shape, in as few groups of sets
+/// as its workspace allows; each set comes out as it would alone.
 ///
 /// | operand | shape | |
 /// |---|---|---|
 /// | `q` | `[sets, rows, heads * groups, k_dim]` | of policies with importance; strides of all but the last |
-/// | `k`, `v`, `positions`, `extras` | the cache's regions | in place; `extras`: one each, `[pages, page_rows, heads]` |
-/// | `lengths` | `[sets, heads]` i32 | of the sets, in the cache's region: read where a compression has been, and written |
-/// | `input_pages`, `out_pages` | `[sets, pages]` i32 | the compactions', one after the other; `out_pages` unless in place |
+/// | `k`, `v`, `positions`, `extras` | the cache's regions | in place; `extras`: `[pages, page_rows, heads]` each |
+/// | `lengths` | `[sets, heads]` i32 | the sets' in the cache's region: read where a compression was; written |
+/// | `input_pages`, `out_pages` | `[sets, pages]` i32 | the compactions' in turn; `out_pages` unless in place |
 /// | `rows`, `columns` | [`Event::rows`], [`Event::columns`] | of ScaleKV |
 /// | `weights` | [`Event::weights`] | of FlowCache with weights |
 /// | `cos`, `sin` | `[table_rows, rotary_dim / 2]` f32 | of [`EventBuilder::turn`] |
 /// | `status` | `[sets, heads]` u32, optional | bits of [`status`](super::status) |
 ///
-/// **Exactly the budget** is kept of each head that has as many tokens, of Ada-KV's heads together. A second event, and any further,
-/// sees of each head what it has kept and what came after, as one list: queries, windows, pooling and budgets do not see the
-/// rows between.
+/// **Exactly the budget** is kept of each head that has as many tokens, of Ada-KV's heads together. A second event, and
+/// any further, sees of each head what it has kept and what came after, as one list: queries, windows, pooling and
+/// budgets do not see the rows between.
 ///
 /// **Determinism.** Bitwise, and of each set whatever the others are.
 ///
@@ -64,7 +64,8 @@ use plan::Stages;
 /// let mut workspace = vec![0u8; event.workspace_bytes() as usize + 256];
 /// let skip = workspace.as_ptr().align_offset(256);
 /// let workspace = Out::host(&mut workspace[skip..]);
-/// let mut args = EventArgs::of(Out::host(&mut k), Out::host(&mut v), Out::host(&mut lengths), In::host(&pages), workspace);
+/// let (k, v, lengths) = (Out::host(&mut k), Out::host(&mut v), Out::host(&mut lengths));
+/// let mut args = EventArgs::of(k, v, lengths, In::host(&pages), workspace);
 /// args.q = Some(In::host(&q));
 /// event.run(&stream, args)?;
 /// assert_eq!(lengths, [4, 4]);
@@ -257,9 +258,9 @@ impl<T: Float> Event<T> {
     /// Compresses on `stream`. On a CUDA stream it enqueues up to twelve kernels a group and returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: an operand that the plan needs and is missing, or has no use for; a buffer too short,
-    /// misaligned, overlapping an output, on another device or ordered on another stream; on CUDA `f32` with scores. What CUDA said
-    /// of a launch may come after others of the event.
+    /// Nothing was launched or written: an operand that the plan needs and is missing, or has no use for; a buffer too
+    /// short, misaligned, overlapping an output, on another device or ordered on another stream; on CUDA `f32` with
+    /// scores. What CUDA said of a launch may come after others of the event.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: EventArgs<'_, T>) -> Result<()> {
         let stream = stream.as_stream();
         self.check(&stream, &args)?;

@@ -82,22 +82,23 @@ impl<T: Float> EventBuilder<T> {
         self
     }
 
-    /// Tokens that are kept or dropped together: FlowCache's frames and chunks; the budget is whole ones, and a last one that is
-    /// shorter counts as one. 1 if not given.
+    /// Tokens that are kept or dropped together: FlowCache's frames and chunks; the budget is whole ones, and a last
+    /// one that is shorter counts as one. 1 if not given.
     pub fn block(mut self, tokens: usize) -> Self {
         self.block = tokens;
         self
     }
 
-    /// Keys hold their rotary embedding, and kept row `r` is turned to position `first + r`: StreamingLLM's positions in the cache.
+    /// Keys hold their rotary embedding, and kept row `r` is turned to position `first + r`: StreamingLLM's positions
+    /// in the cache.
     pub fn turn(mut self, first: u32, turn: Turn) -> Self {
         self.compact = self.compact.renumber(first).turn(turn);
         self.turns = true;
         self
     }
 
-    /// The most bytes of workspace: sets are taken in as few groups as they allow, one after the other. A group of one set has what
-    /// it needs. 64 MB if not given.
+    /// The most bytes of workspace: sets are taken in as few groups as they allow, one after the other. A group of one
+    /// set has what it needs. 64 MB if not given.
     pub fn workspace(mut self, bytes: u64) -> Self {
         self.workspace = bytes;
         self
@@ -106,9 +107,10 @@ impl<T: Float> EventBuilder<T> {
     /// Checks the description.
     ///
     /// # Errors
-    /// Those of the stages ([`Importance`], [`KeyNorms`], [`Redundancy`], [`Select`], [`Compact`]); [`Error::Unsupported`] for
-    /// queries that are missing, or others than the policy's, a budget of no whole blocks, or a scale of ScaleKV less than 4 tokens wide; [`Error::Size`]
-    /// for compactions that keep fewer rows than [`Policy::rows`], or more tokens of ScaleKV's last scale than there are.
+    /// Those of the stages ([`Importance`], [`KeyNorms`], [`Redundancy`], [`Select`], [`Compact`]);
+    /// [`Error::Unsupported`] for queries that are missing, or others than the policy's, a budget of no whole blocks,
+    /// or a scale of ScaleKV less than 4 tokens wide; [`Error::Size`] for compactions that keep fewer rows than
+    /// [`Policy::rows`], or more tokens of ScaleKV's last scale than there are.
     pub fn build(self, device: &DeviceInfo) -> Result<Event<T>> {
         let Compaction { tokens, kept, first_rows, first_kept, .. } = self.shape;
         let scores = self.policy.scores();
@@ -193,8 +195,8 @@ impl<T: Float> EventBuilder<T> {
 /// A part of the workspace: its first byte, and how many it has.
 pub(super) type Part = (usize, usize);
 
-/// What lives at once lies side by side: importance to the selection; beside it the workspace of importance, then redundancy, and
-/// behind that what makes it, then the indices.
+/// What lives at once lies side by side: importance to the selection; beside it the workspace of importance, then
+/// redundancy, and behind that what makes it, then the indices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub(super) struct Parts {
     pub(super) importance: Part,

@@ -164,8 +164,8 @@ impl<T: Float> ImportanceBuilder<T> {
         self
     }
 
-    /// The keys lie in the pages of a pool: `k` is `[sets, pages * page_rows, heads, dim]`, of which a set's stride is 0 where sets
-    /// share the pool, and `tokens` rows are found by [`KeyPages`](super::super::KeyPages).
+    /// The keys lie in the pages of a pool: `k` is `[sets, pages * page_rows, heads, dim]`, of which a set's stride is
+    /// 0 where sets share the pool, and `tokens` rows are found by [`KeyPages`](super::super::KeyPages).
     pub fn pages(mut self, page_rows: usize, pages: usize) -> Self {
         self.places = Places { first_rows: self.places.first_rows, ..Places::paged(page_rows, pages) };
         self
@@ -278,12 +278,12 @@ impl<T: Float> ImportanceBuilder<T> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `dim` other than 64, 96 and 128, `heads` or `groups` of 0, more than 16 `groups` with a maximum over
-    /// them, `sets * heads` beyond 65535, `tokens` or `queries * groups` of about 2^31, `masked` beyond 1024, a pool wider
-    /// than 63; [`Error::Stride`] for a negative stride, one of `q` or `k` that is no multiple of 8, scores that overlap;
-    /// [`Error::Unsupported`] for an even pool, an LSE that does not fit the aggregation, masked columns that accumulate, first rows that are no pages, a
-    /// scale that is not positive and finite, or Hopper's kernels on another device; [`Error::UnsupportedDevice`] below
-    /// compute capability 8.0.
+    /// [`Error::Size`] for `dim` other than 64, 96 and 128, `heads` or `groups` of 0, more than 16 `groups` with a
+    /// maximum over them, `sets * heads` beyond 65535, `tokens` or `queries * groups` of about 2^31, `masked` beyond
+    /// 1024, a pool wider than 63; [`Error::Stride`] for a negative stride, one of `q` or `k` that is no multiple of 8,
+    /// scores that overlap; [`Error::Unsupported`] for an even pool, an LSE that does not fit the aggregation, masked
+    /// columns that accumulate, first rows that are no pages, a scale that is not positive and finite, or Hopper's
+    /// kernels on another device; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Importance<T>> {
         let size = |arg, got, min, max| {
             if (min..=max).contains(&got) { Ok(()) } else { Err(Error::Size { arg, got, min, max }) }

@@ -108,8 +108,8 @@ impl<T: Float> KeyNorms<T> {
     /// Runs on `stream`. On a CUDA stream it enqueues up to two kernels and returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: pages that the plan has no use for, a buffer missing, too short, misaligned, overlapping an output, on another device or
-    /// ordered on another stream; on CUDA `f32`, and what CUDA said.
+    /// Nothing was launched or written: pages that the plan has no use for, a buffer missing, too short, misaligned,
+    /// overlapping an output, on another device or ordered on another stream; on CUDA `f32`, and what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: KeyNormsArgs<'_, T>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;

@@ -103,8 +103,8 @@ impl<T: Float> RedundancyBuilder<T> {
         self
     }
 
-    /// The keys lie in the pages of a pool: `k` is `[sets, pages * page_rows, heads, dim]`, of which a set's stride is 0 where sets
-    /// share the pool, and `tokens` rows are found by [`KeyPages`](super::super::KeyPages).
+    /// The keys lie in the pages of a pool: `k` is `[sets, pages * page_rows, heads, dim]`, of which a set's stride is
+    /// 0 where sets share the pool, and `tokens` rows are found by [`KeyPages`](super::super::KeyPages).
     pub fn pages(mut self, page_rows: usize, pages: usize) -> Self {
         self.places = Places { first_rows: self.places.first_rows, ..Places::paged(page_rows, pages) };
         self

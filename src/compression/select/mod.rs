@@ -176,8 +176,8 @@ impl Select {
     /// returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: lengths that the plan has no use for, a buffer too short, misaligned, overlapping an
-    /// output, on another device or ordered on another stream; on CUDA what CUDA said.
+    /// Nothing was launched or written: lengths that the plan has no use for, a buffer too short, misaligned,
+    /// overlapping an output, on another device or ordered on another stream; on CUDA what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: SelectArgs<'_>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;

@@ -90,10 +90,11 @@ impl SelectBuilder {
         self
     }
 
-    /// The first `rows` rows of the tokens are what a compression left: a list has as many of them as `counts` says, which is read
-    /// before it is written, and the other tokens follow at row `rows`. Indices are rows, as [`Compact`](super::super::Compact)
-    /// wants them; scores are those of the tokens that there are, one behind the other, as [`Importance`](super::super::Importance)
-    /// and [`Redundancy`](super::super::Redundancy) write them of a cache.
+    /// The first `rows` rows of the tokens are what a compression left: a list has as many of them as `counts` says,
+    /// which is read before it is written, and the other tokens follow at row `rows`. Indices are rows, as
+    /// [`Compact`](super::super::Compact) wants them; scores are those of the tokens that there are, one behind the
+    /// other, as [`Importance`](super::super::Importance) and [`Redundancy`](super::super::Redundancy) write them of a
+    /// cache.
     pub fn first_rows(mut self, rows: usize) -> Self {
         self.first_rows = rows as u64;
         self
@@ -176,12 +177,11 @@ impl SelectBuilder {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for 2^30 tokens or places, 2^31 lists, a length or first rows of more than `tokens`, a capacity that does not hold
-    /// the budget and the active tokens, a block of no tokens, less than 16 KiB of shared memory, or with
-    /// [`Scope::Ada`] more than 1024 heads or 2^30 tokens of a set;
-    /// [`Error::Stride`] for a negative stride; [`Error::Unsupported`] for Ada-KV with blocks or relative scores, or for a
-    /// `lambda`, demotion or floor that is not a number (the floor: from 0 to 1); [`Error::UnsupportedDevice`] below compute
-    /// capability 8.0.
+    /// [`Error::Size`] for 2^30 tokens or places, 2^31 lists, a length or first rows of more than `tokens`, a capacity
+    /// that does not hold the budget and the active tokens, a block of no tokens, less than 16 KiB of shared memory, or
+    /// with [`Scope::Ada`] more than 1024 heads or 2^30 tokens of a set; [`Error::Stride`] for a negative stride;
+    /// [`Error::Unsupported`] for Ada-KV with blocks or relative scores, or for a `lambda`, demotion or floor that is
+    /// not a number (the floor: from 0 to 1); [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Select> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
