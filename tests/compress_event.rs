@@ -143,12 +143,12 @@ impl Scene {
                     let (at, position) = (place * heads + head, (first + i) as i32);
                     let mut k = uniform(&mut self.rng, DIM);
                     // Some are like one before.
-                    if self.rng.random_range(0..5) == 0 {
-                        if let Some(like) = self.rows[layer][head].last() {
-                            k.iter_mut().zip(&like.k).for_each(|(k, &like)| {
-                                *k = bf16::from_f64(like + self.rng.random_range(-0.5..0.5));
-                            });
-                        }
+                    if self.rng.random_range(0..5) == 0
+                        && let Some(like) = self.rows[layer][head].last()
+                    {
+                        k.iter_mut().zip(&like.k).for_each(|(k, &like)| {
+                            *k = bf16::from_f64(like + self.rng.random_range(-0.5..0.5));
+                        });
                     }
                     self.k[at * DIM..][..DIM].copy_from_slice(&k);
                     self.v[at * V_DIM..][..V_DIM].fill(value(layer, head, position));
