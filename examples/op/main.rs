@@ -12,6 +12,7 @@ mod attention_merge;
 mod attention_prepare;
 mod candidates;
 mod compact;
+mod compress_event;
 mod confidence_rank;
 mod draft_sample;
 mod drift;
@@ -73,6 +74,7 @@ static OPS: &[&Op] = &[
     &drift::OP,
     &select::OP,
     &compact::OP,
+    &compress_event::OP,
     &importance::OP,
     &redundancy::NORMS,
     &redundancy::OP,

@@ -1072,7 +1072,7 @@ typedef struct nxs_select_params {
   const int32_t *lengths_or_null;  /* [lists], 0 to tokens; null: length */
   const int32_t *budgets_or_null;  /* [lists], 0 to capacity - active; null: budget */
   int32_t *indices;                /* [lists, capacity] ascending, -1 after them */
-  int32_t *counts;                 /* [lists] */
+  int32_t *counts;                 /* [lists]; with first_rows > 0 also read: see there */
   uint32_t *status_or_null;        /* [lists] NXS_SELECT_* */
   void *workspace_or_null;         /* 16-byte aligned. If the scope is PER_SET or SHARED, or block > 1: [lists, items rounded up
                                       to 4] f32; if block > 1: [lists, items] i32; with NXS_SELECT_ADA: [lists] i32 */
@@ -1081,6 +1081,10 @@ typedef struct nxs_select_params {
   int64_t sets, heads, tokens;     /* tokens < 2^30, sets * heads < 2^31; with NXS_SELECT_ADA heads <= 1024, heads * tokens < 2^30 */
   int64_t capacity;                /* fewer than 2^30 */
   int32_t scope;                   /* NXS_SELECT_* */
+  int32_t first_rows;              /* the first rows of a list are what a compression left, counts[list] of them (clamped into 0 to
+                                      first_rows), and the other tokens - first_rows follow at row first_rows. 0: no compression
+                                      has been. Else lengths are null and length is tokens; indices are rows, as in
+                                      nxs_key_places */
   int32_t length, budget;
   int32_t sink, recent, active;
   int32_t block;                   /* tokens that are kept or dropped together; 0 and 1: each for itself */
@@ -1338,6 +1342,22 @@ nxs_status nxs_rotate(const nxs_rotate_params *params, void *stream);
 /* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
 
 /*
+ * Where the keys of a cache lie that is read in place: row j of a set and head in a pool of pages, or j itself. The first
+ * first_rows rows are what a compression left: a head has kept[set, head] of them, and the others follow at row first_rows.
+ *   f = kept ? clamp(kept[set, head], 0, first_rows) : first_rows;   row(j) = j < f ? j : j + first_rows - f
+ *   place(row) = pages ? pages[set, row / page_rows] * page_rows + row % page_rows : row
+ * Key j of an op is then k[set, place(row(j)), head]. With `kept` a head has tokens - first_rows + f keys, and `lengths` are null.
+ */
+typedef struct nxs_key_places {
+  const int32_t *pages_or_null;  /* [sets, ceil(tokens / page_rows)]: pages, clamped into 0 to pool_pages */
+  const int32_t *kept_or_null;   /* [sets, heads]; only with pages */
+  int64_t pages_stride_set;
+  int64_t kept_stride_set, kept_stride_head;
+  int32_t page_rows, pool_pages; /* of pages: at least 1 each */
+  int32_t first_rows;            /* a multiple of page_rows, up to tokens; 0: no compression has been */
+} nxs_key_places;
+
+/*
  * Importance of cached keys: column scores of softmax(scale * Q K^T) over the keys of a set, one set (a layer of a
  * sequence) and KV head at a time; no matrix is ever stored. With s[g, i, j] = scale * q[i, h * groups + g, :] . k[j, h, :]
  * for the visible keys j of query i, that is j < length - excluded, and with `causal` also j <= length - queries + i:
@@ -1380,6 +1400,7 @@ typedef struct nxs_importance_params {
   float *sums_or_null;            /* workspace, 16-byte aligned: [sum_splits, sets, heads, tokens]; null: the second pass writes
                                      scores itself (sum_splits 1, no pool, nothing masked) */
   int64_t q_stride_set, q_stride_row, q_stride_head;   /* multiples of 8, as are those of k */
+  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;
   int64_t scores_stride_set, scores_stride_head;
   int64_t lengths_stride_set, lengths_stride_head;
@@ -1391,6 +1412,7 @@ typedef struct nxs_importance_params {
   int32_t excluded, unscored;     /* trailing keys that are left out; that are seen but not scored */
   int32_t pool, pool_width;       /* NXS_POOL_; width: odd, 1 to 63 */
   int32_t masked;                 /* 0 to 1024 */
+  int32_t protect;                /* 1: scores of masked columns are +inf */
   int32_t accumulate;             /* 1: adds to the scores there are; then nothing may be masked */
   nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
   int32_t variant;                /* 0: portable (sm_80); 1: Hopper (sm_90a) */
@@ -1413,6 +1435,7 @@ typedef struct nxs_key_norms_params {
   float *unit_sum;                /* [sets, heads, dim] */
   const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
   float *parts;                   /* workspace, 16-byte aligned: [sets, heads, spans, dim] */
+  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
   int64_t norms_stride_set, norms_stride_head;
   int64_t sum_stride_set, sum_stride_head;
@@ -1448,6 +1471,7 @@ typedef struct nxs_redundancy_params {
   float *parts_or_null;           /* workspace of SOFTMAX, 16-byte aligned: [sets, heads, spans] */
   void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens to an even number] of 8 bytes:
                                      retain i32 (-1: none), its cosine f32 */
+  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
   int64_t norms_stride_set, norms_stride_head;
   int64_t sum_stride_set, sum_stride_head;
