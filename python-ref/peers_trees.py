@@ -2,7 +2,8 @@
 
 Two ways: `all rows` makes the distributions of every node at once and then looks for the path; `walking` gathers the rows of
 the nodes that the walk is at, level by level. Both take logits, the tree and the uniforms of the accept tests, and return how
-many drafts of each request they accept, which is checked unless a token of the target decides (match).
+many drafts of each request they accept, which is checked unless a token of the target decides (match), and the token that
+follows.
 """
 
 import torch
@@ -113,7 +114,7 @@ class TreeVerify:
         return want, torch.zeros_like(want)
 
     def result(self, out):
-        return out
+        return out[0]
 
     def peers(self):
         """Yields (name, when it is worth its time, a function that makes the call)."""
@@ -146,8 +147,7 @@ class TreeVerify:
             token = best.gather(1, node[:, None])
             node, alive = self.onward(node, alive, token)
             accepted = accepted + alive
-        # The token after the path too is made, whatever is returned.
-        return accepted + 0 * best.gather(1, node[:, None])[:, 0]
+        return accepted, best.gather(1, node[:, None])[:, 0]
 
     def onward(self, node, alive, token):
         """To the child that is `token`, of those requests that are still walking."""
@@ -167,7 +167,7 @@ class TreeVerify:
             if level < self.depth:
                 node, alive = self.onward(node, alive, token[:, None])
                 accepted = accepted + alive
-        return accepted + 0 * last
+        return accepted, last
 
     def walk_rejecting(self):
         b = torch.arange(self.batch, device=self.target.device)
@@ -196,4 +196,4 @@ class TreeVerify:
             last = torch.where(alive & ~going, token, last)
             node, alive = onward, going
             accepted = accepted + going
-        return accepted + 0 * last
+        return accepted, last
