@@ -11,6 +11,7 @@
 #   emoji     only if named: the emoji program on the GPU with the weights in $WEIGHTS, beside PyTorch
 # What times nothing runs JOBS at a time (the cores, 16 at most); what times has the GPU for itself.
 # LIMIT: seconds after which no step begins, and those that run are stopped (default 540: a step that hangs takes no more).
+# TEST_SECONDS, SANITIZE_SECONDS, BENCH_SECONDS: the most that one of these may take.
 # TESTS, BENCHES, SANITIZE: which; TOOLS: with what to sanitize. CASES: random cases of each op to compare (default 27).
 # COMPARE, PEERS: flags for compare.py, such as --only OP, and for bench_peers.py, such as --quick. MORE: results.json of
 # earlier runs, which the report takes what was not measured again from.
@@ -52,7 +53,11 @@ step() {
   last=$(grep -aE '^test result|passed|results,|ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$name.log" | tail -n 1 | cut -c1-90)
   printf '%-34s %-9s %4d s  %s\n' "$name" $verdict $((SECONDS - start)) "$last" > "$logs/$name.line"
   echo "[$SECONDS s] $(cat "$logs/$name.line")"
-  [ $code = 0 ] || { touch "$logs/failed"; grep -aE 'FAILED|panicked|rror' "$logs/$name.log" | head -n 12; tail -n 12 "$logs/$name.log"; }
+  if [ $code != 0 ]; then
+    touch "$logs/failed"
+    grep -aE 'FAILED|panicked|rror' "$logs/$name.log" | head -n 12
+    tail -n 12 "$logs/$name.log"
+  fi
   return $code
 }
 
@@ -70,7 +75,7 @@ run_test() {
     name=$(basename "$executable")
     chosen "${TESTS:-}" "$name" || continue
     together $(((JOBS + 1) / 2))
-    step "test-$name" 240 "$executable" --test-threads=2 &
+    step "test-$name" "${TEST_SECONDS:-150}" "$executable" --test-threads=2 &
   done
   wait
   step test-c_example 30 ./c_example
@@ -161,7 +166,7 @@ run_peers() {
 
 # The results as one file, and a report of them and of earlier ones.
 report() {
-  [ -s "$measured/machine.json" ] || return 0
+  [ -s "$measured/ceilings.json" ] || return 0
   local earlier=()
   # shellcheck disable=SC2206
   earlier=($MORE)
@@ -204,6 +209,8 @@ report
 tar -cJf "$OUT/logs.tar.xz" -C "$logs" .
 printf '\n'
 # What failed stands last, where a short look finds it.
-cat "$logs"/*.line 2> /dev/null | sort -k2,2r -s
-echo "$SECONDS s, $(cat "$logs"/*.line 2> /dev/null | grep -c ' passed ') steps passed, $(cat "$logs"/*.line 2> /dev/null | grep -vc ' passed ') did not"
+cat "$logs"/*.line > "$logs/lines" 2> /dev/null
+grep ' passed ' "$logs/lines"
+grep -v ' passed ' "$logs/lines"
+echo "$SECONDS s, $(grep -c ' passed ' "$logs/lines") steps passed, $(grep -vc ' passed ' "$logs/lines") did not"
 [ ! -e "$logs/failed" ]
