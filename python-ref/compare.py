@@ -386,7 +386,7 @@ OPS = {
 
 
 # What takes longest, by experience.
-SLOW = ["pooled_verify", "visual_verify", "rvq_encode", "scale_attention", "multi_scale", "multi_scale_encode"]
+SLOW = ["redundancy", "scale_attention", "importance", "multi_scale_encode", "pack", "select", "rvq_encode", "unpack"]
 
 
 def main():

@@ -12,7 +12,7 @@
 # What times nothing runs JOBS at a time (the cores, 16 at most); what times has the GPU for itself.
 # LIMIT: seconds after which no step begins, and those that run are stopped (default 540: a step that hangs takes no more).
 # TEST_SECONDS, SANITIZE_SECONDS, BENCH_SECONDS: the most that one of these may take.
-# TESTS, BENCHES, SANITIZE: which; TOOLS: with what to sanitize. CASES: random cases of each op to compare (default 27).
+# TESTS, BENCHES, SANITIZE: which; TOOLS: with what to sanitize. CASES: random cases of each op to compare (default 81).
 # COMPARE, PEERS: flags for compare.py, such as --only OP, and for bench_peers.py, such as --quick. MORE: results.json of
 # earlier runs, which the report takes what was not measured again from.
 set -uo pipefail
@@ -119,7 +119,7 @@ sanitized() {
 
 run_compare() {
   # shellcheck disable=SC2086
-  step compare 400 python3 python-ref/compare.py --op ./op --device cuda --cases "${CASES:-27}" --seed "$RANDOM" \
+  step compare 400 python3 python-ref/compare.py --op ./op --device cuda --cases "${CASES:-81}" --seed "$RANDOM" \
     --jobs "$JOBS" --time-budget $(($(left) < 390 ? $(left) - 10 : 380)) ${COMPARE:-}
 }
 
