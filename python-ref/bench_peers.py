@@ -499,8 +499,14 @@ def compiler_caches(op, peer, jobs):
     from torch._inductor import config as inductor
 
     tuned = op in TUNED and "max-autotune" in peer
-    inductor.autotune_local_cache = False
-    inductor.fx_graph_cache = functorch.enable_autograd_cache = not tuned
+    for config, name, value in [
+        (inductor, "autotune_local_cache", False),
+        (inductor, "fx_graph_cache", not tuned),
+        (functorch, "enable_autograd_cache", not tuned),
+    ]:
+        # Of another version it may have another name; then that cache is as it is.
+        if hasattr(config, name):
+            setattr(config, name, value)
 
 
 def compile_some(work, device, part, parts, limit):
