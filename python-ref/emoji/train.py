@@ -475,6 +475,8 @@ def main():
         config.decoder, config.encoder = (40, 32, 24, 16), (48, 40, 24)
         config.var, config.ar, config.draft = (128, 3), (64, 2), (64, 1)
     if args.smoke:
+        # The same bytes on any machine's cores.
+        torch.set_num_threads(1)
         args.steps, args.batch = args.steps or (60, 60, 40, 40), (16,) * 4
     steps = args.steps or (None,) * 4
     args.out.mkdir(parents=True, exist_ok=True)

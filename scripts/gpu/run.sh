@@ -8,6 +8,8 @@
 #   compare   the op executable against PyTorch
 #   bench     measured ceilings, and our benches
 #   peers     what others offer, on the same shapes
+#   train     only if named: trains the emoji models on $DATA for $TRAIN_SECONDS (470); the weights, with what is written of
+#             them, are parts of a file that `cat weights.tar.xz.* | tar -xJ` unpacks
 #   emoji     only if named: the emoji program on the GPU with the weights in $WEIGHTS, beside PyTorch
 # What times nothing runs JOBS at a time (the cores, 16 at most); what times has the GPU for itself.
 # LIMIT: seconds after which no step begins, and those that run are stopped (default 540: a step that hangs takes no more).
@@ -175,13 +177,24 @@ report() {
       2> "$logs/results.log" || { echo "no report:"; cat "$logs/results.log"; touch "$logs/failed"; }
 }
 
+run_train() {
+  local data
+  data=$(realpath "${DATA:?what python-ref/emoji/data.py made}")
+  step train "$LIMIT" python3 python-ref/emoji/train.py --data "$data" --out "$logs/weights" --seconds "${TRAIN_SECONDS:-470}"
+  grep -a '^\[' "$logs/train.log" | grep -av ' step '
+  # The second snapshot shares two models with the first.
+  tar -C "$logs" --exclude best/tokenizer.safetensors --exclude best/draft.safetensors -cf - weights | xz -1 -T0 |
+    split -b 15M - "$OUT/weights.tar.xz."
+  rm -rf "$logs/weights"
+}
+
 run_emoji() {
   local emoji=(./emoji --weights "${WEIGHTS:?the folder of the weights}" --device cuda --quiet)
   NXS_EMOJI_WEIGHTS=$(realpath "$WEIGHTS") step emoji-test 120 tests/emoji
   for sampler in var ar speculative; do
     for count in 1 16; do
       step "emoji-$sampler-$count" 60 "${emoji[@]}" --sampler $sampler --count $count --repeat 50 --seed 7 \
-        --out "$OUT/emoji-$sampler-$count.png"
+        --out "$logs/emoji-$sampler-$count.png"
     done
   done
   step emoji-sheet 60 "${emoji[@]}" --count 64 --out "$OUT/emoji-sheet.png"
@@ -199,9 +212,9 @@ fi
 for mode in "${@:-test conform sanitize compare bench peers}"; do
   for one in $mode; do
     case $one in
-      test | conform | sanitize | compare | bench | peers | emoji)
+      test | conform | sanitize | compare | bench | peers | train | emoji)
         "run_$one" || [ -e "$logs/failed" ] || { echo "$one could not start"; touch "$logs/failed"; } ;;
-      *) echo "unknown: $one (test, conform, sanitize, compare, bench, peers, emoji)" >&2; exit 2 ;;
+      *) echo "unknown: $one (test, conform, sanitize, compare, bench, peers, train, emoji)" >&2; exit 2 ;;
     esac
   done
 done
