@@ -853,11 +853,12 @@ pub struct nxs_rvq_encode_params {
     pub variant: i32,
     pub tile_rows: i32,
     pub stages: i32,
-    pub cluster: i32,
+    pub splits: i32,
+    pub sharers: i32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_rvq_encode_params"][::core::mem::size_of::<nxs_rvq_encode_params>() - 336usize];
+    ["Size of nxs_rvq_encode_params"][::core::mem::size_of::<nxs_rvq_encode_params>() - 344usize];
     ["Alignment of nxs_rvq_encode_params"][::core::mem::align_of::<nxs_rvq_encode_params>() - 8usize];
     ["Offset of field: nxs_rvq_encode_params::codebook"]
         [::core::mem::offset_of!(nxs_rvq_encode_params, codebook) - 0usize];
@@ -926,8 +927,10 @@ const _: () = {
         [::core::mem::offset_of!(nxs_rvq_encode_params, tile_rows) - 324usize];
     ["Offset of field: nxs_rvq_encode_params::stages"]
         [::core::mem::offset_of!(nxs_rvq_encode_params, stages) - 328usize];
-    ["Offset of field: nxs_rvq_encode_params::cluster"]
-        [::core::mem::offset_of!(nxs_rvq_encode_params, cluster) - 332usize];
+    ["Offset of field: nxs_rvq_encode_params::splits"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, splits) - 332usize];
+    ["Offset of field: nxs_rvq_encode_params::sharers"]
+        [::core::mem::offset_of!(nxs_rvq_encode_params, sharers) - 336usize];
 };
 impl Default for nxs_rvq_encode_params {
     fn default() -> Self {

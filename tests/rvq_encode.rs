@@ -54,7 +54,18 @@ struct Case {
     shift: usize,
     /// One row has a NaN, another an infinity.
     bad_rows: bool,
+    /// Multiprocessors that the plan thinks there are.
+    sms: i32,
     seed: u64,
+}
+
+impl Case {
+    /// The device that is planned for.
+    fn facts(&self) -> DeviceInfo {
+        let mut facts = DeviceInfo::H200;
+        facts.sm_count = self.sms;
+        facts
+    }
 }
 
 fn plain() -> Case {
@@ -77,6 +88,7 @@ fn plain() -> Case {
         gap: 0,
         shift: 0,
         bad_rows: false,
+        sms: 132,
         seed: 7,
     }
 }
@@ -123,11 +135,11 @@ fn case() -> impl Strategy<Value = Case> {
         ],
         data(),
     );
-    let rest = (any::<bool>(), any::<bool>(), 0..3usize, 0..3usize, prop::bool::weighted(0.3), any::<u64>());
+    let rest = (any::<bool>(), any::<bool>(), 0..3usize, 0..3usize, prop::bool::weighted(0.3), (1..3i32, any::<u64>()));
     (sizes, kind, rest).prop_map(|(sizes, kind, rest)| {
         let (batch, rows, levels, entries, dim, latent) = sizes;
         let (shared, metric, filter, average, padding_row, variant, data) = kind;
-        let (channels_first, codes_rows_first, gap, shift, bad_rows, seed) = rest;
+        let (channels_first, codes_rows_first, gap, shift, bad_rows, (sms, seed)) = rest;
         let (dim, variant) = match latent {
             0 => (dim, variant),
             _ => (dim.min(32), EncodeVariant::Auto),
@@ -151,6 +163,7 @@ fn case() -> impl Strategy<Value = Case> {
             gap,
             shift,
             bad_rows,
+            sms: if sms == 1 { 1 } else { 132 },
             seed,
         }
     })
@@ -486,8 +499,9 @@ fn encode<X: Float, C: Code>(device: &TestDevice, case: &Case, problem: &Problem
     let (codebook, prepared) = prepare(device, case, problem);
     let builder = case.builder::<X, C>(&codebook, problem);
     // Where a kernel is refused, another one encodes.
-    let plan = builder.clone().build(&DeviceInfo::H200);
-    let plan = plan.unwrap_or_else(|_| builder.variant(EncodeVariant::Auto).build(&DeviceInfo::H200).unwrap());
+    let facts = case.facts();
+    let plan = builder.clone().build(&facts);
+    let plan = plan.unwrap_or_else(|_| builder.variant(EncodeVariant::Auto).build(&facts).unwrap());
     run_plan(device, case, problem, &plan, &prepared)
 }
 
@@ -661,17 +675,17 @@ proptest! {
         };
         let schedule: EncodeSchedule = plan.schedule();
         let mut owners = vec![0u32; batch * rows];
-        for block in (0..schedule.blocks()).step_by(schedule.cluster as usize) {
+        for block in (0..schedule.blocks()).step_by(schedule.splits as usize) {
             for row in schedule.rows_of(block) {
                 owners[row as usize] += 1;
             }
-            prop_assert_eq!(schedule.rows_of(block), schedule.rows_of(block + u64::from(schedule.cluster) - 1));
+            prop_assert_eq!(schedule.rows_of(block), schedule.rows_of(block + u64::from(schedule.splits) - 1));
         }
         prop_assert!(owners.iter().all(|&n| n == 1));
         match schedule.kernel {
             EncodeKernel::Portable => prop_assert!(schedule.stages >= 2, "{:?}", schedule),
             EncodeKernel::Hopper => prop_assert!(schedule.stages >= 2 && !sm80),
-            EncodeKernel::Stream => prop_assert!(schedule.cluster.is_power_of_two() && schedule.cluster <= 16 && !sm80),
+            EncodeKernel::Stream => prop_assert!(schedule.splits.is_power_of_two() && schedule.splits <= 16 && !sm80),
             EncodeKernel::Projected => prop_assert!(false),
         }
     }
@@ -717,16 +731,36 @@ fn every_kernel_at_the_edges() {
     }
 }
 
+/// Blocks of several tiles of rows share what they stream, also those of a last cluster that have no rows.
+#[test]
+fn tiles_of_rows_share_the_codes() {
+    for device in TestDevice::kernels() {
+        for (rows, sms, sharers) in [(65, 132, 2), (140, 132, 2), (193, 1, 4), (300, 1, 4), (64, 132, 1)] {
+            for (dim, metric, entries) in
+                [(9, Metric::L2, 385), (80, Metric::CosineRaw { eps: 1e-12 }, 700), (250, Metric::L2, 130)]
+            {
+                // Splitting the codes comes first where there are few rows.
+                let entries = if sms == 132 { entries.min(383) } else { entries };
+                let case = Case { rows, entries, dim, metric, sms, variant: EncodeVariant::Hopper, ..plain() };
+                let case = Case { bad_rows: true, ..case };
+                let plan = RvqEncode::<f32, u16>::builder(&case.codebook()).rows(rows).variant(case.variant);
+                assert_eq!(plan.build(&case.facts()).unwrap().schedule().sharers, sharers, "{case:?}");
+                check::<f32, u16>(&device, &case);
+            }
+        }
+    }
+}
+
 /// Few rows and many codes: clusters of 2, 4 and 8 blocks deal out the codes of a level.
 #[test]
 fn codes_dealt_out_to_a_cluster_agree() {
     for device in TestDevice::kernels() {
-        for (entries, cluster) in [(385, 2), (1025, 4), (2047, 8)] {
+        for (entries, splits) in [(385, 2), (1025, 4), (2047, 8)] {
             for data in [Data::Gaussian, Data::Lattice, Data::Same] {
                 let case = Case { rows: 70, entries, dim: 9, data, variant: EncodeVariant::Hopper, ..plain() };
                 let case = Case { bad_rows: data == Data::Gaussian, ..case };
                 let schedule = RvqEncode::<f32, u16>::builder(&case.codebook()).rows(70).variant(case.variant);
-                assert_eq!(schedule.build(&DeviceInfo::H200).unwrap().schedule().cluster, cluster);
+                assert_eq!(schedule.build(&DeviceInfo::H200).unwrap().schedule().splits, splits);
                 check::<f32, u16>(&device, &case);
             }
         }
@@ -1103,14 +1137,14 @@ fn models_get_the_kernels_meant_for_them() {
         RvqEncode::<f32, u32>::builder(&codebook).rows(rows).build(&device).unwrap().schedule()
     };
     let encodec = schedule(32, 1024, 128, 48_000);
-    assert_eq!((encodec.kernel, encodec.blocks()), (EncodeKernel::Hopper, 750));
+    assert_eq!((encodec.kernel, encodec.sharers, encodec.blocks()), (EncodeKernel::Hopper, 4, 752));
     assert!(encodec.stages >= 2);
     let mimi = schedule(8, 2048, 256, 8000);
-    assert_eq!((mimi.kernel, mimi.blocks()), (EncodeKernel::Hopper, 125));
+    assert_eq!((mimi.kernel, mimi.sharers, mimi.blocks()), (EncodeKernel::Hopper, 2, 126));
     let rqvae = schedule(4, 16_384, 256, 4096);
-    assert_eq!((rqvae.kernel, rqvae.cluster, rqvae.blocks()), (EncodeKernel::Hopper, 2, 128));
+    assert_eq!((rqvae.kernel, rqvae.splits, rqvae.blocks()), (EncodeKernel::Hopper, 2, 128));
     let frame = schedule(8, 2048, 256, 1);
-    assert_eq!((frame.kernel, frame.blocks(), frame.cluster), (EncodeKernel::Stream, 16, 16));
+    assert_eq!((frame.kernel, frame.blocks(), frame.splits), (EncodeKernel::Stream, 16, 16));
     assert_eq!(schedule(1, 16_384, 8, 16_384).kernel, EncodeKernel::Hopper);
     assert_eq!(schedule(1, 16_384, 512, 4096).kernel, EncodeKernel::Portable);
 }
@@ -1150,8 +1184,8 @@ mod work {
                     let flops = 2 * 2 * 128 * 512 * operand;
                     let (mma, wgmma) = if variant == EncodeVariant::Hopper { (0, flops) } else { (flops, 0) };
                     assert_eq!((counted.mma_bf16_flops, counted.wgmma_bf16_flops), (mma, wgmma), "{case:?}");
-                    // Each block of 16 or 64 rows streams the operand of both levels.
-                    let blocks = if variant == EncodeVariant::Hopper { 2 } else { 8 };
+                    // Each block of 16 rows, or two together of 64, streams the operand of both levels.
+                    let blocks = if variant == EncodeVariant::Hopper { 1 } else { 8 };
                     beside(&counted, blocks * 2 * 512 * operand * 2)
                 };
                 let (gaussian, scanned) = (of(Data::Gaussian), of(Data::Same));

@@ -140,9 +140,11 @@ static void test_encode() {
     prepare.rows_dtype = NXS_F32;
     check(finish_launch(nxs_codebook_prepare(&prepare, nullptr)) == NXS_OK, "codebook_prepare runs");
     const struct {
-      int32_t variant, tile_rows, stages, cluster;
-    } kernels[] = {{NXS_RVQ_ENCODE_SM80, 64, 3, 1}, {NXS_RVQ_ENCODE_SM80, 16, 2, 1}, {NXS_RVQ_ENCODE_SM90, 64, 2, 1},
-                   {NXS_RVQ_ENCODE_SM90, 64, 4, 4}, {NXS_RVQ_ENCODE_STREAM, 8, 0, 16}, {NXS_RVQ_ENCODE_STREAM, 1, 0, 2}};
+      int32_t variant, tile_rows, stages, splits, sharers;
+    } kernels[] = {{NXS_RVQ_ENCODE_SM80, 64, 3, 1, 1},    {NXS_RVQ_ENCODE_SM80, 16, 2, 1, 1},
+                   {NXS_RVQ_ENCODE_SM90, 64, 2, 1, 1},    {NXS_RVQ_ENCODE_SM90, 64, 4, 4, 1},
+                   {NXS_RVQ_ENCODE_SM90, 64, 3, 1, 2},    {NXS_RVQ_ENCODE_SM90, 64, 2, 1, 4},
+                   {NXS_RVQ_ENCODE_STREAM, 8, 0, 16, 1}, {NXS_RVQ_ENCODE_STREAM, 1, 0, 2, 1}};
     for (const auto& kernel : kernels) {
       Buffer<uint32_t> codes(levels * rows), flags(std::vector<uint32_t>{0});
       nxs_rvq_encode_params p = {};
@@ -154,7 +156,8 @@ static void test_encode() {
       p.codes_stride_level = rows, p.codes_stride_row = 1;
       p.batch = 1, p.rows = rows, p.levels = levels;
       p.dtype = NXS_F32, p.codes_dtype = NXS_U32;
-      p.variant = kernel.variant, p.tile_rows = kernel.tile_rows, p.stages = kernel.stages, p.cluster = kernel.cluster;
+      p.variant = kernel.variant, p.tile_rows = kernel.tile_rows, p.stages = kernel.stages;
+      p.splits = kernel.splits, p.sharers = kernel.sharers;
       check(finish_launch(nxs_rvq_encode(&p, nullptr)) == NXS_OK, "rvq_encode runs");
       check(codes.read() == want, "rvq_encode is the reference's, kernel " + std::to_string(kernel.variant));
       check(flags.read()[0] == NXS_FLAG_ROW_NOT_FINITE, "rvq_encode says that a row was not finite");

@@ -410,8 +410,10 @@ typedef struct nxs_rvq_encode_params {
   int32_t variant;                 /* NXS_RVQ_ENCODE_* */
   int32_t tile_rows;               /* SM80: 16, 32 or 64; SM90: 64; STREAM: rows of a cluster, 1 to 8; PROJECTED: 16 */
   int32_t stages;                  /* SM80, SM90: pieces of the operand that shared memory has room for, 2 to 8 */
-  int32_t cluster;                 /* SM90, STREAM: blocks of a cluster, 1, 2, 4 or 8, STREAM also 16; SM90: at most one for
-                                      each 128 entries */
+  int32_t splits;                  /* SM90, STREAM: blocks that the codes of a level are dealt out to, 1, 2, 4 or 8, STREAM
+                                      also 16; SM90: at most one for each 128 entries */
+  int32_t sharers;                 /* SM90: tiles of rows that share what is streamed by multicast, 1, 2 or 4; 1 where
+                                      codes are dealt out */
 } nxs_rvq_encode_params;
 #define NXS_RVQ_ENCODE_SM80 0      /* mma.sync */
 #define NXS_RVQ_ENCODE_SM90 1      /* wgmma; dim up to 256 */

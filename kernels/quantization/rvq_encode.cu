@@ -54,11 +54,14 @@ extern "C" nxs_status nxs_rvq_encode(const nxs_rvq_encode_params* params, void* 
     case NXS_RVQ_ENCODE_SM90:
       NXS_REQUIRE(p.tile_rows == 64 && p.stages >= 2 && p.stages <= 8, NXS_E_UNSUPPORTED);
       NXS_REQUIRE(book.dim <= 256, NXS_E_UNSUPPORTED);
-      NXS_REQUIRE(p.cluster == 1 || p.cluster == 2 || p.cluster == 4 || p.cluster == 8, NXS_E_UNSUPPORTED);
-      NXS_REQUIRE((book.entries + 127) / 128 >= p.cluster && p.rows * p.batch <= INT32_MAX / 8, NXS_E_UNSUPPORTED);
+      NXS_REQUIRE(p.splits == 1 || p.splits == 2 || p.splits == 4 || p.splits == 8, NXS_E_UNSUPPORTED);
+      NXS_REQUIRE((p.sharers == 1 || p.sharers == 2 || p.sharers == 4) && (p.splits == 1 || p.sharers == 1),
+                  NXS_E_UNSUPPORTED);
+      NXS_REQUIRE((book.entries + 127) / 128 >= p.splits, NXS_E_UNSUPPORTED);
+      NXS_REQUIRE(p.rows * p.batch <= INT32_MAX / 8, NXS_E_SHAPE);
       return narrow ? rvq_encode_sm90<16>(p, stream) : rvq_encode_sm90<4>(p, stream);
     case NXS_RVQ_ENCODE_STREAM:
-      NXS_REQUIRE(p.cluster >= 1 && p.cluster <= 16 && (p.cluster & (p.cluster - 1)) == 0, NXS_E_UNSUPPORTED);
+      NXS_REQUIRE(p.splits >= 1 && p.splits <= 16 && (p.splits & (p.splits - 1)) == 0, NXS_E_UNSUPPORTED);
       NXS_REQUIRE(p.rows * p.batch <= INT32_MAX / 16, NXS_E_SHAPE);
       return rvq_encode_stream(p, stream);
     default: return NXS_E_UNSUPPORTED;

@@ -1,12 +1,14 @@
 // RVQ encode on Hopper: wgmma, bulk copies, a producer warp. rvq_encode.cuh has what is done with the products.
 //
-// Grid       a block for each 64 rows, or where these are few a cluster of up to 8, each with a part of the codes; two blocks share
-//            a multiprocessor where their rows leave the room.
+// Grid       a block for each 64 rows, or where these are few several, each with a part of the codes; two blocks share a
+//            multiprocessor where their rows leave the room. Blocks of different rows and the same codes form a cluster: each asks
+//            L2 for its part of a piece and multicasts it, for L2 cannot feed all blocks as fast as wgmma reads.
 // Block      a consumer warpgroup, whose warps own 16 rows each, and a producer warpgroup, one thread of which streams pieces of
 //            the operand by bulk copies: they lie in memory as wgmma wants them, without swizzle (8 rows of 16 bytes side by
 //            side). All levels in a row, so that the next level's first pieces come while winners are chosen.
 // Overlap    two tiles of sums: the maxima of one are taken while the next one's products are under way.
-// Barriers   of a slot: full (the copy), empty (4 warps). The warpgroup meets when A is written, and when it has been read.
+// Barriers   of a slot: full (the copies), empty (4 warps of each block that the piece goes to). The warpgroup meets when A is
+//            written, and when it has been read.
 // Limits     dim <= 256; sm_90a.
 #pragma once
 #include "common/ptx/barrier.cuh"
@@ -35,6 +37,7 @@ template <int kGroup, int kSteps> struct EncodeConsumer {
   EncodeWarp<kGroup, true>& warp;
   const PieceStream& stream;
   const u32 shared, full, empty, stages, lane;
+  const u32 sharers;
   const u64 a;  // descriptor
   RingPlace at;
   u32 before = 0;  // slot of the piece that is under way
@@ -51,7 +54,12 @@ template <int kGroup, int kSteps> struct EncodeConsumer {
   }
   // The piece before the latest one has been read.
   NXS_DEVICE void release() {
-    if (lane == 0) mbarrier_arrive(empty + 8 * before);
+    const u32 barrier = empty + 8 * before;
+    if (sharers == 1) {
+      if (lane == 0) mbarrier_arrive(barrier);
+    } else if (lane < sharers) {
+      mbarrier_arrive_read(map_to_rank(barrier, lane));
+    }
   }
   NXS_DEVICE void step() {
     before = at.slot;
@@ -119,34 +127,44 @@ template <int kGroup, int kSteps>
 __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
     rvq_encode_sm90_kernel(const __grid_constant__ nxs_rvq_encode_params p) {
   const u32 shared = dynamic_shared(), thread = thread_index(), stages = static_cast<u32>(p.stages);
-  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, stages, static_cast<u32>(p.cluster));
+  const u32 ranks = static_cast<u32>(p.splits), sharers = static_cast<u32>(p.sharers);  // one of them is 1
+  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, stages, ranks);
   const u32 full = shared + at.barriers, empty = full + 8 * stages, told = empty + 8 * stages;
-  const u32 ranks = static_cast<u32>(p.cluster), rank = ranks > 1 ? cluster_rank() : 0;
+  const u32 in_cluster = ranks * sharers > 1 ? cluster_rank() : 0, rank = ranks > 1 ? in_cluster : 0;
   if (thread == 0) {
     for (u32 i = 0; i < stages; ++i) {
       mbarrier_init(full + 8 * i, 1);
-      mbarrier_init(empty + 8 * i, kEncodeConsumers / kWarpSize);
+      mbarrier_init(empty + 8 * i, sharers * (kEncodeConsumers / kWarpSize));
     }
     if (ranks > 1)
       for (u32 i = 0; i < kEncodeConsumers / kWarpSize; ++i) mbarrier_init(told + 8 * i, ranks - 1);
     fence_mbarrier_init();
   }
   block_sync();
-  if (ranks > 1) {
+  if (ranks * sharers > 1) {
     cluster_arrive();  // the others tell this block's mbarriers
     cluster_wait();
   }
-  const PieceStream stream(p, block_index_x() / ranks, rank, ranks);
+  const u32 tile = block_index_x() / ranks;
+  const PieceStream stream(p, tile / sharers, rank, ranks);
   if (thread >= kEncodeConsumers) {
     lower_registers<40, 2>();
     if (thread == kEncodeConsumers) {
+      const u16 all = static_cast<u16>((1 << sharers) - 1);
       PieceWalk walk(stream);
       RingPlace to;
 #pragma unroll 1
       for (u32 i = 0; i < stream.all; ++i) {
         mbarrier_wait(empty + 8 * to.slot, to.parity ^ 1);
         mbarrier_arrive_expect(full + 8 * to.slot, kSteps * kStepBytes);
-        bulk_load(shared + to.slot * (kSteps * kStepBytes), walk.from, kSteps * kStepBytes, full + 8 * to.slot);
+        const u32 slot = shared + to.slot * (kSteps * kStepBytes);
+        if (sharers == 1) {
+          bulk_load(slot, walk.from, kSteps * kStepBytes, full + 8 * to.slot);
+        } else {
+          // The others' mbarriers count what comes before they expect it.
+          const u32 part = kSteps * kStepBytes / sharers, from = in_cluster * part;
+          bulk_load_multicast(slot + from, walk.from + from, part, full + 8 * to.slot, all);
+        }
         walk.next(stream);
         to.next(stages);
       }
@@ -154,26 +172,33 @@ __global__ void __launch_bounds__(kEncodeSm90Threads, 2)
   } else {
     raise_registers<208, 2>();
     const u32 own = thread / kWarpSize;
-    EncodeWarp<kGroup, true> warp(p, shared, at, kEncodeSm90Rows, block_index_x() / ranks, own);
+    EncodeWarp<kGroup, true> warp(p, shared, at, kEncodeSm90Rows, tile, own);
     warp.rank = rank;
     warp.ranks = ranks;
     warp.peers = shared + at.peers + own * 2 * kPeerBytes;
     warp.told = told + 8 * own;
-    EncodeConsumer<kGroup, kSteps>{warp, stream, shared, full, empty, stages, thread % kWarpSize,
+    EncodeConsumer<kGroup, kSteps>{warp, stream, shared, full, empty, stages, thread % kWarpSize, sharers,
                                    matrix_descriptor(shared + at.a, kEncodeSm90Rows * 16, 128, Swizzle::kNone), {}}
         .run(static_cast<u32>(p.levels));
+  }
+  if (sharers > 1) {
+    warp_sync();
+    cluster_arrive();  // the others still read pieces, and tell this block so
+    cluster_wait();
   }
 }
 
 template <int kGroup, int kSteps> nxs_status rvq_encode_sm90_launch_steps(const nxs_rvq_encode_params& p, void* stream) {
-  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, static_cast<u32>(p.stages),
-                                        static_cast<u32>(p.cluster));
+  const EncodeShared at = encode_shared(p.codebook, kEncodeSm90Rows, static_cast<u32>(p.stages), static_cast<u32>(p.splits));
   const auto kernel = rvq_encode_sm90_kernel<kGroup, kSteps>;
   NXS_TRY(allow_dynamic_smem(kernel));
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kEncodeSm90Rows - 1) / kEncodeSm90Rows * p.cluster));
+  const i64 tiles = (p.batch * p.rows + kEncodeSm90Rows - 1) / kEncodeSm90Rows;
+  const unsigned cluster = static_cast<unsigned>(p.splits * p.sharers);
+  // Whole clusters: the last one may have blocks without rows.
+  shape.grid = dim3(static_cast<unsigned>((tiles + p.sharers - 1) / p.sharers) * cluster);
   shape.block = kEncodeSm90Threads;
-  shape.cluster = static_cast<unsigned>(p.cluster);
+  shape.cluster = cluster;
   shape.dynamic_smem = at.bytes;
   return launch(kernel, shape, stream, p);
 }

@@ -2,7 +2,7 @@
 //
 //   as nextscale.h has it; every code is scored, exactly.
 //
-// Grid       a cluster of p.cluster blocks for each p.tile_rows rows (1 to 8).
+// Grid       a cluster of p.splits blocks for each p.tile_rows rows (1 to 8).
 // Block      4 warps. Tiles of 32 codes are dealt out to the warps of the cluster; a lane scores a code, against all rows of the
 //            cluster. Each block holds the rows, and takes the winners from them itself.
 // Stream     a warp's tiles of all levels, one after the other, in its own ring of bulk copies, so that the next level's codes
@@ -207,12 +207,12 @@ template <int kRows> nxs_status rvq_encode_stream_launch(const nxs_rvq_encode_pa
   const u32 bytes = StreamShared<kRows>{static_cast<u32>(p.codebook.padded_dim)}.bytes(p.codebook.metric != NXS_METRIC_L2);
   const auto kernel = rvq_encode_stream_kernel<kRows>;
   NXS_TRY(allow_dynamic_smem(kernel));
-  if (p.cluster > 8) NXS_TRY(allow_large_clusters(kernel));
+  if (p.splits > 8) NXS_TRY(allow_large_clusters(kernel));
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kRows - 1) / kRows * p.cluster));
+  shape.grid = dim3(static_cast<unsigned>((p.batch * p.rows + kRows - 1) / kRows * p.splits));
   shape.block = kStreamThreads;
   shape.dynamic_smem = bytes;
-  shape.cluster = static_cast<unsigned>(p.cluster);
+  shape.cluster = static_cast<unsigned>(p.splits);
   return launch(kernel, shape, stream, p);
 }
 

@@ -70,7 +70,8 @@ pub(super) fn run<X: Float, C: Code>(plan: &Plan, stream: &Stream<'_>, args: &Rv
         } as i32,
         tile_rows: schedule.tile_rows as i32,
         stages: schedule.stages as i32,
-        cluster: schedule.cluster as i32,
+        splits: schedule.splits as i32,
+        sharers: schedule.sharers as i32,
     };
     crate::launch::launch("nxs_rvq_encode", stream, |handle| {
         // SAFETY: every address the kernel reaches lies in the operands, which are checked against the layouts; codes are

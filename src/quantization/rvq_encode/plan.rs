@@ -187,7 +187,14 @@ impl<X: Float, C: Code> RvqEncodeBuilder<X, C> {
             quantized: layout(vectors, self.quantized),
             residual: layout(vectors, self.residual),
             distances: layout(per_code, self.distances),
-            schedule: EncodeSchedule { kernel: EncodeKernel::Portable, tile_rows: 0, stages: 0, cluster: 1, rows: 0 },
+            schedule: EncodeSchedule {
+                kernel: EncodeKernel::Portable,
+                tile_rows: 0,
+                stages: 0,
+                splits: 1,
+                sharers: 1,
+                rows: 0,
+            },
         };
         plan.codes.require_disjoint("codes")?;
         plan.quantized.require_disjoint("quantized")?;
@@ -247,11 +254,11 @@ impl Plan {
     }
 
     /// Shared memory of a block of the tensor-core kernels, without the stages; `rvq_encode.cuh` has the same sum.
-    fn tile_bytes(&self, tile_rows: u64, cluster: u64) -> u64 {
+    fn tile_bytes(&self, tile_rows: u64, splits: u64) -> u64 {
         let g = &self.geometry;
         let vectors = tile_rows * (g.padded_dim + 4) * 4 * if g.cosine() { 2 } else { 1 };
         let operand = tile_rows * g.operand_dim * 2;
-        let warp = 5632 + if cluster > 1 { 2048 } else { 0 };
+        let warp = 5632 + if splits > 1 { 2048 } else { 0 };
         vectors + operand + tile_rows / 16 * warp + 256
     }
 
@@ -263,9 +270,14 @@ impl Plan {
         let rows = self.rows();
         if self.latent > 0 {
             return match variant {
-                EncodeVariant::Auto | EncodeVariant::Portable => {
-                    Ok(EncodeSchedule { kernel: EncodeKernel::Projected, tile_rows: 16, stages: 0, cluster: 1, rows })
-                }
+                EncodeVariant::Auto | EncodeVariant::Portable => Ok(EncodeSchedule {
+                    kernel: EncodeKernel::Projected,
+                    tile_rows: 16,
+                    stages: 0,
+                    splits: 1,
+                    sharers: 1,
+                    rows,
+                }),
                 _ => refuse("projected rows have one kernel, the portable one"),
             };
         }
@@ -275,8 +287,15 @@ impl Plan {
             let sms = device.sm_count.max(1) as u64;
             let sharing = if (shared.saturating_sub(1024) / 2) >= self.tile_bytes(64, 1) + 2 * stage { 2 } else { 1 };
             let (blocks, tiles) = (rows.div_ceil(64), g.padded_entries / 128);
-            let cluster = [8, 4, 2].into_iter().find(|&n| blocks * n <= sms * sharing && tiles >= 2 * n).unwrap_or(1);
-            let base = self.tile_bytes(64, cluster);
+            let splits = [8, 4, 2].into_iter().find(|&n| blocks * n <= sms * sharing && tiles >= 2 * n).unwrap_or(1);
+            // L2 is what limits the products. Clusters of 4 do not fill every GPC: only where blocks come in turns.
+            let sharers = match blocks {
+                _ if splits > 1 => 1,
+                _ if blocks >= 2 * sms * sharing => 4,
+                2.. => 2,
+                _ => 1,
+            };
+            let base = self.tile_bytes(64, splits);
             // Two blocks on a multiprocessor hide each other's waits; each has a KiB reserved.
             let half = (shared.saturating_sub(1024) / 2).saturating_sub(base) / stage;
             let whole = shared.saturating_sub(base) / stage;
@@ -285,7 +304,8 @@ impl Plan {
                 kernel: EncodeKernel::Hopper,
                 tile_rows: 64,
                 stages: stages as u32,
-                cluster: cluster as u32,
+                splits: splits as u32,
+                sharers,
                 rows,
             })
         };
@@ -303,7 +323,8 @@ impl Plan {
                 kernel: EncodeKernel::Portable,
                 tile_rows: tile_rows as u32,
                 stages: stages as u32,
-                cluster: 1,
+                splits: 1,
+                sharers: 1,
                 rows,
             }
         };
@@ -311,12 +332,13 @@ impl Plan {
             // A cluster of 16 blocks takes most of a GPC: seven or so run at a time.
             let tile_rows = [1, 2, 4].into_iter().find(|&n| rows.div_ceil(n) <= 7).unwrap_or(8);
             let tiles = g.padded_entries / 32;
-            let cluster = [16, 8, 4, 2].into_iter().find(|&n| n <= tiles).unwrap_or(1);
+            let splits = [16, 8, 4, 2].into_iter().find(|&n| n <= tiles).unwrap_or(1);
             EncodeSchedule {
                 kernel: EncodeKernel::Stream,
                 tile_rows: tile_rows as u32,
                 stages: 0,
-                cluster: cluster as u32,
+                splits: splits as u32,
+                sharers: 1,
                 rows,
             }
         };
@@ -347,31 +369,33 @@ pub enum EncodeKernel {
     Projected,
 }
 
-/// How a kernel cuts an encode up: a block, or a cluster of blocks, takes `tile_rows` rows that follow each other, counted
+/// How a kernel cuts an encode up: a block, or some blocks that have the codes dealt out to them, takes `tile_rows` rows that follow each other, counted
 /// over the batch, through all levels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct EncodeSchedule {
     /// Which kernel.
     pub kernel: EncodeKernel,
-    /// Rows of a block or cluster.
+    /// Rows of these blocks.
     pub tile_rows: u32,
     /// Pieces of the codebooks under way at a time.
     pub stages: u32,
-    /// Blocks of a cluster.
-    pub cluster: u32,
+    /// Blocks that the codes of a level are dealt out to, of one cluster.
+    pub splits: u32,
+    /// Tiles of rows whose blocks form a cluster and share what they stream.
+    pub sharers: u32,
     /// Rows of all batch entries.
     pub rows: u64,
 }
 
 impl EncodeSchedule {
-    /// Blocks.
+    /// Blocks, in whole clusters: the last few may have no rows.
     pub fn blocks(&self) -> u64 {
-        self.rows.div_ceil(u64::from(self.tile_rows)) * u64::from(self.cluster)
+        self.rows.div_ceil(u64::from(self.tile_rows)).next_multiple_of(u64::from(self.sharers)) * u64::from(self.splits)
     }
 
-    /// The rows that a block takes, alone or with the others of its cluster.
+    /// The rows that a block takes, alone or with those that have the other codes.
     pub fn rows_of(&self, block: u64) -> Range<u64> {
-        let (tile, rows) = (block / u64::from(self.cluster), u64::from(self.tile_rows));
+        let (tile, rows) = (block / u64::from(self.splits), u64::from(self.tile_rows));
         (tile * rows).min(self.rows)..((tile + 1) * rows).min(self.rows)
     }
 }
