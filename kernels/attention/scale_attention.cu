@@ -110,7 +110,7 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
     NXS_REQUIRE(stride >= 0 && stride % 8 == 0, NXS_E_STRIDE);
   NXS_REQUIRE((p.q_rows <= 1 || p.q_stride_row > 0) && (p.heads == 1 || p.q_stride_head > 0), NXS_E_STRIDE);
   NXS_REQUIRE(p.kv_rows <= 1 || (p.k_stride_row > 0 && p.v_stride_row > 0), NXS_E_STRIDE);
-  NXS_REQUIRE(p.kv_heads == 1 || (p.k_stride_head > 0 && p.v_stride_head > 0), NXS_E_STRIDE);
+  NXS_REQUIRE(p.kv_heads == 1 || p.kv_rows == 0 || (p.k_stride_head > 0 && p.v_stride_head > 0), NXS_E_STRIDE);
   for (const i64 stride : {p.lse_stride_batch, p.lse_stride_head, p.lse_stride_row, p.lengths_stride_index,
                            p.lengths_stride_batch, p.lengths_stride_head, p.row_index_stride_batch})
     NXS_REQUIRE(stride >= 0, NXS_E_STRIDE);

@@ -298,9 +298,10 @@ impl<T: Float> ScaleAttentionBuilder<T> {
             }
         }
         for (arg, layout) in [("q", &q), ("k", &k), ("v", &v)] {
-            // A tensor copy may have no stride of 0; the batch's is left out of it.
+            // A tensor copy may have no stride of 0; the batch's is left out of it. Of no rows there is no copy.
+            let copied = !layout.shape().contains(&0);
             for dim in [1, 2] {
-                if layout.shape()[dim] > 1 && layout.strides()[dim] == 0 {
+                if copied && layout.shape()[dim] > 1 && layout.strides()[dim] == 0 {
                     return Err(Error::Stride { arg, dim, got: 0, need: "of rows and of heads not 0" });
                 }
             }
