@@ -1,5 +1,5 @@
 //! Importance on the shapes of `benches/shapes.json`: all layers of an event. `benches/support` says what the modes time.
-//! A case is timed with the kernels that the plan picks, and, where those are Hopper's, with the portable ones as
+//! A case is timed with the kernels that the plan picks, and, where those are Hopper's, in a graph with the portable ones as
 //! `<case>@portable`.
 
 mod support;
@@ -135,6 +135,11 @@ impl ForFloats for Bench<'_> {
             };
             let traffic = full.traffic();
             let name = format!("{}{suffix}", self.shape.name);
+            if !suffix.is_empty() {
+                let mut group = self.criterion.benchmark_group("importance");
+                support::time_graph(&mut group, self.stream, &name, || run(&full));
+                continue;
+            }
             let name = ("importance", name.as_str(), traffic.read + traffic.written);
             support::time(self.criterion, self.stream, name, || run(&full), || run(&empty));
         }

@@ -1,7 +1,8 @@
 //! Verification of image tokens on the shapes of `benches/shapes.json`. `benches/support` says what the modes time.
 //!
-//! The drafter's logits are the target's but for noise. Uniforms are given: 0, so that every draft is accepted and all rows
-//! are read, or with `reject` just below 1, so that most steps end early and a token is drawn from what is left.
+//! The drafter's logits are the target's, and uniforms are given: 0, so that every draft is accepted and all rows are read. With
+//! `reject` the drafter's have nothing to do with the target's and uniforms are just below 1, so that most steps end early and
+//! a token is drawn from what is left.
 
 mod support;
 
@@ -69,7 +70,7 @@ fn bench<T: Float>(criterion: &mut Criterion, stream: &Arc<CudaStream>, shape: &
     };
     let mut rng = StdRng::seed_from_u64(1);
     let mut stretch = || -> Vec<f32> { (0..vocab + (1 << 20)).map(|_| rng.random_range(-4.0..4.0f32)).collect() };
-    let (with, free) = (stretch(), stretch());
+    let (with, free, other) = (stretch(), stretch(), stretch());
     let rows = batch * (k + 1);
     let target = Buffer::of(&device, &logits::<T>(rows, vocab, &with), 0);
     let target_free = guided.then(|| Buffer::of(&device, &logits::<T>(rows, vocab, &free), 0));
@@ -78,7 +79,7 @@ fn bench<T: Float>(criterion: &mut Criterion, stream: &Arc<CudaStream>, shape: &
         let all = logits::<T>(rows, vocab, stretch);
         (0..batch).flat_map(|b| all[b * (k + 1) * vocab..][..k * vocab].to_vec()).collect()
     };
-    let draft = random.then(|| Buffer::of(&device, &beside(&with), 0));
+    let draft = random.then(|| Buffer::of(&device, &beside(if shape.reject { &other } else { &with }), 0));
     let draft_free = (random && guided).then(|| Buffer::of(&device, &beside(&free), 0));
     let drafts: Vec<i32> =
         (0..rows).map(|r| if r % (k + 1) == k { -1 } else { rng.random_range(0..vocab as i32) }).collect();

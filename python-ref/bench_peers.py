@@ -16,14 +16,22 @@ replayed. One that fails is recorded with the error in place of a time; packages
 peers.json: {"machine": {torch, cuda, gpu, driver, copy_gbps, matmul_bf16_tflops}, "rows": [{op, case, peer, mode, us}
 or {op, case, peer, mode, error}]}; `exact` in a row says that the peer's result equals the reference bit for bit.
 
-`--quick` leaves out what is known to be slower than another peer. `--time-budget SECONDS` starts no peer after that
-time, and prints those left out; the quick ones come first. `--check-only` only checks, on small versions of the shapes,
-on any device.
+`--quick` leaves out what is known to be slower than another peer. `--only OP`, `--case` and `--peer` take some (patterns as
+of a shell; they may be repeated), `--list` prints what would run. A run ends in time: `--time-budget SECONDS` starts no peer
+after that and prints those left out, the quick ones come first; `--peer-limit SECONDS` stops a peer that takes longer, its
+compiler included. `--jobs N` lets N processes compile before anything is timed: what takes minutes of one core is then
+in the compilers' caches. What they tuned is not: the process that times tunes again, on a GPU of its own.
+`--check-only` only checks, on small versions of the shapes, on any device. Ends with what each op took.
 """
 
 import argparse
+import collections
+import contextlib
+import fnmatch
 import json
+import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +43,7 @@ import torch.nn.functional as F
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_compression import Pack, PackedAttention
+from peers_decode_rules import DecodeRules
 from peers_events import CompressEvent
 from peers_keep import Compact, Drift, Select
 from peers_importance import Importance, Redundancy
@@ -48,8 +57,12 @@ SHAPES = pathlib.Path(__file__).resolve().parent.parent / "benches" / "shapes.js
 CALLS = 20
 # A graph of fewer calls, if they would take longer than this.
 LONG_GRAPH_MS = 4
+# No more of a call than fit in this, but for three: what takes a second is measured well enough by them.
+LONG_MS = 200
 # Before a graph is timed.
 REST_S = 0.2
+# Of ops with products or convolutions a compiler chooses kernels by timing them, and keeps the choice with the code.
+TUNED = ("rvq_encode", "importance", "redundancy", "multi_scale", "scale_attention", "pack")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 COMPILERS = [("default", "compile"), ("max-autotune-no-cudagraphs", "compile max-autotune")]
@@ -329,6 +342,7 @@ OPS = {
     "importance": Importance,
     "redundancy": Redundancy,
     "visual_verify": VisualVerify,
+    "decode_rules": DecodeRules,
     "pack": Pack,
     "packed_attention": PackedAttention,
 }
@@ -382,11 +396,12 @@ def milliseconds(work):
 
 
 def median_us(work):
-    """Median GPU time of the rounds that fit in 100 ms, at least 7, after 25 ms of them."""
+    """Median GPU time of the rounds that fit in 100 ms, at least 7 (3, if they are long), after 25 ms of them."""
     once = max(milliseconds(work), 1e-3)
-    for _ in range(max(1, int(25 / once))):
-        work()
-    rounds = min(200, max(7, int(100 / once)))
+    if once < 25:
+        for _ in range(int(25 / once)):
+            work()
+    rounds = min(200, max(7 if once < LONG_MS else 3, int(100 / once)))
     return statistics.median(milliseconds(work) for _ in range(rounds)) * 1e3
 
 
@@ -394,10 +409,10 @@ def time_graph(call, verify):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
+        call()
     torch.cuda.current_stream().wait_stream(stream)
-    calls = max(1, min(CALLS, int(LONG_GRAPH_MS / max(milliseconds(call), 1e-3))))
+    once = milliseconds(call)
+    calls = max(1, min(CALLS, int(LONG_GRAPH_MS / max(once, 1e-3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
@@ -412,17 +427,20 @@ def time_graph(call, verify):
 
 
 def time_eager(call, verify):
+    count = max(1, min(CALLS, int(LONG_MS / max(milliseconds(call), 1e-3))))
+
     def calls():
-        for _ in range(CALLS):
+        for _ in range(count):
             call()
 
-    return median_us(calls) / CALLS
+    return median_us(calls) / count
 
 
 def time_cold(call, verify):
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    count = max(3, min(30, int(LONG_MS / max(milliseconds(call), 1e-3))))
     times = []
-    for number in range(30):
+    for number in range(count):
         flush.fill_(number)
         torch.cuda._sleep(1_000_000)  # About half a millisecond.
         times.append(milliseconds(call))
@@ -432,24 +450,104 @@ def time_cold(call, verify):
 TIMERS = {"graph": time_graph, "eager": time_eager, "cold": time_cold}
 
 
-def measure(make, verify, like, modes):
-    """Yields (mode, result) of one peer, the result as it stands in a row. Survives what the peer may raise."""
+class Late(Exception):
+    """A peer took too long."""
+
+
+@contextlib.contextmanager
+def limited(seconds):
+    """Raises Late in what takes longer, as soon as Python is back from what it waits for."""
+
+    def late(*_):
+        raise Late(f"not done in {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
-        call = make()
-        call()  # Compiles what is compiled at the first call.
-        poison(like)
-        exact = verify(call())
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure(make, verify, like, modes, limit=None):
+    """Yields (mode, result) of one peer, the result as it stands in a row. Survives what the peer may raise."""
+    started = time.monotonic()
+    try:
+        with limited(limit):
+            call = make()
+            call()  # Compiles what is compiled at the first call.
+            poison(like)
+            exact = verify(call())
     except Exception as error:
         for mode in modes or [None]:
             yield mode, {"error": brief(error)}
         return
     for mode in modes:
+        left = limit and max(1.0, limit - (time.monotonic() - started))
         try:
-            yield mode, {"us": round(TIMERS[mode](call, verify), 3), "exact": exact}
+            with limited(left):
+                us = TIMERS[mode](call, verify)
+            yield mode, {"us": round(us, 3), "exact": exact}
         except Exception as error:
             yield mode, {"error": brief(error)}
     if not modes:
         yield None, {"exact": exact}
+
+
+def compiler_caches(op, peer, jobs):
+    """Code may come from a cache, but nothing that was found out by timing while others used the GPU."""
+    if not jobs:
+        return
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    tuned = op in TUNED and "max-autotune" in peer
+    for config, name, value in [
+        (inductor, "autotune_local_cache", False),
+        (inductor, "fx_graph_cache", not tuned),
+        (functorch, "enable_autograd_cache", not tuned),
+    ]:
+        # Of another version it may have another name; then that cache is as it is.
+        if hasattr(config, name):
+            setattr(config, name, value)
+
+
+def compile_some(work, device, part, parts, limit):
+    """Calls each of some peers once: compilers leave what they made in their caches."""
+    made = failed = 0
+    for number, (op, name, case, peer) in enumerate(work):
+        if number % parts != part:
+            continue
+        try:
+            with limited(limit):
+                compiler_caches(op, peer, parts)
+                inputs = OPS[op](case, device)
+                next(make for found, _, make in inputs.peers() if found == peer)()()
+            made += 1
+        except Exception as error:  # It fails again where it counts.
+            print(f"compiling {name}: {peer}: {brief(error)}", flush=True)
+            failed += 1
+        inputs = None
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    return made, failed
+
+
+def compile_all(jobs, limit):
+    """Other processes, each with a part of what is to be compiled, until all are done or `limit` is over."""
+    started = time.monotonic()
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *sys.argv, "--compile-part"]
+    workers = [subprocess.Popen([*command, f"{part}/{jobs}"], env=environment) for part in range(jobs)]
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, limit - (time.monotonic() - started)) if limit else None)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+    print(f"compiled by {jobs} processes in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def brief(error):
@@ -481,72 +579,134 @@ def driver():
         return "unknown"
 
 
+def is_compiled(peer):
+    return peer.startswith(("compile", "flex"))
+
+
+def matches(name, patterns):
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", type=pathlib.Path, default=SHAPES)
     parser.add_argument("--out", type=pathlib.Path, help="peers.json")
-    parser.add_argument("--op", action="append", choices=OPS, help="only this op; may be repeated")
-    parser.add_argument("--case", action="append", help="only this case of shapes.json; may be repeated")
+    parser.add_argument("--only", "--op", action="append", choices=OPS, help="only this op; may be repeated")
+    parser.add_argument("--case", action="append", metavar="PATTERN", help="only these cases; may be repeated")
+    parser.add_argument("--peer", action="append", metavar="PATTERN", help="only these peers; may be repeated")
     parser.add_argument("--quick", action="store_true", help="only peers that may be the best")
+    parser.add_argument("--mode", action="append", choices=TIMERS, help="only this mode; may be repeated")
     parser.add_argument("--time-budget", type=float, help="seconds after which no peer is started")
+    parser.add_argument("--peer-limit", type=float, default=90, help="seconds for a peer in all its modes; 90")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile before anything is timed")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="print what would run")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--device", default="cuda", help="for --check-only")
     arguments = parser.parse_args()
-    if not arguments.check_only and arguments.out is None:
+    checking = arguments.check_only or arguments.list
+    if not checking and arguments.out is None:
         parser.error("--out is missing")
-    device = arguments.device if arguments.check_only else "cuda"
+    device = ("cpu" if arguments.list else arguments.device) if checking else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("bench_peers.py: PyTorch sees no CUDA device")
+    started = time.monotonic()
+
+    def over():
+        return arguments.time_budget and time.monotonic() - started > arguments.time_budget
+
+    def wanted(peer):
+        return matches(peer, arguments.peer) and not (arguments.no_compile and is_compiled(peer))
+
+    shapes = json.loads(arguments.shapes.read_text())
+    cases = [
+        (op, name, OPS[op].smaller(case) if checking and case is not None else case)
+        for op in arguments.only or OPS
+        for shape in shapes[op]
+        for name, case in OPS[op].cases(shape)
+        if matches(name, arguments.case) or matches(shape["name"], arguments.case)
+    ]
+    cases = [(op, name, case) for op, name, case in cases if case is not None]
+    ranks = [ALWAYS, BEST] if arguments.quick else [ALWAYS, BEST, FULL]
+    if arguments.list or arguments.compile_part or arguments.jobs:
+        # What a case's peers are called, its small version tells, where there is one.
+        small = [(op, name, case, (None if checking else OPS[op].smaller(case)) or case) for op, name, case in cases]
+        listed = [
+            (op, name, case, peer)
+            for rank in ranks
+            for op, name, case, smaller in small
+            for peer, its_rank, _ in OPS[op](smaller, device).peers()
+            if its_rank == rank and wanted(peer)
+        ]
+        if arguments.list:
+            for op, name, _, peer in listed:
+                print(f"{op:<18}{name:<44}{peer}")
+            counts = collections.Counter(op for op, *_ in listed)
+            return print(f"{len(listed)} peers: {', '.join(f'{op} {count}' for op, count in counts.items())}")
+        if arguments.compile_part:
+            part, parts = map(int, arguments.compile_part.split("/"))
+            work = [one for one in listed if is_compiled(one[3])]
+            made, failed = compile_some(work, device, part, parts, arguments.peer_limit)
+            return print(f"process {part}: {made} compiled, {failed} failed", flush=True)
+        # A third of the time, if there is an end to it.
+        compile_all(arguments.jobs, arguments.time_budget and arguments.time_budget / 3)
 
     machine = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    if not arguments.check_only:
+    if not checking:
         machine |= {"gpu": torch.cuda.get_device_name(), "driver": driver(), "copy_gbps": copy_gbps()}
         machine |= {"matmul_bf16_tflops": matmul_bf16_tflops()}
     print(machine, flush=True)
-    rows, failed, left_out, started = [], 0, [], time.monotonic()
-    shapes = json.loads(arguments.shapes.read_text())
-    cases = [
-        (op, name, OPS[op].smaller(case) if arguments.check_only else case)
-        for op in arguments.op or OPS
-        for shape in shapes[op]
-        for name, case in OPS[op].cases(shape)
-        if not arguments.case or shape["name"] in arguments.case
-    ]
-    for when in [ALWAYS, BEST] if arguments.quick else [ALWAYS, BEST, FULL]:
+    rows, failed, left_out, took = [], 0, [], collections.Counter()
+    # Without an end in time each case is made once.
+    passes = [[rank] for rank in ranks] if arguments.time_budget else [ranks]
+    for of_pass in passes:
         for op, name, case in cases:
-            if case is None:
+            begun = time.monotonic()
+            try:
+                inputs = OPS[op](case, device)
+                peers = [(peer, make) for peer, rank, make in inputs.peers() if rank in of_pass and wanted(peer)]
+                if not peers:
+                    continue
+                if over():
+                    left_out += [f"{name}: {peer}" for peer, _ in peers]
+                    continue
+                want, tolerance = inputs.reference()
+            except Exception as error:
+                # Its peers cannot be checked: a mistake of ours, but no reason to lose the others.
+                failed += 1
+                rows.append({"op": op, "case": name, "peer": "reference", "mode": None, "error": brief(error)})
+                print(f"{name:<28}{'check':<7}{'reference':<60}{brief(error)}", flush=True)
                 continue
-            over = arguments.time_budget and time.monotonic() - started > arguments.time_budget
-            inputs = OPS[op](case, device)
-            peers = [(peer, make) for peer, rank, make in inputs.peers() if rank == when]
-            if arguments.no_compile:
-                peers = [(peer, make) for peer, make in peers if not peer.startswith(("compile", "flex"))]
-            if over:
-                left_out += [f"{name}: {peer}" for peer, _ in peers]
-                continue
-            if not peers:
-                continue
-            want, tolerance = inputs.reference()
+            made = time.monotonic() - begun
+            if made > 2:
+                print(f"{name:<28}{'':<7}inputs and reference took {made:.1f} s", flush=True)
             verify = lambda out: check(inputs.result(out), want, tolerance)
             for peer, make in peers:
-                if arguments.time_budget and time.monotonic() - started > arguments.time_budget:
+                if over():
                     left_out.append(f"{name}: {peer}")
                     continue
-                modes = [] if arguments.check_only else OPS[op].MODES
-                for mode, result in measure(make, verify, want, modes):
+                modes = [mode for mode in OPS[op].MODES if not arguments.mode or mode in arguments.mode]
+                if "on the CPU" in peer:
+                    # No graph holds that, and a capture that failed would trouble what comes after.
+                    modes = [mode for mode in modes if mode != "graph"]
+                compiler_caches(op, peer, arguments.jobs)
+                for mode, result in measure(make, verify, want, [] if checking else modes, arguments.peer_limit):
                     failed += "error" in result
                     rows.append({"op": op, "case": name, "peer": peer, "mode": mode} | result)
                     value = result.get("error") or f"{result.get('us', '')} {'exact' if result['exact'] else ''}"
                     print(f"{name:<28}{mode or 'check':<7}{peer:<60}{value}", flush=True)
                 if device == "cuda":
                     torch.cuda.empty_cache()
+            took[op] += time.monotonic() - begun
             if arguments.out:
                 # After every case, so that what was measured outlives a run that is cut off.
                 arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     for what in left_out:
         print(f"LEFT OUT, out of time: {what}")
+    print("seconds by op:", ", ".join(f"{op} {seconds:.0f}" for op, seconds in took.most_common()))
     print(f"{len(rows)} results, {failed} of them errors, {len(left_out)} left out, {time.monotonic() - started:.0f} s")
+    sys.exit(checking and failed > 0)
 
 
 if __name__ == "__main__":

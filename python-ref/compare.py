@@ -5,16 +5,20 @@
 
 Cases are random: all dtypes, odd sizes, layouts, both ways of memory access, both kernels. Results must lie within the
 stated bound of the f64 reference, and equal the f32-sequential one bit for bit where an op promises that. `--only OP`
-leaves the others out. Ends with `N passed, N failed`.
+leaves the others out, `--jobs N` shares the ops out to N processes. Ends with what each op took and `N passed, N failed`.
 """
 
 import argparse
+import concurrent.futures
 import itertools
+import multiprocessing
 import pathlib
 import random
+import select
 import subprocess
 import sys
 import tempfile
+import time
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,26 +47,62 @@ DTYPES = {
 
 
 class Program:
-    """The executable `op` on one device."""
+    """The executable `op` on one device. One process answers many requests: opening a device takes longer than a case."""
+
+    SECONDS = 120
 
     def __init__(self, path, device, folder):
-        self.path, self.device, self.folder = path, device, pathlib.Path(folder)
+        self.path, self.device, self.folder, self.process = path, device, pathlib.Path(folder), None
 
     def __call__(self, op, inputs, settings, repeat=1):
-        """Returns (exit code, output tensors by name, last line of stderr)."""
+        """Returns (exit code, output tensors by name, why it failed)."""
         read, written = self.folder / "in.safetensors", self.folder / "out.safetensors"
         written.unlink(missing_ok=True)
-        command = [self.path, op, "--device", self.device, "--out", written, "--repeat", str(repeat)]
+        request = [op, "--device", self.device, "--out", str(written), "--repeat", str(repeat)]
         if inputs:
             save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, read)
-            command += ["--in", read]
+            request += ["--in", str(read)]
         for key, value in settings.items():
-            command += ["--set", f"{key}={value}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        error = (done.stderr.strip().splitlines() or [""])[-1]
+            request += ["--set", f"{key}={value}"]
+        code, error = self.ask("\t".join(request))
         # Read into memory of our own: the file is written again by the next call.
-        outputs = {k: v.clone() for k, v in load_file(written).items()} if done.returncode == 0 else {}
-        return done.returncode, outputs, error
+        outputs = {k: v.clone() for k, v in load_file(written).items()} if code == 0 else {}
+        return code, outputs, error
+
+    def ask(self, request):
+        """(exit code, why) of a request; of a process that died or hangs too, which is replaced."""
+        if self.process is None:
+            self.errors = (self.folder / "stderr.txt").open("w+")
+            self.process = subprocess.Popen(
+                [self.path, "--requests"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            )
+        try:
+            self.process.stdin.write(request + "\n")
+            self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], self.SECONDS)[0]:
+                self.close()
+                return -1, f"no answer within {self.SECONDS} s"
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            code = self.process.wait()
+            self.errors.seek(0)
+            error = (self.errors.read().strip().splitlines() or ["no message"])[-1]
+            self.close()
+            return code or -1, f"the process ended: {error}"
+        code, _, error = answer.rstrip("\n").partition("\t")
+        if self.device.startswith("cuda") and code == "1":
+            # What failed on a device may have left it unusable.
+            self.close()
+        return int(code), error
+
+    def close(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.errors.close()
+            self.process = None
 
 
 def same_bits(a, b):
@@ -346,6 +386,10 @@ OPS = {
 } | compare_multi_scale.OPS | compare_keep.OPS | compare_importance.OPS | compare_trees.OPS | compare_visual.OPS | compare_compression.OPS | compare_events.OPS
 
 
+# What takes longest, by experience.
+SLOW = ["redundancy", "scale_attention", "importance", "multi_scale_encode", "pack", "select", "rvq_encode", "unpack"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--op", required=True, help="the executable")
@@ -353,23 +397,45 @@ def main():
     parser.add_argument("--cases", type=int, default=81, help="of each op; 81 cover all dtypes and access modes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", help="only this op; may be repeated")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with ops of its own")
+    parser.add_argument("--time-budget", type=float, help="seconds after which an op's cases are left out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
+    listed = subprocess.run([arguments.op, "--list"], capture_output=True, text=True, check=True).stdout
+    # An op that this program cannot compare is a failure, or it would be forgotten.
+    names = [line.split()[0] for line in listed.splitlines()]
+    if unknown := set(arguments.only or []) - set(names):
+        parser.error(f"{arguments.op} has no op {', '.join(sorted(unknown))}")
+    names = arguments.only or names
+    if arguments.jobs > 1:
+        # Forked, with all that is imported: each works through ops of its own, those that take longest first.
+        names = sorted(names, key=lambda name: name not in SLOW)
+        forked = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(min(arguments.jobs, len(names)), forked) as pool:
+            results = list(pool.map(compare, names, itertools.repeat(arguments)))
+    else:
+        results = [compare(name, arguments) for name in names]
+    print("seconds by op:", ", ".join(f"{name} {seconds:.0f}" for name, (_, _, seconds) in zip(names, results)))
+    passed, failed = (sum(result[i] for result in results) for i in (0, 1))
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+def compare(name, arguments):
+    """(passed, failed, seconds) of an op's cases."""
+    torch.set_num_threads(1)
+    if name not in OPS:
+        print(f"FAILED {name}: no comparison is written for it", flush=True)
+        return 0, 1, 0.0
+    passed, failed, started = 0, 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         program = Program(arguments.op, arguments.device, folder)
-        listed = subprocess.run([arguments.op, "--list"], capture_output=True, text=True, check=True).stdout
-        # An op that this program cannot compare is a failure, or it would be forgotten.
-        names = [line.split()[0] for line in listed.splitlines()]
-        if unknown := set(arguments.only or []) - set(names):
-            parser.error(f"{arguments.op} has no op {', '.join(sorted(unknown))}")
-        passed = failed = 0
-        for name in arguments.only or names:
-            if name not in OPS:
-                print(f"FAILED {name}: no comparison is written for it")
-                failed += 1
-                continue
+        try:
             for number in range(arguments.cases):
+                if arguments.time_budget and time.monotonic() - started > arguments.time_budget:
+                    print(f"LEFT OUT {name:<18} {number:>4} and later, out of time", flush=True)
+                    break
                 rng = random.Random(f"{arguments.seed} {name} {number}")
                 try:
                     what, problem, share = OPS[name](program, number, rng)
@@ -379,8 +445,9 @@ def main():
                 verdict = "ok    " if problem is None else "FAILED"
                 print(f"{verdict} {name:<18} {number:>4}  {what}  error/bound {share:.2f}"
                       f"{f'  {problem}' if problem else ''}", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed > 0)
+        finally:
+            program.close()
+    return passed, failed, time.monotonic() - started
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class Case:
         k = normal(self.kv_batch, self.kv_rows, self.kv_heads, self.dim)
         v = normal(self.kv_batch, self.kv_rows, self.kv_heads, self.dim)
         # As the library holds it: in f32.
-        self.scale = default = (1 / torch.tensor(float(self.dim)).sqrt()).item()
+        self.scale = default = (1 / torch.tensor(float(self.dim)).double().sqrt().float()).item()
         normalised = rng.random() < 0.3
         if normalised:
             # VAR and Infinity: l2-normed, with a multiplier for each head.

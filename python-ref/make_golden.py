@@ -206,7 +206,7 @@ def scale_attention_golden():
             for b in range(batch):
                 q[b, sorted(set(range(q_rows)) - set(row_index[b].tolist()))] = torch.nan
         # As the library holds it: in f32.
-        scale = special.get("scale") or (1 / torch.tensor(float(dim)).sqrt()).item()
+        scale = special.get("scale") or (1 / torch.tensor(float(dim)).double().sqrt().float()).item()
         how = {"there": there, "row_index": row_index, "kv_offset": kv_offset}
         out, lse = scale_attention.scale_attention(q, k, v, seen, scale, **how)
         magnitude, _ = scale_attention.scale_attention(q, k, v.abs(), seen, scale, **how)

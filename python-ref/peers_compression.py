@@ -1,14 +1,17 @@
-"""What PyTorch offers for packing and for attention over packed caches. bench_peers.py checks and times it.
+"""What PyTorch offers for packing and unpacking, and it and FlashAttention-3 for attention over packed caches. bench_peers.py
+checks and times it.
 
-Packed codes of fp8, int8 and 4 bits are held against nextscale_ref.packing; KIVI's and Lloyd-Max codes are timed as unpacked
-bytes, one a code, which is less work than packing them.
+Codes are held against nextscale_ref.packing, what is unpacked against f64. Codes of 3 bits stay bytes, one a code: less
+work than packing them. A cache that PyTorch attends to is unpacked first.
 """
 
 import torch
 import torch.nn.functional as F
 
 from nextscale_ref import packing
-from peers_attention import ALWAYS, BEST
+from peers_attention import ALWAYS, BEST, FULL, fa3
+
+COMPILERS = [("default", "compile", BEST), ("max-autotune-no-cudagraphs", "compile max-autotune", FULL)]
 
 
 def pack_fp8(x):
@@ -37,13 +40,14 @@ def nibbles(codes, bits):
 
 
 class Pack:
-    """Inputs of one case and the expressions that compute it: codes."""
+    """Inputs of one case and the expressions that compute it: codes and their numbers, or the values again."""
 
     MODES = ["graph", "eager", "cold"]
 
     @staticmethod
     def cases(shape):
-        return [(shape["name"], shape if shape["how"] == "pack" and not shape["inline"] else None)]
+        # Numbers beside the codes of a row are a layout of ours.
+        return [(shape["name"], None if shape["inline"] else shape)]
 
     @staticmethod
     def smaller(case):
@@ -52,7 +56,8 @@ class Pack:
         return case | {"sets": 1, "tokens": 128, "kept": 64 if case["kept"] else 0, "heads": 2}
 
     def __init__(self, case, device):
-        self.case = case
+        self.case, self.format, self.bits = case, case["format"], case["bits"]
+        self.group = case["group"] or case["dim"]
         generator = torch.Generator(device).manual_seed(0)
         shape = [case["sets"], case["tokens"], case["heads"], case["dim"]]
         self.x = torch.randn(shape, generator=generator, device=device).bfloat16()
@@ -61,48 +66,91 @@ class Pack:
             index = torch.arange(case["kept"], device=device) * case["tokens"] // case["kept"]
             self.index = index[None, :, None, None].expand(case["sets"], -1, case["heads"], case["dim"])
         self.rotation = packing.rotation(case["dim"], 1).float().to(device).bfloat16() if case["rotate"] else None
-        if case["format"] == "lloyd_max":
-            centroids = packing.centroids(case["bits"]).float().to(device)
+        if self.format == "lloyd_max":
+            centroids = packing.centroids(self.bits).float().to(device)
             self.thresholds = (centroids[1:] + centroids[:-1]) / 2
+        self.packed = self.pack(self.x) if case["how"] == "unpack" else None
 
-    def reference(self):
-        # Where another compiler rounds a scale otherwise, each code may be one off: a unit of fp8, of a byte's fields
-        # one each.
-        want = self.result(self.compute(self.x))
-        fields = sum(1 << self.case["bits"] * i for i in range(8 // self.case["bits"]))
-        return want, torch.full_like(want, 32.0 if self.case["format"] == "fp8" else float(fields))
-
-    def result(self, out):
-        kinds = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-        return out.view(kinds.get(self.case["format"], torch.uint8)).float()
-
-    def compute(self, x):
-        case = self.case
+    def rows(self, x):
+        """What is packed: kept rows, rotated."""
         if self.index is not None:
             x = x.gather(1, self.index)
-        if self.rotation is not None:
-            x = x @ self.rotation.T
-        if case["format"] == "fp8":
-            return pack_fp8(x)[0]
-        if case["format"] == "int8":
-            return pack_int8(x)[0]
-        if case["format"] == "channel":
-            codes = pack_uniform(x.unflatten(1, (-1, case["group"])), case["bits"], 2)[0].flatten(1, 2)
-            return nibbles(codes, case["bits"])
-        if case["format"] == "uniform":
-            codes = pack_uniform(x.unflatten(-1, (-1, case["group"] or case["dim"])), case["bits"])[0].flatten(-2)
-            return nibbles(codes, case["bits"])
-        unit = x.float() * case["dim"] ** 0.5 / x.float().norm(dim=-1, keepdim=True)
-        return torch.bucketize(unit, self.thresholds).to(torch.uint8)
+        return x if self.rotation is None else x @ self.rotation.T
+
+    def pack(self, x):
+        """Codes, then their numbers."""
+        x = self.rows(x)
+        if self.format == "fp8":
+            return pack_fp8(x)
+        if self.format == "int8":
+            return pack_int8(x)
+        if self.format == "channel":
+            codes, *numbers = pack_uniform(x.unflatten(1, (-1, self.group)), self.bits, 2)
+            return nibbles(codes.flatten(1, 2), self.bits), *numbers
+        if self.format == "uniform":
+            codes, *numbers = pack_uniform(x.unflatten(-1, (-1, self.group)), self.bits)
+            return nibbles(codes.flatten(-2), self.bits), *numbers
+        norm = x.float().norm(dim=-1, keepdim=True)
+        codes = torch.bucketize(x.float() * self.case["dim"] ** 0.5 / norm, self.thresholds).to(torch.uint8)
+        return nibbles(codes, self.bits) if self.bits == 4 else codes, norm
+
+    def unpack(self, codes, *numbers):
+        if self.format == "fp8":
+            x = codes.view(torch.float8_e4m3fn).float() * numbers[0]
+        else:
+            shift = torch.arange(0, 8, self.bits, device=codes.device, dtype=torch.uint8)
+            x = (codes[..., None] >> shift & (1 << self.bits) - 1).flatten(-2).float()
+            dim = (1, (-1, self.group)) if self.format == "channel" else (-1, (-1, self.group))
+            x = x.unflatten(*dim) * numbers[0] + numbers[1]
+            x = x.flatten(1, 2) if self.format == "channel" else x.flatten(-2)
+        x = x.bfloat16()
+        return x if self.rotation is None else x @ self.rotation
+
+    def reference(self):
+        """Codes as nextscale_ref.packing has them, which rounds scales to 17 bits: a code may be one off, a unit of fp8; of
+        a byte's fields each. Or what they stand for, in f64, which a peer rounds to 16 bits twice."""
+        if self.packed is not None:
+            x = self.rows(self.x).double()
+            if self.rotation is not None:
+                x = x @ self.rotation.double()
+            size = self.x.float().abs().amax()
+            # Half a step of the codes, and two roundings.
+            step = {"fp8": 2.0**-4, "int8": 2.0**-8}.get(self.format, 1.2 / (2**self.bits - 1))
+            return x.float(), torch.full_like(x, 2 * step * size.item(), dtype=torch.float32)
+        x = self.rows(self.x).float()
+        if self.format in ("fp8", "int8"):
+            codes = packing.scaled(x, self.format == "fp8")[0]
+        elif self.format == "lloyd_max":
+            unit = x.double() * self.case["dim"] ** 0.5 / x.double().norm(dim=-1, keepdim=True)
+            codes = torch.bucketize(unit, self.thresholds.double())
+            codes = packing.pack_codes(codes, 4) if self.bits == 4 else codes.to(torch.uint8)
+        elif self.format == "channel":
+            codes = packing.uniform(x.unflatten(1, (-1, self.group)), self.bits, 2, torch.float32)[0].flatten(1, 2)
+            codes = packing.pack_codes(codes, self.bits)
+        else:
+            codes = packing.uniform(x.unflatten(-1, (-1, self.group)), self.bits, -1, torch.float32)[0].flatten(-2)
+            codes = packing.pack_codes(codes, self.bits)
+        want = self.as_numbers(codes)
+        fields = sum(1 << self.bits * i for i in range(8 // self.bits)) if self.bits != 3 else 1
+        return want, torch.full_like(want, 32.0 if self.format == "fp8" else float(fields))
+
+    def as_numbers(self, codes):
+        kinds = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+        return codes.view(kinds.get(self.format, torch.uint8)).float()
+
+    def result(self, out):
+        return out.float() if self.packed is not None else self.as_numbers(out[0])
 
     def peers(self):
-        yield "eager", ALWAYS, lambda: lambda: self.compute(self.x)
-        yield "compile", BEST, self.compiled
+        expression, arguments = (self.pack, (self.x,)) if self.packed is None else (self.unpack, self.packed)
+        yield "eager", ALWAYS, lambda: lambda: expression(*arguments)
+        for mode, name, when in COMPILERS:
+            yield name, when, lambda m=mode: self.compiled(expression, m, arguments)
 
-    def compiled(self):
+    def compiled(self, expression, mode, arguments):
         torch._dynamo.reset()
-        compute = torch.compile(self.compute, dynamic=False)
-        return lambda: compute(self.x)
+        expression = torch.compile(expression, mode=mode, dynamic=False)
+        return lambda: expression(*arguments)
 
 
 class PackedAttention:
@@ -160,8 +208,16 @@ class PackedAttention:
     def peers(self):
         yield "sdpa", ALWAYS, lambda: self.compute
         if self.case["format"] != "bf16":
-            yield "compile", BEST, self.compiled
+            for mode, name, when in COMPILERS:
+                yield f"{name}: unpack, then sdpa", when, lambda m=mode: self.compiled(m)
+        elif fa3:
+            yield "fa3, splits=auto", ALWAYS, self.fa3
 
-    def compiled(self):
+    def compiled(self, mode):
         torch._dynamo.reset()
-        return torch.compile(self.compute, dynamic=False)
+        return torch.compile(self.compute, mode=mode, dynamic=False)
+
+    def fa3(self):
+        # Rows before heads, as FlashAttention has them.
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (self.q, *self.plain))
+        return lambda: fa3.flash_attn_func(q, k, v, num_splits=0).transpose(1, 2)

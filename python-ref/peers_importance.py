@@ -52,7 +52,11 @@ class Importance:
         # Keys of a head together, as caches of these methods have them.
         self.q = random([self.sets, self.heads * self.groups, rows, self.dim], dtype, device, 0)
         self.k = random([self.sets, self.heads, self.tokens, self.dim], dtype, device, 1)
-        self.masked = self.tokens - rows + self.listed if case["listed"] else None
+        # Columns of the queries' own tokens.
+        self.columns = None
+        if case["listed"]:
+            columns = self.tokens - rows + self.listed
+            self.columns = columns[(columns >= 0) & (columns < self.tokens - self.window)]
         self.piece = max(16, min(self.queries, 2**31 // (self.heads * self.groups * self.tokens * 4)))
         self.exact = self.tokens * self.queries * self.sets * self.heads < 2**22
 
@@ -63,14 +67,17 @@ class Importance:
         total = 0
         for first in range(0, self.queries, piece or self.queries):
             some = q[:, first : first + (piece or self.queries)].unflatten(0, (self.heads, self.groups))
-            total = total + (sums or self.column_sums)(some, k, first)
+            # A compiler makes a version for each number that it is given.
+            total = total + (sums or self.column_sums)(some, k, first if case["causal"] else 0)
         raw = total[:, :scored]
         if case["reduction"] == "mean":
             raw = raw / (self.queries * (self.groups if case["aggregation"] in ("mean_prob", "logit") else 1))
-        if self.masked is not None:
-            raw = raw.clone()
-            raw[:, self.masked[(self.masked >= 0) & (self.masked < scored)]] = -torch.inf
-        return reference.pooled(raw, case["pool"], case["pool_width"])
+        return self.pooled(raw)
+
+    def pooled(self, raw):
+        if self.columns is not None:
+            raw = raw.index_fill(1, self.columns, -torch.inf)
+        return reference.pooled(raw, self.case["pool"], self.case["pool_width"])
 
     def column_sums(self, q, k, first):
         """[heads, tokens] f32 of some of the queries: q [heads, groups, some, dim]."""
@@ -78,7 +85,8 @@ class Importance:
         if case["aggregation"] == "logit":
             total = (q.flatten(1, 2).float().sum(1, keepdim=True).to(k.dtype) @ k.transpose(1, 2))[:, 0]
             return total.float() * self.dim**-0.5
-        x = q @ k[:, None, :seen].transpose(2, 3) * self.dim**-0.5
+        # One product for all query heads of a group: a key that was repeated would be copied first.
+        x = (q.flatten(1, 2) @ k[:, :seen].transpose(1, 2)).unflatten(1, q.shape[1:3]) * self.dim**-0.5
         if case["causal"]:
             i = first + torch.arange(q.shape[2], device=q.device)[:, None]
             x = x.masked_fill(torch.arange(seen, device=q.device) > self.tokens - self.queries + i, -torch.inf)
@@ -118,27 +126,24 @@ class Importance:
             yield f"{name}: lean", when, lambda m=mode: self.lean(m)
 
     def published(self, q, k):
-        """As FlowCache and R-KV write it for a maximum: a product for each query head of a group."""
-        if self.case["aggregation"] != "max_logit":
-            if self.case["aggregation"] == "mean_prob":
-                # SnapKV repeats the keys first.
-                k = k.repeat_interleave(self.groups, 0)
-                seen = self.tokens
-                x = q @ k.transpose(1, 2) / self.dim**0.5
-                i = torch.arange(self.queries, device=q.device)[:, None]
-                if self.case["causal"]:
-                    hidden = torch.arange(seen, device=q.device) > seen - self.queries + i
-                    x = x.masked_fill(hidden, torch.finfo(x.dtype).min)
-                x = x.softmax(-1, dtype=torch.float32).sum(1)[:, : seen - self.window]
-                return reference.pooled(x.unflatten(0, (self.heads, self.groups)).sum(1), self.case["pool"],
-                                        self.case["pool_width"])
-            return self.layer(q, k)
+        """As FlowCache, R-KV, SnapKV and ScaleKV write it."""
+        case, scored = self.case, self.tokens - self.window
+        if case["aggregation"] == "mean_prob":
+            # SnapKV repeats the keys first, and masks the window alone.
+            x = q @ k.repeat_interleave(self.groups, 0).transpose(1, 2) / self.dim**0.5
+            if case["causal"]:
+                least = torch.finfo(x.dtype).min
+                x[:, :, -self.queries :] += torch.full([self.queries] * 2, least, dtype=x.dtype, device=x.device).triu(1)
+            x = x.softmax(-1, dtype=torch.float32).to(q.dtype).sum(1)[:, :scored]
+            return self.pooled(x.float().unflatten(0, (self.heads, self.groups)).sum(1))
+        if case["aggregation"] == "logit":
+            return self.pooled((q @ k.transpose(1, 2) / self.dim**0.5).sum(1).float()[:, :scored])
         most = None
         for group in range(self.groups):
+            # A product for each query head of a group.
             x = q[group :: self.groups] @ k.transpose(1, 2) / self.dim**0.5
             most = x if most is None else torch.maximum(most, x)
-        p = most[:, :, : self.tokens - self.window].softmax(-1, dtype=torch.float32).mean(1)
-        return reference.pooled(p, self.case["pool"], self.case["pool_width"])
+        return self.pooled(most[:, :, :scored].softmax(-1, dtype=torch.float32).mean(1))
 
     def lean(self, mode):
         sums = compiled(self.column_sums, mode)
@@ -237,8 +242,16 @@ class Redundancy:
         return F.cosine_similarity(k, anchor, dim=-1)
 
     def matrix(self, layer):
-        """R-KV."""
-        return self.matrix_all(self.k[layer : layer + 1])[0]
+        """R-KV, operation by operation."""
+        k = self.k[layer]
+        unit = k / (k.norm(dim=-1, keepdim=True) + 1e-8)
+        cosines = unit @ unit.transpose(-1, -2)
+        for head in cosines:
+            head.fill_diagonal_(0.0)
+        i = torch.arange(k.shape[-2], device=k.device)
+        at = torch.where(cosines > 0.5, i, torch.zeros_like(i)).amax(-1)
+        cosines.scatter_(-1, at[..., None], 0.0)
+        return cosines.mean(-2, dtype=torch.float32).softmax(-1)
 
     def matrix_all(self, k):
         unit = k / (k.norm(dim=-1, keepdim=True) + 1e-8)

@@ -78,17 +78,15 @@ class Drift(Case):
 
     def published(self, features, previous, accumulated):
         changes = [((f - p).abs().mean() / (p.abs().mean() + 1e-8)).float() for f, p in zip(features, previous)]
-        change = self.decide(torch.stack(changes), accumulated)
-        if self.keep:
-            # As large a copy as writing over what was read: into memory of its own, for calls are repeated.
-            self.kept.copy_(features)
-        return change
+        # To keep the features is to keep a reference to them.
+        return self.decide(torch.stack(changes), accumulated)
 
     def lean(self, features, previous, accumulated):
         f, p = features.flatten(1).float(), previous.flatten(1).float()
         change = (f - p).abs().mean(1) / (p.abs().mean(1) + 1e-8)
         change = self.decide(change, accumulated)
         if self.keep:
+            # As large a copy as writing over what was read: into memory of its own, for calls are repeated.
             self.kept.copy_(features)
         return change
 
@@ -128,7 +126,7 @@ class Select(Case):
         scores = self.scores(self.importance, self.redundancy)
         if self.case["scope"] == "ada":
             heads = self.case["heads"]
-            least = scores.view(-1, heads * scores.shape[1]).topk(self.base * heads).values[:, -1:]
+            least = scores.reshape(-1, heads * scores.shape[1]).topk(self.base * heads).values[:, -1:]
         else:
             least = scores.topk(self.base // self.block).values[:, -1:]
         return least, least.abs() * 1e-5 + 1e-9
@@ -164,6 +162,9 @@ class Select(Case):
 
     def on_cpu(self, importance, redundancy):
         """FlowCache moves the scores of each layer to the CPU, and the indices back."""
+        if self.case["scope"] == "shared":
+            one = [None if x is None else x.cpu() for x in (importance, redundancy)]
+            return self.scores(*one).topk(self.base // self.block).indices.to(importance.device)
         of_layer = []
         for layer in range(len(importance)):
             one = [None if x is None else x[layer : layer + 1].cpu() for x in (importance, redundancy)]
@@ -184,7 +185,7 @@ class Select(Case):
         heads = self.case["heads"]
         scores = self.scores(importance, redundancy)
         tokens = scores.shape[1]
-        best = scores.view(-1, heads * tokens).topk(self.base * heads, sorted=False).indices
+        best = scores.reshape(-1, heads * tokens).topk(self.base * heads, sorted=False).indices
         counts = torch.zeros(len(best), heads, device=best.device, dtype=torch.int64)
         counts.scatter_add_(1, best // tokens, torch.ones_like(best))
         self.counts = (counts * 0.8 + 0.2 * self.base).round()

@@ -2,7 +2,8 @@
 
 Two ways: `all rows` makes the distributions of every node at once and then looks for the path; `walking` gathers the rows of
 the nodes that the walk is at, level by level. Both take logits, the tree and the uniforms of the accept tests, and return how
-many drafts of each request they accept, which is checked unless a token of the target decides (match).
+many drafts of each request they accept, which is checked unless a token of the target decides (match), and the token that
+follows.
 """
 
 import torch
@@ -113,16 +114,17 @@ class TreeVerify:
         return want, torch.zeros_like(want)
 
     def result(self, out):
-        return out
+        return out[0]
 
     def peers(self):
         """Yields (name, when it is worth its time, a function that makes the call)."""
-        walking = {"greedy": self.walk_by_token, "match": self.walk_by_token, "reject": self.walk_rejecting}[self.rule]
-        ways = [("walking", walking)]
-        if self.rule != "reject":
-            ways.append(("all rows", self.all_rows))
-        for name, way in ways:
-            yield f"as written: {name}", ALWAYS, lambda way=way: lambda: way()
+        if self.rule == "reject":
+            yield "as written: walking", ALWAYS, self.walk_rejecting
+            for mode, label, when in COMPILERS:
+                yield f"{label} a step: walking", when, lambda mode=mode: self.walk_rejecting(mode)
+            return
+        for name, way in [("walking", self.walk_by_token), ("all rows", self.all_rows)]:
+            yield f"as written: {name}", ALWAYS, lambda way=way: way
             for mode, label, when in COMPILERS:
                 yield f"{label}: {name}", when, lambda way=way, mode=mode: self.compiled(way, mode)
 
@@ -146,8 +148,7 @@ class TreeVerify:
             token = best.gather(1, node[:, None])
             node, alive = self.onward(node, alive, token)
             accepted = accepted + alive
-        # The token after the path too is made, whatever is returned.
-        return accepted + 0 * best.gather(1, node[:, None])[:, 0]
+        return accepted, best.gather(1, node[:, None])[:, 0]
 
     def onward(self, node, alive, token):
         """To the child that is `token`, of those requests that are still walking."""
@@ -167,33 +168,52 @@ class TreeVerify:
             if level < self.depth:
                 node, alive = self.onward(node, alive, token[:, None])
                 accepted = accepted + alive
-        return accepted + 0 * last
+        return accepted, last
 
-    def walk_rejecting(self):
-        b = torch.arange(self.batch, device=self.target.device)
-        alive = torch.ones(self.batch, dtype=torch.bool, device=b.device)
-        node, accepted, last = torch.zeros_like(b), torch.zeros(self.batch, device=b.device), torch.zeros_like(b)
-        for level in range(self.depth + 1):
-            left = self.target[b, node].float().softmax(-1)
-            onward, going = node, torch.zeros_like(alive)
-            if level < self.depth:
-                rest = self.draft[b, node].float().softmax(-1)
-                for j in range(self.most):
-                    child = self.children[node, j]
-                    real = child < self.nodes
-                    x = self.tokens[b, child].clamp(min=0)[:, None]
-                    trying = real & alive & ~going
-                    passes = self.uniforms[b, child] * rest.gather(1, x)[:, 0] < left.gather(1, x)[:, 0]
-                    onward = torch.where(trying & passes, child, onward)
-                    failed = (trying & ~passes)[:, None]
-                    residual = (left - rest).clamp(min=0)
-                    left = torch.where(failed, residual / residual.sum(-1, keepdim=True), left)
-                    if self.distinct:
-                        fewer = rest.scatter(1, x, 0)
-                        rest = torch.where(failed, fewer / fewer.sum(-1, keepdim=True), rest)
-                    going = going | (trying & passes)
-            token = (left / torch.empty_like(left).exponential_()).argmax(-1)
-            last = torch.where(alive & ~going, token, last)
-            node, alive = onward, going
-            accepted = accepted + going
-        return accepted + 0 * last
+    def walk_rejecting(self, mode=None):
+        """A call; a compiler gets each step of it: of the whole walk it would make a minute's work for each case."""
+        begin, attempt, draw = self.rows_of, self.attempt, self.draw
+        if mode:
+            torch._dynamo.reset()
+            begin, attempt, draw = (torch.compile(f, mode=mode, dynamic=False) for f in (begin, attempt, draw))
+        children = self.children.T.contiguous()
+
+        def walk():
+            alive = torch.ones(self.batch, dtype=torch.bool, device=children.device)
+            node = torch.zeros(self.batch, dtype=torch.long, device=children.device)
+            accepted, last = torch.zeros(self.batch, device=children.device), torch.zeros_like(node)
+            for level in range(self.depth + 1):
+                left, rest = begin(node)
+                onward, going = node, torch.zeros_like(alive)
+                if level < self.depth:
+                    for child in children[:, node].contiguous().unbind(0):
+                        left, rest, onward, going = attempt(left, rest, onward, going, alive, child)
+                last = draw(left, alive & ~going, last)
+                node, alive = onward, going
+                accepted = accepted + going
+            return accepted, last
+
+        return walk
+
+    def rows_of(self, node):
+        """p and q after the nodes that the walks are at."""
+        b = torch.arange(self.batch, device=node.device)
+        return self.target[b, node].float().softmax(-1), self.draft[b, node].float().softmax(-1)
+
+    def attempt(self, left, rest, onward, going, alive, child):
+        """A child of each request, tested where one is left to test; what is left of p and q where it fails."""
+        b = torch.arange(self.batch, device=child.device)
+        x = self.tokens[b, child].clamp(min=0)[:, None]
+        trying = (child < self.nodes) & alive & ~going
+        passes = self.uniforms[b, child] * rest.gather(1, x)[:, 0] < left.gather(1, x)[:, 0]
+        onward = torch.where(trying & passes, child, onward)
+        failed = (trying & ~passes)[:, None]
+        residual = (left - rest).clamp(min=0)
+        left = torch.where(failed, residual / residual.sum(-1, keepdim=True), left)
+        if self.distinct:
+            fewer = rest.scatter(1, x, 0)
+            rest = torch.where(failed, fewer / fewer.sum(-1, keepdim=True), rest)
+        return left, rest, onward, going | (trying & passes)
+
+    def draw(self, left, ending, last):
+        return torch.where(ending, (left / torch.empty_like(left).exponential_()).argmax(-1), last)

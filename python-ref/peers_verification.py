@@ -1,9 +1,12 @@
 """What PyTorch, FlashInfer and Triton offer for the verification of drafts. bench_peers.py checks and times it.
 
-Every peer takes logits, drafts and the uniforms of the accept tests, draws the token that follows, and returns how many
-drafts of each request it accepts, which is checked. FlashInfer draws its own uniforms: what is checked of it is only that
-it accepts all drafts where p is q. `flashinfer` and `triton` are optional.
+Every peer takes logits, drafts and the uniforms of the accept tests and returns how many drafts of each request it accepts,
+which is checked, and the tokens, the one that follows among them. FlashInfer draws its own uniforms: what is checked of it
+is only that it accepts all drafts where p is q. `flashinfer` and `triton` are optional; TRITON_INTERPRET=1 runs Triton's
+kernels without a GPU.
 """
+
+import os
 
 import torch
 
@@ -104,7 +107,7 @@ class Verify:
 
     @staticmethod
     def smaller(case):
-        return case | {"batch": min(case["batch"], 3), "vocab": min(case["vocab"], 1000)}
+        return case | {"batch": min(case["batch"], 3), "vocab": min(case["vocab"], 20011)}
 
     def __init__(self, case, device):
         self.case, self.device = case, device
@@ -141,7 +144,7 @@ class Verify:
         return want, torch.zeros_like(want)
 
     def result(self, out):
-        return out
+        return out[0]
 
     def peers(self):
         """Yields (name, when it is worth its time, a function that makes the call)."""
@@ -152,7 +155,8 @@ class Verify:
         yield "as written", ALWAYS, lambda: lambda: expression(*arguments)
         for mode, name, when in COMPILERS:
             yield f"{name}: as written", when, lambda m=mode: self.compiled(expression, m, arguments)
-        if self.rule == "reject" and triton is not None and self.target.is_cuda:
+        runs = self.target.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+        if self.rule == "reject" and triton is not None and runs:
             yield "Triton, from logits", ALWAYS, lambda: lambda: self.by_triton(*arguments)
         # Its own uniforms: only what does not depend on them can be checked.
         if self.rule == "reject" and not self.case["noise"] and flashinfer is not None and self.target.is_cuda:
@@ -168,8 +172,7 @@ class Verify:
         i = torch.arange(self.k + 1, device=drafts.device)
         padded = torch.nn.functional.pad(drafts, (0, 1), value=-1)
         tokens = torch.where(i < accepted[:, None], padded, torch.where(i == accepted[:, None], last[:, None], -1))
-        # The tokens too are made, whatever is returned.
-        return accepted.float() + 0 * tokens[:, 0].float()
+        return accepted.float(), tokens
 
     def greedy(self, target, draft, drafts, uniforms):
         best = target.argmax(-1)
@@ -200,7 +203,7 @@ class Verify:
         p = flashinfer.sampling.softmax(self.target.flatten(0, 1)).view(self.batch, self.k + 1, self.vocab)
         q = flashinfer.sampling.softmax(self.draft.flatten(0, 1)).view(self.batch, self.k, self.vocab)
         tokens, _, _ = flashinfer.sampling.chain_speculative_sampling(q, self.drafts.int(), p)
-        return ((tokens >= 0).sum(-1) - 1).float()
+        return ((tokens >= 0).sum(-1) - 1).float(), tokens
 
     def by_triton(self, target, draft, drafts, uniforms):
         batch, k, vocab = self.batch, self.k, self.vocab
@@ -221,4 +224,4 @@ class Verify:
                                          num_warps=8)
         finish_kernel[(batch,)](drafts, accepted, best, best_at, tokens, chunks, k, triton.next_power_of_2(k + 1), most,
                                 num_warps=1)
-        return accepted.float()
+        return accepted.float(), tokens

@@ -1,7 +1,7 @@
 """What PyTorch offers for the visual rules, from the same inputs as the bench. bench_peers.py checks and times it.
 
-Every peer takes logits, drafts and uniforms, draws the token that follows, and returns how many drafts of each request it
-accepts, which is checked against f64.
+Every peer takes logits, drafts and uniforms, draws the token that follows and, where the case has it, new drafts. How many
+drafts of each request it accepts is checked against f64.
 """
 
 import torch
@@ -37,9 +37,10 @@ class VisualVerify:
 
         self.target = logits(k + 1)
         self.free = logits(k + 1) if case["guided"] else None
-        # As in the bench, q is p.
-        self.draft = self.target[:, :k].contiguous()
-        self.draft_free = self.free[:, :k].contiguous() if case["guided"] else None
+        # As in the bench, q is p, or has nothing to do with it where drafts are to fail.
+        other = logits(k) if case["reject"] else self.target[:, :k].contiguous()
+        self.draft = other if case["random"] else None
+        self.draft_free = self.free[:, :k].contiguous() if case["random"] and case["guided"] else None
         self.drafts = torch.randint(0, vocab, [batch, k], generator=generator, device=device)
         self.uniforms = torch.full([batch, k], 0.999 if case["reject"] else 0.0, device=device)
         code = torch.arange(vocab, device=device)
@@ -49,6 +50,10 @@ class VisualVerify:
         if case["rule"] == "grouped-embedded":
             self.vectors = (torch.rand(vocab, DIM, generator=generator, device=device) - 0.5) * 0.6
         self.bound = 3.0 if case["rule"] == "lantern++" else 0.1
+        # Gumbel noise belongs to position and token: it is made once, and read in every step.
+        self.noise = None
+        if case["redraft"] == "gumbel":
+            self.noise = -torch.empty(batch, k + 1, vocab, device=device).exponential_(generator=generator).log_()
 
     def reference(self):
         ok = self.test(torch.float64)[0]
@@ -56,7 +61,7 @@ class VisualVerify:
         return want, torch.zeros_like(want)
 
     def result(self, out):
-        return out
+        return out[0]
 
     def rows(self, dtype):
         """p of all rows, and q of the drafts' (None: one-hot); the logits of p."""
@@ -85,7 +90,7 @@ class VisualVerify:
             most = self.bound if self.bound <= 1 else (self.bound - 1) * own
             above = above + torch.where(sums <= most, sums, 0).amax(-1)
         elif self.case["rule"].startswith("grouped"):
-            order = logits[:, : self.k].sort(-1, stable=True).indices
+            order = logits[:, : self.k].sort(dim=-1, stable=True).indices
             rank = (order == at).to(torch.int8).argmax(-1, keepdim=True)
             window = rank + torch.arange(-7, 7, device=at.device)
             there = (rank >= 7) & (window < self.vocab)
@@ -128,9 +133,21 @@ class VisualVerify:
         else:
             one = q.gather(1, beside[:, None, None].expand(-1, 1, self.vocab))[:, 0]
         weights = (weights - one * rejected).clamp(min=0)
-        weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1)
+        weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)
         last = (weights / torch.empty_like(weights).exponential_()).argmax(-1)
-        if self.case["redraft"] != "none":
-            redrafts = (p / torch.empty_like(p).exponential_()).argmax(-1)
-            last = last + 0 * redrafts.sum(-1)
-        return accepted.float() + 0 * last.float()
+        if self.case["redraft"] == "none":
+            return accepted.float(), last
+        return accepted.float(), last, self.redrafted(p, q)
+
+    def redrafted(self, p, q):
+        """A draft of each row for the next step."""
+        if self.case["redraft"] == "gumbel":
+            return (p.log() + self.noise).argmax(-1)
+        if self.case["redraft"] == "independent":
+            return (p / torch.empty_like(p).exponential_()).argmax(-1)
+        # Maximal coupling: a draft stays, or what is drawn is of what its distribution lacks.
+        at = self.drafts[..., None]
+        stays = self.uniforms * q.gather(-1, at)[..., 0] < p[:, : self.k].gather(-1, at)[..., 0]
+        lacking = torch.cat([(p[:, : self.k] - q).clamp(min=0), p[:, self.k :]], 1)
+        drawn = (lacking / torch.empty_like(lacking).exponential_()).argmax(-1)
+        return torch.where(torch.nn.functional.pad(stays, (0, 1)), torch.nn.functional.pad(self.drafts, (0, 1)), drawn)

@@ -1338,6 +1338,7 @@ pub struct nxs_draft_sample_params {
     pub draft_to_target_or_null: *const i32,
     pub seeds_or_null: *const i64,
     pub positions_or_null: *const i64,
+    pub rows_in_step_or_null: *const i32,
     pub uniforms_or_null: *const f32,
     pub tokens: *mut i32,
     pub stats_or_null: *mut f32,
@@ -1349,6 +1350,8 @@ pub struct nxs_draft_sample_params {
     pub rows: i64,
     pub vocab: i64,
     pub row_in_step: i32,
+    pub drafts: i32,
+    pub with_replacement: i32,
     pub fallback: i32,
     pub chunks_per_item: i32,
     pub blocks: i32,
@@ -1356,7 +1359,7 @@ pub struct nxs_draft_sample_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_draft_sample_params"][::core::mem::size_of::<nxs_draft_sample_params>() - 168usize];
+    ["Size of nxs_draft_sample_params"][::core::mem::size_of::<nxs_draft_sample_params>() - 184usize];
     ["Alignment of nxs_draft_sample_params"][::core::mem::align_of::<nxs_draft_sample_params>() - 8usize];
     ["Offset of field: nxs_draft_sample_params::logits"]
         [::core::mem::offset_of!(nxs_draft_sample_params, logits) - 0usize];
@@ -1374,36 +1377,42 @@ const _: () = {
         [::core::mem::offset_of!(nxs_draft_sample_params, seeds_or_null) - 48usize];
     ["Offset of field: nxs_draft_sample_params::positions_or_null"]
         [::core::mem::offset_of!(nxs_draft_sample_params, positions_or_null) - 56usize];
+    ["Offset of field: nxs_draft_sample_params::rows_in_step_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, rows_in_step_or_null) - 64usize];
     ["Offset of field: nxs_draft_sample_params::uniforms_or_null"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, uniforms_or_null) - 64usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, uniforms_or_null) - 72usize];
     ["Offset of field: nxs_draft_sample_params::tokens"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, tokens) - 72usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, tokens) - 80usize];
     ["Offset of field: nxs_draft_sample_params::stats_or_null"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, stats_or_null) - 80usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, stats_or_null) - 88usize];
     ["Offset of field: nxs_draft_sample_params::log_probs_or_null"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, log_probs_or_null) - 88usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, log_probs_or_null) - 96usize];
     ["Offset of field: nxs_draft_sample_params::status"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, status) - 96usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, status) - 104usize];
     ["Offset of field: nxs_draft_sample_params::workspace"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, workspace) - 104usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, workspace) - 112usize];
     ["Offset of field: nxs_draft_sample_params::counters"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, counters) - 112usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, counters) - 120usize];
     ["Offset of field: nxs_draft_sample_params::stride_row"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, stride_row) - 120usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, stride_row) - 128usize];
     ["Offset of field: nxs_draft_sample_params::rows"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, rows) - 128usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, rows) - 136usize];
     ["Offset of field: nxs_draft_sample_params::vocab"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, vocab) - 136usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, vocab) - 144usize];
     ["Offset of field: nxs_draft_sample_params::row_in_step"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, row_in_step) - 144usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, row_in_step) - 152usize];
+    ["Offset of field: nxs_draft_sample_params::drafts"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, drafts) - 156usize];
+    ["Offset of field: nxs_draft_sample_params::with_replacement"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, with_replacement) - 160usize];
     ["Offset of field: nxs_draft_sample_params::fallback"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, fallback) - 148usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, fallback) - 164usize];
     ["Offset of field: nxs_draft_sample_params::chunks_per_item"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, chunks_per_item) - 152usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, chunks_per_item) - 168usize];
     ["Offset of field: nxs_draft_sample_params::blocks"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, blocks) - 156usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, blocks) - 172usize];
     ["Offset of field: nxs_draft_sample_params::dtype"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, dtype) - 160usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, dtype) - 176usize];
 };
 impl Default for nxs_draft_sample_params {
     fn default() -> Self {

@@ -525,7 +525,9 @@ fn whole_images_are_the_same_with_matched_drafts() {
     assert_eq!((counts.calls, counts.emitted), (ar.config.tokens(), 6 * ar.config.tokens()));
     let (drafted, counts) = run(&Device::Host, Some((&small, 4, Rule::Match)));
     assert_eq!(plain, drafted);
-    assert!(counts.accepted > 0 && counts.steps + counts.accepted == counts.emitted, "{counts:?}");
+    // A token of its own a step, but for an image's last one where that ends with an accepted draft.
+    let own = counts.emitted - counts.accepted;
+    assert!(counts.accepted > 0 && own <= counts.steps && own + images.len() >= counts.steps, "{counts:?}");
 }
 
 #[test]

@@ -1083,6 +1083,8 @@ mod encode {
                 check_codes::<u32>(&device, &Case { phi: None, channels: 5, entries: 130, ..plain() }, cosine);
                 let other = Case { batch: 3, channels: 1, up: Up::Bilinear, shift: [1, 1, 1], entries: 9, ..plain() };
                 check_codes::<i64>(&device, &other, cosine);
+                // What is left is pooled by area, whatever the next scale of a generation reads.
+                check_codes::<u16>(&device, &Case { next: Next::Bilinear, entries: 300, ..plain() }, cosine);
             }
             let one = Case { schedule: vec![(3, 3)], phi: None, entries: 1, ..plain() };
             check_codes::<u16>(&device, &one, false);

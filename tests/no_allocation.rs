@@ -269,6 +269,7 @@ fn verification_allocates_nothing() {
                 draft_to_target: None,
                 seeds: Some(seeds.input()),
                 positions: None,
+                rows_in_step: None,
                 uniforms: None,
                 tokens: drawn.output(),
                 stats: Some(of_draft.output()),

@@ -213,6 +213,14 @@ fn empty_and_tiny_problems() {
         Case::cross(&[[1, 9, 9], [1, 1, 0], [1, 1, 3]], &[[1, 1, 0], [1, 1, 5], [1, 1, 0]], FULL),
         Case { spare: 5, groups: Some(2), ..Case::table(&[[1, 9, 9], [1, 5, 5]], hidden) },
         with_lengths(Case { packed_keys: true, batch: 2, ..Case::cross(&[[1, 2, 2]], &[[1, 1, 4]], hidden) }),
+        // Memory of no rows, heads first.
+        with_lengths(Case {
+            packed_keys: true,
+            heads: 2,
+            kv_heads: 2,
+            memory: Memory::AnyOrder,
+            ..Case::cross(&[[1, 2, 2]], &[[1, 1, 4]], FULL)
+        }),
         // A prefix of no tokens before the scales.
         Case::table(&[[1, 1, 0], [1, 1, 1], [1, 2, 2]], |q, k| if k <= q { Rule::Full } else { Rule::Hidden }),
         // Some rows of a tile see nothing, and one tile of two.

@@ -48,12 +48,13 @@ pub fn shapes<T: serde::de::DeserializeOwned>(op: &str) -> Vec<T> {
     serde_json::from_value(ops[op].take()).unwrap()
 }
 
-/// Criterion with few, short samples: GPU time is dear, and medians settle fast.
+/// Criterion with few, short samples: GPU time is dear, and medians settle fast. A case takes about two seconds in all modes.
 pub fn criterion() -> Criterion {
     Criterion::default()
         .sample_size(15)
-        .warm_up_time(Duration::from_millis(150))
-        .measurement_time(Duration::from_millis(400))
+        .nresamples(2000)
+        .warm_up_time(Duration::from_millis(60))
+        .measurement_time(Duration::from_millis(200))
         .without_plots()
         .configure_from_args()
 }

@@ -7,6 +7,9 @@
 //! It is how other languages check the library, and how a bug report becomes a test. Exit code 2: the request makes no
 //! sense (a wrong setting, tensor or dtype); 1: the op, the device or the output file failed; both with one line that
 //! says why.
+//!
+//! `op --requests` takes many in one process, which opens a device once: a line of standard input for each, its arguments
+//! separated by tabs, and answers each with a line of standard output: the exit code, a tab, and why.
 
 mod attention_merge;
 mod attention_prepare;
@@ -37,6 +40,8 @@ mod typical_verify;
 mod verify;
 mod visual_verify;
 
+use std::ffi::OsString;
+use std::io::{BufRead, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -84,8 +89,17 @@ static OPS: &[&Op] = &[
     &philox_fill::OP,
 ];
 
+/// The device that was opened last, and what it was called.
+type Opened = Option<(String, Runner)>;
+
 fn main() -> ExitCode {
-    match answer() {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let answered = if arguments.iter().any(|argument| argument == "--requests") {
+        answer_all()
+    } else {
+        answer(arguments, &mut None)
+    };
+    match answered {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("op: {failure}");
@@ -94,7 +108,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn answer() -> Result<(), Failure> {
+fn answer_all() -> Result<(), Failure> {
+    let failed = |error: std::io::Error| Failure::Failed(error.to_string());
+    let mut opened = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line.map_err(failed)?;
+        let answered = answer(line.split('\t').map(OsString::from), &mut opened);
+        let (code, why) = match answered {
+            Ok(()) => (0, String::new()),
+            Err(failure) => (failure.exit_code(), format!("op: {failure}").replace(['\n', '\t'], " ")),
+        };
+        let mut stdout = std::io::stdout().lock();
+        writeln!(stdout, "{code}\t{why}").and_then(|()| stdout.flush()).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn answer(arguments: impl IntoIterator<Item = OsString>, opened: &mut Opened) -> Result<(), Failure> {
     let mut op: Option<&Op> = None;
     let (mut help, mut list, mut counters) = (false, false, false);
     let mut device = "host".to_owned();
@@ -102,7 +132,7 @@ fn answer() -> Result<(), Failure> {
     let mut settings = Vec::new();
     let mut repeat = 1u64;
 
-    let mut parser = lexopt::Parser::from_env();
+    let mut parser = lexopt::Parser::from_args(arguments);
     while let Some(argument) = parser.next()? {
         match argument {
             Short('h') | Long("help") => help = true,
@@ -161,14 +191,17 @@ fn answer() -> Result<(), Failure> {
     };
     inputs.refuse_others(op)?;
     let output = output.ok_or_else(|| Failure::request("--out is missing"))?;
-    let runner = Runner::open(&device, counters)?;
+    if counters || opened.as_ref().is_none_or(|(name, _)| *name != device) {
+        *opened = Some((device.clone(), Runner::open(&device, counters)?));
+    }
+    let Some((_, runner)) = opened else { unreachable!("just opened") };
 
-    let first = (op.run)(&runner, &inputs, &settings)?;
+    let first = (op.run)(runner, &inputs, &settings)?;
     if counters {
         println!("{}", runner.counters());
     }
     for round in 2..=repeat {
-        let again = (op.run)(&runner, &inputs, &settings)?;
+        let again = (op.run)(runner, &inputs, &settings)?;
         if let Some(name) = first.first_difference(&again) {
             return Err(Failure::Failed(format!("{name}: run {round} gave other bits than run 1")));
         }
@@ -180,6 +213,6 @@ fn usage(op: &str) -> String {
     format!(
         "usage: op {op} [--device {DEVICES}] [--in x.safetensors] --out y.safetensors \
          [--set key=value ...] [--repeat n: fails unless all runs give the same bits] \
-         [--counters: what one run did, on the emulator only]"
+         [--counters: what one run did, on the emulator only]; or op --requests: many, from standard input"
     )
 }

@@ -132,7 +132,7 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
 /* What k and v are: of dtype, or packed as nxs_pack packs rows, each unpacked to dtype, rounded once, before it is used. */
 #define NXS_KV_PLAIN 0
 #define NXS_KV_FP8 1  /* NXS_PACK_FP8, n 1 */
-#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2 */
+#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2; scales below 2^100 */
 
 typedef struct nxs_scale_attention_params {
   const void *q;                    /* [batch, q_rows, heads, dim] dtype; 16-byte aligned, as are k, v and out */
@@ -170,7 +170,8 @@ typedef struct nxs_scale_attention_params {
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
   int32_t kv_format;                /* NXS_KV_*; packed: k and v are [batch, kv_rows, kv_heads, slot] bytes, their strides count
-                                       bytes and are multiples of 16; variant 0, dim 64, 96 or 128 */
+                                       bytes and are multiples of 16; dim 64, 96 or 128, groups up to 2,
+                                       of dim 64 up to 3 */
   const float *k_numbers_or_null;   /* packed: [batch, kv_rows, kv_heads, n], 16-byte aligned; null: in the slots, see nxs_pack */
   const float *v_numbers_or_null;
   int64_t k_numbers_stride_batch, k_numbers_stride_row, k_numbers_stride_head; /* multiples of n */
@@ -639,7 +640,7 @@ typedef struct nxs_row_stats_params {
 
 nxs_status nxs_row_stats(const nxs_row_stats_params *params, void *stream);
 
-/* One draft a row, drawn from its distribution, and what nxs_verify has to know of the row. */
+/* Drafts of each row, drawn from its distribution one after the other, and what nxs_verify has to know of the row. */
 typedef struct nxs_draft_sample_params {
   const void *logits;                     /* [rows, vocab] dtype */
   const float *temperature_or_null;       /* [rows]; null: 1 */
@@ -649,18 +650,22 @@ typedef struct nxs_draft_sample_params {
   const int32_t *draft_to_target_or_null; /* [vocab]: the token of a column; null: the column */
   const int64_t *seeds_or_null;           /* [rows]; null: 0 */
   const int64_t *positions_or_null;       /* [rows], of the step's first draft; null: 0 */
-  const float *uniforms_or_null;          /* [rows, 4] in [0, 1); in place of seeds */
-  int32_t *tokens;                        /* [rows] */
+  const int32_t *rows_in_step_or_null;    /* [rows], 0 to 2^24 - 1, in place of row_in_step; positions are then the drafts' own */
+  const float *uniforms_or_null;          /* [rows, drafts, 4] in [0, 1); in place of seeds */
+  int32_t *tokens;                        /* [rows, drafts]; -1 where none is left to draw, but for the first */
   float *stats_or_null;                   /* [rows, 4], 4-byte aligned: greatest logit; sum (its sign: a NaN); least logit that is
                                              kept; log2(e) / temperature, 0 for a greedy row */
-  float *log_probs_or_null;               /* [rows], natural logarithm; NaN where no token could be drawn */
+  float *log_probs_or_null;               /* [rows, drafts], natural logarithms of the row's probabilities; NaN where no token
+                                             could be drawn */
   uint32_t *status;                       /* [rows] NXS_STATUS_*, the row being the target */
   void *workspace;                        /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS)] partials, 8-byte aligned */
   uint32_t *counters;                     /* [rows], all 0 before the first run and after each */
   int64_t stride_row;
   int64_t rows, vocab;                    /* vocab from 1 to 2^24 */
   int32_t row_in_step;                    /* 0 to 1023 */
-  int32_t fallback;                       /* the token where none can be drawn */
+  int32_t drafts;                         /* of a row, up to 32; 0: 1 */
+  int32_t with_replacement;               /* 0: a row's drafts are distinct */
+  int32_t fallback;                       /* the first draft where none can be drawn */
   int32_t chunks_per_item;                /* a multiple of 8: chunks that a block takes between two arrivals */
   int32_t blocks;                         /* of the persistent grid */
   nxs_dtype dtype;                        /* NXS_F32, NXS_F16 or NXS_BF16 */

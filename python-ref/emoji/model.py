@@ -24,7 +24,8 @@ class Config:
     # Channels of the stages, from the latent's side up, and residual blocks of each.
     decoder: tuple = (160, 128, 96, 64)
     decoder_blocks: tuple = (2, 2, 2, 1)
-    encoder: tuple = (192, 160, 96, 64)
+    # Its first stage has half of the image's side: it is not shipped, and the sides of 64 would take most of the time.
+    encoder: tuple = (192, 160, 128)
     head_dim: int = 64
     mlp: int = 4
     # Width and depth.
@@ -59,7 +60,7 @@ TINY = Config(
     vocab=32,
     decoder=(16, 12, 8),
     decoder_blocks=(1, 1, 1),
-    encoder=(16, 12, 8),
+    encoder=(16, 12),
     head_dim=16,
     mlp=2,
     var=(32, 2),
@@ -191,7 +192,7 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths = config.encoder[::-1]
-        layers = [conv(3, widths[0])]
+        layers = [nn.PixelUnshuffle(2), conv(12, widths[0])]
         for i, width in enumerate(widths):
             layers += [Block(width), Block(width)]
             layers += [Resample(width, widths[i + 1], up=False)] if i + 1 < len(widths) else []
@@ -235,13 +236,15 @@ class Layer(nn.Module):
             nn.init.trunc_normal_(weight.weight, std=std * 0.6 / math.sqrt(weight.in_features))
 
     def attend(self, h, mask, cache=None):
+        """mask: None, [tokens, tokens] of what is seen, or "causal"."""
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = F.normalize(q, dim=-1) * self.multiplier.clamp(max=math.log(100.0)).exp().to(q.dtype)[:, None, None]
         k = F.normalize(k, dim=-1)
         if cache is not None:
             cache.append((k, v) if not cache else tuple(torch.cat(pair, 2) for pair in zip(cache.pop(), (k, v))))
             k, v = cache[0]
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2))
+        how = {"is_causal": True} if isinstance(mask, str) else {"attn_mask": mask}
+        return self.out(F.scaled_dot_product_attention(q, k, v, scale=1.0, **how).transpose(1, 2).flatten(2))
 
     def forward(self, x, said, mask, dropout, cache=None):
         gate1, scale1, shift1, gate2, scale2, shift2 = (said + self.modulation)[:, :, None].unbind(1)
@@ -275,8 +278,8 @@ class Transformer(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         starts = torch.tensor(config.starts)
         place = torch.arange(config.tokens)
-        group = place if causal else torch.bucketize(place, starts[1:], right=True)
-        self.register_buffer("visible", group[:, None] >= group[None, :], persistent=False)
+        scale = torch.bucketize(place, starts[1:], right=True)
+        self.register_buffer("visible", scale[:, None] >= scale[None, :], persistent=False)
 
     def condition(self, labels, keep_class=None, keep_category=None):
         """labels: classes. What is not kept is not said; then of the category alone, or of nothing."""
@@ -307,7 +310,7 @@ class Transformer(nn.Module):
 
     def forward(self, condition, rest, dropout=0.0):
         """Logits of all tokens, [batch, tokens, vocab]."""
-        return self.run(self.inputs(condition, rest), condition, self.visible, dropout)
+        return self.run(self.inputs(condition, rest), condition, "causal" if self.causal else self.visible, dropout)
 
 
 class Emoji(nn.Module):

@@ -1,7 +1,8 @@
 """Trains the emoji generator: python3 train.py --data emoji.npz --out weights [--seconds 480] [--smoke]
 
 One GPU, some minutes; --smoke: a tiny model and a few steps on the CPU, and the same files. Phases share --seconds
-out and follow the clock, so the end is known and the number of steps is not; the card has it. Writes tokenizer, var,
+out and follow the clock, so the end is known and the number of steps is not; the card has it. What torch.compile takes
+minutes for, processes beside this one do at the start, while the tokenizer is trained as it is written. Writes tokenizer, var,
 ar and draft.safetensors, golden.safetensors, card.md, and sheets of samples and reconstructions; and in `best` the
 same from the transformers' weights of the least held-out loss.
 """
@@ -10,6 +11,9 @@ import argparse
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +28,8 @@ SHIFT = 3
 # The centre, not mirrored.
 PLAIN = (SHIFT * (2 * SHIFT + 1) + SHIFT) * 2
 MOST_BYTES = 32_000_000
+# Images that are encoded at a time.
+ENCODED = 1024
 # Text would be mirrored.
 NEVER_MIRRORED = ("symbols", "flags")
 
@@ -85,6 +91,11 @@ class Data:
         images = self.images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
         return (images.float() / 127.5 - 1).permute(0, 3, 1, 2)
 
+    def encoded_variants(self):
+        """Every other shift: encoding all would take too long."""
+        side = 2 * SHIFT + 1
+        return [2 * shift + mirror for shift in range(0, side * side, 2) for mirror in (0, 1)]
+
     def plain(self, index):
         return self.take(index, torch.full_like(index, PLAIN))
 
@@ -112,27 +123,48 @@ def made_up(config):
     }
 
 
-def compiled(function, device, clock):
-    """Compiled where that works: a call that fails is repeated without."""
-    if device == "cpu":
-        return function
-    fast, tried = torch.compile(function, dynamic=False), False
+class Compiler:
+    """torch.compile without waiting for it: a process of its own leaves what it made in the compiler's cache. Until it
+    has ended, and if it failed, functions run as they are written."""
 
-    def call(*args):
-        nonlocal fast, tried
-        try:
-            if not tried:
-                # Backwards is compiled when it is first run.
-                made = fast(*args)
-                (made[0] if isinstance(made, tuple) else made).backward()
-                tried = True
-            return fast(*args)
-        except Exception as error:  # No C compiler, no Triton: slower, but it trains.
-            clock.say(f"not compiled: {type(error).__name__}: {str(error)[:200]}")
-            fast, tried = function, True
-            return fast(*args)
+    PARTS = ("tokenizer", "tokens", "var", "ar")
 
-    return call
+    def __init__(self, clock, wanted):
+        self.clock, self.processes, self.functions = clock, {}, {}
+        if wanted:
+            # A core or two for each.
+            environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+            for part in self.PARTS:
+                command = [sys.executable, *sys.argv, "--compile-only", part]
+                self.processes[part] = subprocess.Popen(command, env=environment)
+
+    def ready(self, part):
+        return part in self.processes and self.processes[part].poll() == 0
+
+    def run(self, part, function, *args):
+        fast, tried = self.functions.get(part, (None, False))
+        if fast is None and self.ready(part):
+            fast, begun = torch.compile(function, dynamic=False), self.clock.now()
+            try:
+                out = fast(*args)
+                loss = out[0] if isinstance(out, tuple) else out
+                if torch.is_grad_enabled() and loss.requires_grad:
+                    # Backwards is compiled when it is first run. It counts twice in this step.
+                    loss.backward()
+                    out = fast(*args)
+                self.clock.say(f"{part}: compiled, {(self.clock.now() - begun) * self.clock.seconds:.1f} s")
+            except Exception as error:  # No C compiler, no Triton: slower, but it trains.
+                self.clock.say(f"{part}: not compiled: {type(error).__name__}: {str(error)[:200]}")
+                fast, out = function, function(*args)
+            self.functions[part] = (fast, True)
+            return out
+        return (fast or function)(*args)
+
+    def end(self):
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
 def autocast(device):
@@ -189,7 +221,7 @@ def fit(
                 torch._foreach_lerp_(list(average.parameters()), list(ema[0].parameters()), 1 - keep)
         step += 1
         if step == 1:
-            # What compiling took is not training.
+            # What the first step took is not training.
             loss.item()
             begun = clock.now()
         if step == 1 or step % 16 == 0:
@@ -214,32 +246,40 @@ def fit(
     return step, best
 
 
-def train_tokenizer(model, data, clock, until, batch, steps, device):
-    quantizer = model.quantizer
-    usage = torch.zeros(model.config.vocab, device=device)
-    latest = {}
+def tokenizer_loss(model, device):
+    """Of images: (loss, tokens, what was searched for)."""
 
     def loss_of_images(images):
         with autocast(device):
             f = model.encoder(images)
         with torch.autocast(device, enabled=False):
-            tokens, f_hat, quantized, searched = quantizer.encode(f.float())
+            tokens, f_hat, quantized, searched = model.quantizer.encode(f.float())
         with autocast(device):
             made = model.decoder(f_hat)
         made = made.float()
         edges = sum((made.diff(dim=d) - images.diff(dim=d)).abs().mean() for d in (2, 3))
         return (made - images).abs().mean() + F.mse_loss(made, images) + 0.5 * edges + quantized, tokens, searched
 
-    fast = compiled(loss_of_images, device, clock)
+    return loss_of_images
+
+
+def train_tokenizer(model, data, clock, compiler, until, batch, steps, device):
+    quantizer = model.quantizer
+    usage = torch.zeros(model.config.vocab, device=device)
+    share = torch.full((batch * model.config.tokens,), 0.02, device=device)
+    latest = {}
+    loss_of_images = tokenizer_loss(model, device)
 
     def loss_of(progress):
         at, variant = data.draw(batch)
-        loss, latest["tokens"], latest["searched"] = fast(data.take(data.train[at], variant))
+        images = data.take(data.train[at], variant)
+        loss, latest["tokens"], latest["searched"] = compiler.run("tokenizer", loss_of_images, images)
         return loss
 
     @torch.no_grad()
     def after(step, progress, optimizer):
-        usage.mul_(0.98).add_(torch.bincount(latest["tokens"].flatten(), minlength=len(usage)).float(), alpha=0.02)
+        # bincount would wait for the GPU.
+        usage.mul_(0.98).index_add_(0, latest["tokens"].flatten(), share)
         if progress < 0.75 and step % 25 == 10:
             # Rows that are not used start again where the map is not yet met.
             unused = (usage < 0.02 * usage.mean()).nonzero()[:, 0]
@@ -268,30 +308,42 @@ def train_tokenizer(model, data, clock, until, batch, steps, device):
 
 
 @torch.no_grad()
-def tokens_of(model, data, index, variants, device):
+def tokens_of(model, data, index, variants, device, compiler=None):
     """[images, variants, tokens] of int16."""
     out = torch.empty(len(index), len(variants), model.config.tokens, dtype=torch.int16, device=device)
+    encode = encoding(model, device)
     for i, variant in enumerate(variants):
-        for part in torch.arange(len(index), device=device).split(1024):
+        for part in torch.arange(len(index), device=device).split(ENCODED):
             images = data.take(index[part], torch.full_like(part, variant))
-            with autocast(device):
-                f = model.encoder(images)
-            out[part, i] = model.quantizer.encode(f.float())[0].short()
+            # Parts of one size are what is compiled.
+            whole = compiler is not None and len(part) == ENCODED
+            out[part, i] = compiler.run("tokens", encode, images) if whole else encode(images)
     return out
 
 
-def train_transformer(
-    name, model, data, tokens, held_out, clock, until, batch, rate, steps, device, dropout, teacher=None
-):
-    transformer, quantizer = getattr(model, name), model.quantizer
-    labels, label_held_out = data.labels[data.train], data.labels[data.held_out]
+def encoding(model, device):
+    """Of images: tokens."""
 
-    def rest_of(transformer, tokens):
-        return tokens[:, :-1] if transformer.causal else quantizer.chain(tokens)[0]
+    def encode(images):
+        with autocast(device):
+            f = model.encoder(images)
+        with torch.autocast(device, enabled=False):
+            return model.quantizer.encode(f.float())[0].short()
+
+    return encode
+
+
+def rest_of(model, transformer, tokens):
+    """What a transformer reads after the class."""
+    return tokens[:, :-1] if transformer.causal else model.quantizer.chain(tokens)[0]
+
+
+def transformer_loss(model, transformer, device, dropout, teacher=None):
+    """Of tokens, classes, and what of these is said: the cross-entropy with the tokens, or with what a teacher says."""
 
     def loss_of_batch(tokens, label, keep_class, keep_category):
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            rest = rest_of(transformer, tokens)
+            rest = rest_of(model, transformer, tokens)
         with autocast(device):
             logits = transformer(transformer.condition(label, keep_class, keep_category), rest, dropout)
             if teacher is None:
@@ -300,23 +352,49 @@ def train_transformer(
                 right = teacher(teacher.condition(label, keep_class, keep_category), rest).softmax(-1)
         return F.cross_entropy(logits.flatten(0, 1), right.flatten(0, 1))
 
-    # The draft is done before a compiler would be.
-    fast = compiled(loss_of_batch, device, clock) if teacher is None else loss_of_batch
+    return loss_of_batch
+
+
+def train_transformer(
+    name, model, data, tokens, held_out, clock, compiler, until, batch, rate, steps, device, dropout, teacher=None
+):
+    transformer = getattr(model, name)
+    labels, label_held_out = data.labels[data.train], data.labels[data.held_out]
+    loss_of_batch = transformer_loss(model, transformer, device, dropout, teacher)
 
     def loss_of(progress):
         at, variant = data.draw(batch)
         chance = torch.rand(batch, 2, device=device)
-        return fast(
-            tokens[at, variant % tokens.shape[1]].long(), labels[at], (chance[:, 0] > 0.15).float(), chance[:, 1] > 0.1
-        )
+        said = (chance[:, 0] > 0.15).float(), chance[:, 1] > 0.1
+        return compiler.run(name, loss_of_batch, tokens[at, variant % tokens.shape[1]].long(), labels[at], *said)
 
     @torch.no_grad()
     def check(average):
         with autocast(device):
-            logits = average(average.condition(label_held_out), rest_of(average, held_out))
+            logits = average(average.condition(label_held_out), rest_of(model, average, held_out))
         return F.cross_entropy(logits.flatten(0, 1), held_out.flatten()).item()
 
     return fit(name, [transformer], loss_of, clock, until, rate, device, steps, check=check, ema=(transformer, 0.999))
+
+
+def compile_only(part, model, data, config, args, device):
+    """Calls what a phase calls, forwards and backwards, so that the compiler's cache has it. Tokens may be any."""
+    at, variant = data.draw(ENCODED if part == "tokens" else args.batch[{"tokenizer": 0, "var": 1, "ar": 2}[part]])
+    images = data.take(data.train[at], variant) if part in ("tokenizer", "tokens") else None
+    if part == "tokenizer":
+        torch.compile(tokenizer_loss(model, device), dynamic=False)(images)[0].backward()
+        return
+    model.requires_grad_(False)
+    if part == "tokens":
+        with torch.no_grad():
+            torch.compile(encoding(model, device), dynamic=False)(images)
+        return
+    transformer, batch = getattr(model, part), len(at)
+    transformer.requires_grad_(True)
+    loss = torch.compile(transformer_loss(model, transformer, device, args.dropout), dynamic=False)
+    tokens = torch.randint(config.vocab, (batch, config.tokens), dtype=torch.int16, device=device).long()
+    chance = torch.rand(batch, 2, device=device)
+    loss(tokens, data.labels[data.train][at], (chance[:, 0] > 0.15).float(), chance[:, 1] > 0.1).backward()
 
 
 @torch.no_grad()
@@ -376,7 +454,7 @@ def main():
     parser.add_argument("--steps", type=int, nargs=4, help="of tokenizer, var, ar and draft, in place of the clock")
     parser.add_argument("--batch", type=int, nargs=4, default=(128, 256, 256, 256))
     parser.add_argument(
-        "--ends", type=float, nargs=4, default=(0.30, 0.72, 0.86, 0.93), help="of the phases, in parts of --seconds"
+        "--ends", type=float, nargs=4, default=(0.34, 0.74, 0.88, 0.94), help="of the phases, in parts of --seconds"
     )
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
@@ -386,15 +464,19 @@ def main():
         action="store_true",
         help="the real shape with a quarter of the tokenizer's channels: to try training on a CPU",
     )
+    parser.add_argument("--compile", action="store_true", help="also without a GPU")
+    parser.add_argument("--compile-only", choices=Compiler.PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.data is None and not args.smoke:
         parser.error("--data is missing")
     device = "cpu" if args.smoke or not torch.cuda.is_available() else "cuda"
     clock, config = Clock(args.seconds), TINY if args.smoke else Config()
     if args.narrow:
-        config.decoder, config.encoder = (40, 32, 24, 16), (48, 40, 24, 16)
+        config.decoder, config.encoder = (40, 32, 24, 16), (48, 40, 24)
         config.var, config.ar, config.draft = (128, 3), (64, 2), (64, 1)
     if args.smoke:
+        # The same bytes on any machine's cores.
+        torch.set_num_threads(1)
         args.steps, args.batch = args.steps or (60, 60, 40, 40), (16,) * 4
     steps = args.steps or (None,) * 4
     args.out.mkdir(parents=True, exist_ok=True)
@@ -405,16 +487,19 @@ def main():
     model = Emoji(config, data.class_categories).to(device)
     for part in (model.encoder, model.decoder):
         part.to(memory_format=torch.channels_last)
+    if args.compile_only:
+        return compile_only(args.compile_only, model, data, config, args, device)
+    compiler = Compiler(clock, args.compile or device == "cuda")
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     clock.say(
         f"{name}, torch {torch.__version__}: {len(data.train)} images, {len(data.held_out)} held out,"
         f" {len(data.class_names)} classes"
     )
 
-    done, best = [train_tokenizer(model, data, clock, args.ends[0], args.batch[0], steps[0], device)], {}
+    done, best = [train_tokenizer(model, data, clock, compiler, args.ends[0], args.batch[0], steps[0], device)], {}
     model.requires_grad_(False)
-    variants = range(data.variants()) if not (args.smoke or args.narrow) else [PLAIN, PLAIN + 1]
-    tokens = tokens_of(model, data, data.train, variants, device)
+    variants = data.encoded_variants() if not (args.smoke or args.narrow) else [PLAIN, PLAIN + 1]
+    tokens = tokens_of(model, data, data.train, variants, device, compiler)
     held_out = tokens_of(model, data, data.held_out, [PLAIN], device)[:, 0].long()
     clock.say(f"tokens of {len(tokens)} images in {tokens.shape[1]} variants")
     for i, (part, rate) in enumerate((("var", 1e-3), ("ar", 1e-3), ("draft", 2e-3)), 1):
@@ -429,6 +514,7 @@ def main():
             tokens,
             held_out,
             clock,
+            compiler,
             args.ends[i],
             args.batch[i],
             rate,
@@ -439,6 +525,7 @@ def main():
         )
         done.append(count)
         getattr(model, part).requires_grad_(False)
+    compiler.end()
 
     if args.smoke:
         # Parameters that begin at zero must not be near it in a test.

@@ -48,8 +48,8 @@ def codes_of(packed, bits, dim):
 
 def pack_codes(codes, bits):
     """[..., dim] integers -> [..., dim * bits / 8] u8."""
-    all_bits = ((codes[..., None].to(torch.int64) >> torch.arange(bits)) & 1).flatten(-2)
-    return (all_bits.unflatten(-1, (-1, 8)) << torch.arange(8)).sum(-1).to(torch.uint8)
+    all_bits = ((codes[..., None].to(torch.int64) >> torch.arange(bits, device=codes.device)) & 1).flatten(-2)
+    return (all_bits.unflatten(-1, (-1, 8)) << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
 
 
 def centroids(bits):

@@ -26,7 +26,8 @@ def chain(a, b):
 
 def unit(rows, eps):
     """Rows divided by max(norm, eps)."""
-    norm = chain(rows, rows).sqrt()
+    # The root of f32 is not rounded correctly by every build of PyTorch; through f64 it is.
+    norm = chain(rows, rows).double().sqrt().float()
     return rows / torch.where(norm < eps, eps, norm)[..., None]
 
 

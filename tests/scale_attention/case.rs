@@ -515,6 +515,10 @@ impl<T: Float> Problem<T> {
                 (&mut problem.v, [entries, problem.kv_rows, kv_heads]),
             ] {
                 (place.strides, place.len) = strided(&mut rng, shape, dim, 8, any_order);
+                if any_order && shape[1] == 0 {
+                    // Contiguous, heads first.
+                    place.strides = [0, dim, 0];
+                }
                 problem.buffers.push(vec![poison(); place.len]);
             }
             if case.shared_keys {

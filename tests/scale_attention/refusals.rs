@@ -91,6 +91,9 @@ fn bad_plans_are_refused() {
         ScaleAttention::<bf16>::builder(&Visibility::new(&scales, &keys, FULL).unwrap())
     };
     assert_eq!(build(with_length(3).packed_keys(0)), Ok(()));
+    // Heads first: between heads of no rows there is nothing.
+    let heads_first = [0, 64, 0];
+    assert_eq!(build(with_length(3).heads(2, 2).packed_keys(0).kv_strides(heads_first, heads_first)), Ok(()));
     stride(with_length(1).lengths_strides([1, 1, -1]), "lengths", 2);
     size(with_length(1).lengths_strides([i64::MAX, 1, i64::MAX]).heads(3, 3), "lengths");
     size(with_length(1 << 16), "lengths");

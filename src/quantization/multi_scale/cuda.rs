@@ -139,6 +139,8 @@ mod launches {
         let mut params = base::<C>(plan, Some(&args.codebook), args.phi.as_ref())?;
         params.target_or_null = of(&args.f, 0) as *const _;
         params.tokens_stride_batch = plan.tokens as i64;
+        // What is left is pooled by area, whatever a generation's next scale reads.
+        params.down = ffi::NXS_RESIZE_AREA as i32;
         let rows = args.search.as_ref().unwrap_or(&args.codebook);
         // What the first scale searches for; then each pass makes what the next scale does.
         let pass = |params: &mut Params, scale: usize| {
