@@ -1,7 +1,7 @@
 // C entry of importance: refuse what the kernels cannot take, pick dtype and dim; and the pass that pools.
 //
-//   raw[j] = factor * sum over splits of sums[split, j], -inf where j is masked;  scores[j] = pool(raw)[j] (+ scores[j]), with
-//   `protect` +inf where j is masked
+//   raw[j] = factor * sum over splits of sums[split, j], -inf where j is masked;  scores[j] = pool(raw)[j] (+ scores[j]),
+//   with `protect` +inf where j is masked
 //
 // Grid    x: 256 columns a block, a thread each; y: sets and heads.
 // Shared  the raw scores of the block's columns and of up to 31 on either side.

@@ -464,7 +464,8 @@ template <typename T, int kDim> nxs_status importance_launch(const ImportancePar
   p.scale *= kLog2E;
   NXS_REQUIRE(!p.causal && !p.rows_or_null && p.queries > 0 && p.aggregation != NXS_IMPORTANCE_LOGIT, NXS_E_UNSUPPORTED);
   NXS_REQUIRE((p.queries == 1 || p.q_stride_row > 0) && (p.heads * p.groups == 1 || p.q_stride_head > 0), NXS_E_STRIDE);
-  NXS_REQUIRE(((p.tokens == 1 && !p.places.pages_or_null) || p.k_stride_token > 0) && (p.heads == 1 || p.k_stride_head > 0), NXS_E_STRIDE);
+  const bool one_key = p.tokens == 1 && !p.places.pages_or_null;
+  NXS_REQUIRE((one_key || p.k_stride_token > 0) && (p.heads == 1 || p.k_stride_head > 0), NXS_E_STRIDE);
   TensorMap map_q;
   NXS_TRY(encode_map(&map_q, p.dtype, p.q, p.dim, p.q_rows, p.heads * p.groups, p.sets, p.q_stride_row, p.q_stride_head,
                      p.q_stride_set, 64));

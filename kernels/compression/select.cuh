@@ -15,8 +15,8 @@
 //                        keeps behind what the warps before it keep. No order of atomics is seen.
 // Bytes      4 a score and operand (select: times 1 if cached, else up to 7), 4 a place of the output.
 // Determinism bitwise; a list knows of no other list.
-//            A list whose first rows a compression left has as many tokens of them as counts says, read before it is written: indices
-//            are rows, which skip the others.
+//            A list whose first rows a compression left has as many tokens of them as counts says, read before it is
+//            written: indices are rows, which skip the others.
 // Limits     tokens < 2^30, capacity < 2^30; heads <= 1024 for Ada-KV.
 #pragma once
 #include "common/chunk.cuh"
@@ -483,10 +483,12 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_
     tokens = items * block;
     if (items > 0 && load_global(to + items - 1) == q.items - 1) tokens -= static_cast<u32>(q.items) * block - length;
     for (u32 i = t; i < tokens; i += threads)
-      store_global(indices + i, row_of(q, static_cast<i32>(static_cast<u32>(load_global(to + i / block)) * block + i % block)));
+      store_global(indices + i,
+                   row_of(q, static_cast<i32>(static_cast<u32>(load_global(to + i / block)) * block + i % block)));
   }
   const u32 active = static_cast<u32>(p.active), count = tokens + active;
-  for (u32 i = t; i < active; i += threads) store_global(indices + tokens + i, row_of(q, q.length + static_cast<i32>(i)));
+  for (u32 i = t; i < active; i += threads)
+    store_global(indices + tokens + i, row_of(q, q.length + static_cast<i32>(i)));
   for (u32 i = count + t; i < p.capacity; i += threads) store_global(indices + i, -1);
   // Some thread has seen every NaN of its own.
   const bool has_nan = block_max(nans, at.slots + 384) > 0;

@@ -1081,10 +1081,10 @@ typedef struct nxs_select_params {
   int64_t sets, heads, tokens;     /* tokens < 2^30, sets * heads < 2^31; with NXS_SELECT_ADA heads <= 1024, heads * tokens < 2^30 */
   int64_t capacity;                /* fewer than 2^30 */
   int32_t scope;                   /* NXS_SELECT_* */
-  int32_t first_rows;              /* the first rows of a list are what a compression left, counts[list] of them (clamped into 0 to
-                                      first_rows), and the other tokens - first_rows follow at row first_rows. 0: no compression
-                                      has been. Else lengths are null and length is tokens; indices are rows, as in
-                                      nxs_key_places */
+  int32_t first_rows;              /* the first rows of a list are what a compression left, counts[list] of them (clamped
+                                      into 0 to first_rows), and the other tokens - first_rows follow at row first_rows.
+                                      0: no compression has been. Else lengths are null and length is tokens; indices
+                                      are rows, as in nxs_key_places */
   int32_t length, budget;
   int32_t sink, recent, active;
   int32_t block;                   /* tokens that are kept or dropped together; 0 and 1: each for itself */
@@ -1342,11 +1342,13 @@ nxs_status nxs_rotate(const nxs_rotate_params *params, void *stream);
 /* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
 
 /*
- * Where the keys of a cache lie that is read in place: row j of a set and head in a pool of pages, or j itself. The first
- * first_rows rows are what a compression left: a head has kept[set, head] of them, and the others follow at row first_rows.
+ * Where the keys of a cache lie that is read in place: row j of a set and head in a pool of pages, or j itself. The
+ * first first_rows rows are what a compression left: a head has kept[set, head] of them, and the others follow at row
+ * first_rows.
  *   f = kept ? clamp(kept[set, head], 0, first_rows) : first_rows;   row(j) = j < f ? j : j + first_rows - f
  *   place(row) = pages ? pages[set, row / page_rows] * page_rows + row % page_rows : row
- * Key j of an op is then k[set, place(row(j)), head]. With `kept` a head has tokens - first_rows + f keys, and `lengths` are null.
+ * Key j of an op is then k[set, place(row(j)), head]. With `kept` a head has tokens - first_rows + f keys, and `lengths`
+ * are null.
  */
 typedef struct nxs_key_places {
   const int32_t *pages_or_null;  /* [sets, ceil(tokens / page_rows)]: pages, clamped into 0 to pool_pages */
@@ -1400,7 +1402,7 @@ typedef struct nxs_importance_params {
   float *sums_or_null;            /* workspace, 16-byte aligned: [sum_splits, sets, heads, tokens]; null: the second pass writes
                                      scores itself (sum_splits 1, no pool, nothing masked) */
   int64_t q_stride_set, q_stride_row, q_stride_head;   /* multiples of 8, as are those of k */
-  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
+  nxs_key_places places;           /* of k; with pages its second dimension is the pool's: pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;
   int64_t scores_stride_set, scores_stride_head;
   int64_t lengths_stride_set, lengths_stride_head;
@@ -1435,7 +1437,7 @@ typedef struct nxs_key_norms_params {
   float *unit_sum;                /* [sets, heads, dim] */
   const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
   float *parts;                   /* workspace, 16-byte aligned: [sets, heads, spans, dim] */
-  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
+  nxs_key_places places;           /* of k; with pages its second dimension is the pool's: pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
   int64_t norms_stride_set, norms_stride_head;
   int64_t sum_stride_set, sum_stride_head;
@@ -1471,7 +1473,7 @@ typedef struct nxs_redundancy_params {
   float *parts_or_null;           /* workspace of SOFTMAX, 16-byte aligned: [sets, heads, spans] */
   void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens to an even number] of 8 bytes:
                                      retain i32 (-1: none), its cosine f32 */
-  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
+  nxs_key_places places;           /* of k; with pages its second dimension is the pool's: pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
   int64_t norms_stride_set, norms_stride_head;
   int64_t sum_stride_set, sum_stride_head;
