@@ -121,6 +121,7 @@ impl ForFloats for Bench<'_> {
             let run = |plan: &Importance<T>| {
                 let (mut scores, mut workspace) = (scores.borrow_mut(), workspace.borrow_mut());
                 let args = ImportanceArgs {
+                    pages: None,
                     q: view(&q, self.stream, q_len),
                     k: view(&k, self.stream, k_len),
                     scores: scores.output(),

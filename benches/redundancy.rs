@@ -71,6 +71,7 @@ impl ForFloats for Bench<'_> {
             let (mut inverse_norms, mut unit_sum) = (inverse_norms.borrow_mut(), unit_sum.borrow_mut());
             let mut workspace = workspace.borrow_mut();
             let args = KeyNormsArgs {
+                pages: None,
                 k: k.input(),
                 inverse_norms: inverse_norms.output(),
                 unit_sum: unit_sum.output(),
@@ -83,6 +84,7 @@ impl ForFloats for Bench<'_> {
             let (inverse_norms, unit_sum) = (inverse_norms.borrow(), unit_sum.borrow());
             let (mut out, mut workspace) = (out.borrow_mut(), workspace.borrow_mut());
             let args = RedundancyArgs {
+                pages: None,
                 k: k.input(),
                 inverse_norms: inverse_norms.input(),
                 unit_sum: unit_sum.input(),

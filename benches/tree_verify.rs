@@ -140,6 +140,7 @@ fn bench<T: Float>(criterion: &mut Criterion, stream: &Arc<CudaStream>, shape: &
             draft_to_target: None,
             seeds: None,
             positions: None,
+            rows_in_step: None,
             uniforms: None,
             tokens: drawn.output(),
             stats: Some(stats.output()),

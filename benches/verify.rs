@@ -96,6 +96,7 @@ fn bench<T: Float>(criterion: &mut Criterion, stream: &Arc<CudaStream>, shape: &
             draft_to_target: None,
             seeds: Some(draft_seeds.input()),
             positions: None,
+            rows_in_step: None,
             uniforms: None,
             tokens: drawn.output(),
             stats: Some(stats.output()),

@@ -43,6 +43,8 @@ import torch.nn.functional as F
 from nextscale_ref import attention, rvq
 from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
 from peers_compression import Pack, PackedAttention
+from peers_decode_rules import DecodeRules
+from peers_events import CompressEvent
 from peers_keep import Compact, Drift, Select
 from peers_importance import Importance, Redundancy
 from peers_multi_scale import MultiScale
@@ -335,10 +337,12 @@ OPS = {
     "drift": Drift,
     "select": Select,
     "compact": Compact,
+    "compress_event": CompressEvent,
     "tree_verify": TreeVerify,
     "importance": Importance,
     "redundancy": Redundancy,
     "visual_verify": VisualVerify,
+    "decode_rules": DecodeRules,
     "pack": Pack,
     "packed_attention": PackedAttention,
 }

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compare_compression
+import compare_events
 import compare_keep
 import compare_importance
 import compare_multi_scale
@@ -382,7 +383,7 @@ OPS = {
     "draft_sample": draft_sample,
     "row_stats": row_stats,
     "philox_fill": philox_fill,
-} | compare_multi_scale.OPS | compare_keep.OPS | compare_importance.OPS | compare_trees.OPS | compare_visual.OPS | compare_compression.OPS
+} | compare_multi_scale.OPS | compare_keep.OPS | compare_importance.OPS | compare_trees.OPS | compare_visual.OPS | compare_compression.OPS | compare_events.OPS
 
 
 # What takes longest, by experience.

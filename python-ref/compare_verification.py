@@ -138,23 +138,39 @@ def draft_sample(program, number, rng):
     positions = torch.randint(0, 2**40, [rows], generator=generator)
     inputs = {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
               "seeds": seeds, "positions": positions}
-    what = f"{dtype} {rows} of {vocab}, draft {row_in_step}"
-    code, out, error = program("draft_sample", inputs, {"row_in_step": row_in_step}, repeat=2 if number % 5 == 0 else 1)
+    count, distinct, numbered = rng.choice([1, 1, 2, 4, 9, 32]), rng.random() < 0.8, rng.random() < 0.4
+    numbers = torch.randint(0, 1 << 24, [rows], generator=generator).to(torch.int32)
+    if numbered:
+        inputs["rows_in_step"] = numbers
+    what = f"{dtype} {rows} of {vocab}, {count}{' distinct' if distinct else ''}, draft {row_in_step}"
+    settings = {"row_in_step": row_in_step, "drafts": count, "distinct": str(distinct).lower(), "fallback": -7}
+    code, out, error = program("draft_sample", inputs, settings, repeat=2 if number % 5 == 0 else 1)
     if code:
         return what, f"exit code {code}: {error}", 0.0
     for r in range(rows):
         margin = [1.0]
         of = temperature[r].item(), top_k[r].item(), top_p[r].item(), min_p[r].item()
         p = verification.probabilities(logits[r], *of, False, margin)
-        position, seed = positions[r].item() + row_in_step, seeds[r].item() % 2**64
-        words = verification.philox.block(seed, position, row_in_step << 8, 0)
-        token = verification.sample(p, [(word >> 8) * 2.0**-24 for word in words[:3]], margin)
-        if margin[0] < CLOSE:
-            continue
-        if out["tokens"][r] != token:
-            return what, f"row {r}: {out['tokens'][r]} instead of {token}", 0.0
-        if abs(out["log_probs"][r].item() - math.log(p[token])) > 1e-4:
-            return what, f"row {r}: log probability {out['log_probs'][r]} instead of {math.log(p[token])}", 0.0
+        greedy = of[0] < 1e-5
+        row = numbers[r].item() if numbered else row_in_step
+        position, seed = positions[r].item() + (0 if numbered else row_in_step), seeds[r].item() % 2**64
+        left, order = list(p), logits[r].float().sort(descending=True, stable=True).indices.tolist()
+        for j in range(count):
+            words = verification.philox.block(seed, position, row << 8, j)
+            if greedy:
+                token = order[j if distinct else 0] if j < vocab or not distinct else None
+            else:
+                token = verification.sample(left, [(word >> 8) * 2.0**-24 for word in words[:3]], margin)
+            if margin[0] < CLOSE:
+                break
+            if out["tokens"][r, j] != (-1 if token is None else token):
+                return what, f"row {r}, draft {j}: {out['tokens'][r, j]} instead of {token}", 0.0
+            log_prob = out["log_probs"][r, j].item()
+            want = math.nan if token is None else math.log(p[token]) if p[token] > 0 else -math.inf
+            if not (abs(log_prob - want) <= 1e-4 or log_prob == want or (math.isnan(log_prob) and math.isnan(want))):
+                return what, f"row {r}, draft {j}: log probability {log_prob} instead of {want}", 0.0
+            if distinct and token is not None:
+                left[token] = 0.0
     return what, None, 0.0
 
 

@@ -1338,6 +1338,7 @@ pub struct nxs_draft_sample_params {
     pub draft_to_target_or_null: *const i32,
     pub seeds_or_null: *const i64,
     pub positions_or_null: *const i64,
+    pub rows_in_step_or_null: *const i32,
     pub uniforms_or_null: *const f32,
     pub tokens: *mut i32,
     pub stats_or_null: *mut f32,
@@ -1349,6 +1350,8 @@ pub struct nxs_draft_sample_params {
     pub rows: i64,
     pub vocab: i64,
     pub row_in_step: i32,
+    pub drafts: i32,
+    pub with_replacement: i32,
     pub fallback: i32,
     pub chunks_per_item: i32,
     pub blocks: i32,
@@ -1356,7 +1359,7 @@ pub struct nxs_draft_sample_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_draft_sample_params"][::core::mem::size_of::<nxs_draft_sample_params>() - 168usize];
+    ["Size of nxs_draft_sample_params"][::core::mem::size_of::<nxs_draft_sample_params>() - 184usize];
     ["Alignment of nxs_draft_sample_params"][::core::mem::align_of::<nxs_draft_sample_params>() - 8usize];
     ["Offset of field: nxs_draft_sample_params::logits"]
         [::core::mem::offset_of!(nxs_draft_sample_params, logits) - 0usize];
@@ -1374,36 +1377,42 @@ const _: () = {
         [::core::mem::offset_of!(nxs_draft_sample_params, seeds_or_null) - 48usize];
     ["Offset of field: nxs_draft_sample_params::positions_or_null"]
         [::core::mem::offset_of!(nxs_draft_sample_params, positions_or_null) - 56usize];
+    ["Offset of field: nxs_draft_sample_params::rows_in_step_or_null"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, rows_in_step_or_null) - 64usize];
     ["Offset of field: nxs_draft_sample_params::uniforms_or_null"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, uniforms_or_null) - 64usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, uniforms_or_null) - 72usize];
     ["Offset of field: nxs_draft_sample_params::tokens"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, tokens) - 72usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, tokens) - 80usize];
     ["Offset of field: nxs_draft_sample_params::stats_or_null"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, stats_or_null) - 80usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, stats_or_null) - 88usize];
     ["Offset of field: nxs_draft_sample_params::log_probs_or_null"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, log_probs_or_null) - 88usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, log_probs_or_null) - 96usize];
     ["Offset of field: nxs_draft_sample_params::status"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, status) - 96usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, status) - 104usize];
     ["Offset of field: nxs_draft_sample_params::workspace"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, workspace) - 104usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, workspace) - 112usize];
     ["Offset of field: nxs_draft_sample_params::counters"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, counters) - 112usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, counters) - 120usize];
     ["Offset of field: nxs_draft_sample_params::stride_row"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, stride_row) - 120usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, stride_row) - 128usize];
     ["Offset of field: nxs_draft_sample_params::rows"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, rows) - 128usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, rows) - 136usize];
     ["Offset of field: nxs_draft_sample_params::vocab"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, vocab) - 136usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, vocab) - 144usize];
     ["Offset of field: nxs_draft_sample_params::row_in_step"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, row_in_step) - 144usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, row_in_step) - 152usize];
+    ["Offset of field: nxs_draft_sample_params::drafts"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, drafts) - 156usize];
+    ["Offset of field: nxs_draft_sample_params::with_replacement"]
+        [::core::mem::offset_of!(nxs_draft_sample_params, with_replacement) - 160usize];
     ["Offset of field: nxs_draft_sample_params::fallback"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, fallback) - 148usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, fallback) - 164usize];
     ["Offset of field: nxs_draft_sample_params::chunks_per_item"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, chunks_per_item) - 152usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, chunks_per_item) - 168usize];
     ["Offset of field: nxs_draft_sample_params::blocks"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, blocks) - 156usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, blocks) - 172usize];
     ["Offset of field: nxs_draft_sample_params::dtype"]
-        [::core::mem::offset_of!(nxs_draft_sample_params, dtype) - 160usize];
+        [::core::mem::offset_of!(nxs_draft_sample_params, dtype) - 176usize];
 };
 impl Default for nxs_draft_sample_params {
     fn default() -> Self {
@@ -2386,6 +2395,7 @@ pub struct nxs_select_params {
     pub tokens: i64,
     pub capacity: i64,
     pub scope: i32,
+    pub first_rows: i32,
     pub length: i32,
     pub budget: i32,
     pub sink: i32,
@@ -2434,22 +2444,24 @@ const _: () = {
     ["Offset of field: nxs_select_params::tokens"][::core::mem::offset_of!(nxs_select_params, tokens) - 120usize];
     ["Offset of field: nxs_select_params::capacity"][::core::mem::offset_of!(nxs_select_params, capacity) - 128usize];
     ["Offset of field: nxs_select_params::scope"][::core::mem::offset_of!(nxs_select_params, scope) - 136usize];
-    ["Offset of field: nxs_select_params::length"][::core::mem::offset_of!(nxs_select_params, length) - 140usize];
-    ["Offset of field: nxs_select_params::budget"][::core::mem::offset_of!(nxs_select_params, budget) - 144usize];
-    ["Offset of field: nxs_select_params::sink"][::core::mem::offset_of!(nxs_select_params, sink) - 148usize];
-    ["Offset of field: nxs_select_params::recent"][::core::mem::offset_of!(nxs_select_params, recent) - 152usize];
-    ["Offset of field: nxs_select_params::active"][::core::mem::offset_of!(nxs_select_params, active) - 156usize];
-    ["Offset of field: nxs_select_params::block"][::core::mem::offset_of!(nxs_select_params, block) - 160usize];
-    ["Offset of field: nxs_select_params::lambda"][::core::mem::offset_of!(nxs_select_params, lambda) - 164usize];
-    ["Offset of field: nxs_select_params::relative"][::core::mem::offset_of!(nxs_select_params, relative) - 168usize];
-    ["Offset of field: nxs_select_params::demoted"][::core::mem::offset_of!(nxs_select_params, demoted) - 172usize];
-    ["Offset of field: nxs_select_params::demotion"][::core::mem::offset_of!(nxs_select_params, demotion) - 176usize];
-    ["Offset of field: nxs_select_params::newest"][::core::mem::offset_of!(nxs_select_params, newest) - 180usize];
+    ["Offset of field: nxs_select_params::first_rows"]
+        [::core::mem::offset_of!(nxs_select_params, first_rows) - 140usize];
+    ["Offset of field: nxs_select_params::length"][::core::mem::offset_of!(nxs_select_params, length) - 144usize];
+    ["Offset of field: nxs_select_params::budget"][::core::mem::offset_of!(nxs_select_params, budget) - 148usize];
+    ["Offset of field: nxs_select_params::sink"][::core::mem::offset_of!(nxs_select_params, sink) - 152usize];
+    ["Offset of field: nxs_select_params::recent"][::core::mem::offset_of!(nxs_select_params, recent) - 156usize];
+    ["Offset of field: nxs_select_params::active"][::core::mem::offset_of!(nxs_select_params, active) - 160usize];
+    ["Offset of field: nxs_select_params::block"][::core::mem::offset_of!(nxs_select_params, block) - 164usize];
+    ["Offset of field: nxs_select_params::lambda"][::core::mem::offset_of!(nxs_select_params, lambda) - 168usize];
+    ["Offset of field: nxs_select_params::relative"][::core::mem::offset_of!(nxs_select_params, relative) - 172usize];
+    ["Offset of field: nxs_select_params::demoted"][::core::mem::offset_of!(nxs_select_params, demoted) - 176usize];
+    ["Offset of field: nxs_select_params::demotion"][::core::mem::offset_of!(nxs_select_params, demotion) - 180usize];
+    ["Offset of field: nxs_select_params::newest"][::core::mem::offset_of!(nxs_select_params, newest) - 184usize];
     ["Offset of field: nxs_select_params::floor_alpha"]
-        [::core::mem::offset_of!(nxs_select_params, floor_alpha) - 184usize];
+        [::core::mem::offset_of!(nxs_select_params, floor_alpha) - 188usize];
     ["Offset of field: nxs_select_params::shared_bytes"]
-        [::core::mem::offset_of!(nxs_select_params, shared_bytes) - 188usize];
-    ["Offset of field: nxs_select_params::threads"][::core::mem::offset_of!(nxs_select_params, threads) - 192usize];
+        [::core::mem::offset_of!(nxs_select_params, shared_bytes) - 192usize];
+    ["Offset of field: nxs_select_params::threads"][::core::mem::offset_of!(nxs_select_params, threads) - 196usize];
 };
 impl Default for nxs_select_params {
     fn default() -> Self {
@@ -3085,6 +3097,43 @@ impl Default for nxs_rotate_params {
 }
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct nxs_key_places {
+    pub pages_or_null: *const i32,
+    pub kept_or_null: *const i32,
+    pub pages_stride_set: i64,
+    pub kept_stride_set: i64,
+    pub kept_stride_head: i64,
+    pub page_rows: i32,
+    pub pool_pages: i32,
+    pub first_rows: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of nxs_key_places"][::core::mem::size_of::<nxs_key_places>() - 56usize];
+    ["Alignment of nxs_key_places"][::core::mem::align_of::<nxs_key_places>() - 8usize];
+    ["Offset of field: nxs_key_places::pages_or_null"][::core::mem::offset_of!(nxs_key_places, pages_or_null) - 0usize];
+    ["Offset of field: nxs_key_places::kept_or_null"][::core::mem::offset_of!(nxs_key_places, kept_or_null) - 8usize];
+    ["Offset of field: nxs_key_places::pages_stride_set"]
+        [::core::mem::offset_of!(nxs_key_places, pages_stride_set) - 16usize];
+    ["Offset of field: nxs_key_places::kept_stride_set"]
+        [::core::mem::offset_of!(nxs_key_places, kept_stride_set) - 24usize];
+    ["Offset of field: nxs_key_places::kept_stride_head"]
+        [::core::mem::offset_of!(nxs_key_places, kept_stride_head) - 32usize];
+    ["Offset of field: nxs_key_places::page_rows"][::core::mem::offset_of!(nxs_key_places, page_rows) - 40usize];
+    ["Offset of field: nxs_key_places::pool_pages"][::core::mem::offset_of!(nxs_key_places, pool_pages) - 44usize];
+    ["Offset of field: nxs_key_places::first_rows"][::core::mem::offset_of!(nxs_key_places, first_rows) - 48usize];
+};
+impl Default for nxs_key_places {
+    fn default() -> Self {
+        let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct nxs_importance_params {
     pub q: *const ::core::ffi::c_void,
     pub k: *const ::core::ffi::c_void,
@@ -3098,6 +3147,7 @@ pub struct nxs_importance_params {
     pub q_stride_set: i64,
     pub q_stride_row: i64,
     pub q_stride_head: i64,
+    pub places: nxs_key_places,
     pub k_stride_set: i64,
     pub k_stride_token: i64,
     pub k_stride_head: i64,
@@ -3122,6 +3172,7 @@ pub struct nxs_importance_params {
     pub pool: i32,
     pub pool_width: i32,
     pub masked: i32,
+    pub protect: i32,
     pub accumulate: i32,
     pub dtype: nxs_dtype,
     pub variant: i32,
@@ -3137,7 +3188,7 @@ pub struct nxs_importance_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_importance_params"][::core::mem::size_of::<nxs_importance_params>() - 296usize];
+    ["Size of nxs_importance_params"][::core::mem::size_of::<nxs_importance_params>() - 360usize];
     ["Alignment of nxs_importance_params"][::core::mem::align_of::<nxs_importance_params>() - 8usize];
     ["Offset of field: nxs_importance_params::q"][::core::mem::offset_of!(nxs_importance_params, q) - 0usize];
     ["Offset of field: nxs_importance_params::k"][::core::mem::offset_of!(nxs_importance_params, k) - 8usize];
@@ -3161,72 +3212,76 @@ const _: () = {
         [::core::mem::offset_of!(nxs_importance_params, q_stride_row) - 80usize];
     ["Offset of field: nxs_importance_params::q_stride_head"]
         [::core::mem::offset_of!(nxs_importance_params, q_stride_head) - 88usize];
+    ["Offset of field: nxs_importance_params::places"]
+        [::core::mem::offset_of!(nxs_importance_params, places) - 96usize];
     ["Offset of field: nxs_importance_params::k_stride_set"]
-        [::core::mem::offset_of!(nxs_importance_params, k_stride_set) - 96usize];
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_set) - 152usize];
     ["Offset of field: nxs_importance_params::k_stride_token"]
-        [::core::mem::offset_of!(nxs_importance_params, k_stride_token) - 104usize];
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_token) - 160usize];
     ["Offset of field: nxs_importance_params::k_stride_head"]
-        [::core::mem::offset_of!(nxs_importance_params, k_stride_head) - 112usize];
+        [::core::mem::offset_of!(nxs_importance_params, k_stride_head) - 168usize];
     ["Offset of field: nxs_importance_params::scores_stride_set"]
-        [::core::mem::offset_of!(nxs_importance_params, scores_stride_set) - 120usize];
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_set) - 176usize];
     ["Offset of field: nxs_importance_params::scores_stride_head"]
-        [::core::mem::offset_of!(nxs_importance_params, scores_stride_head) - 128usize];
+        [::core::mem::offset_of!(nxs_importance_params, scores_stride_head) - 184usize];
     ["Offset of field: nxs_importance_params::lengths_stride_set"]
-        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_set) - 136usize];
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_set) - 192usize];
     ["Offset of field: nxs_importance_params::lengths_stride_head"]
-        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_head) - 144usize];
+        [::core::mem::offset_of!(nxs_importance_params, lengths_stride_head) - 200usize];
     ["Offset of field: nxs_importance_params::lse_stride_set"]
-        [::core::mem::offset_of!(nxs_importance_params, lse_stride_set) - 152usize];
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_set) - 208usize];
     ["Offset of field: nxs_importance_params::lse_stride_head"]
-        [::core::mem::offset_of!(nxs_importance_params, lse_stride_head) - 160usize];
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_head) - 216usize];
     ["Offset of field: nxs_importance_params::lse_stride_query"]
-        [::core::mem::offset_of!(nxs_importance_params, lse_stride_query) - 168usize];
-    ["Offset of field: nxs_importance_params::sets"][::core::mem::offset_of!(nxs_importance_params, sets) - 176usize];
+        [::core::mem::offset_of!(nxs_importance_params, lse_stride_query) - 224usize];
+    ["Offset of field: nxs_importance_params::sets"][::core::mem::offset_of!(nxs_importance_params, sets) - 232usize];
     ["Offset of field: nxs_importance_params::tokens"]
-        [::core::mem::offset_of!(nxs_importance_params, tokens) - 184usize];
+        [::core::mem::offset_of!(nxs_importance_params, tokens) - 240usize];
     ["Offset of field: nxs_importance_params::queries"]
-        [::core::mem::offset_of!(nxs_importance_params, queries) - 192usize];
+        [::core::mem::offset_of!(nxs_importance_params, queries) - 248usize];
     ["Offset of field: nxs_importance_params::q_rows"]
-        [::core::mem::offset_of!(nxs_importance_params, q_rows) - 200usize];
-    ["Offset of field: nxs_importance_params::heads"][::core::mem::offset_of!(nxs_importance_params, heads) - 208usize];
+        [::core::mem::offset_of!(nxs_importance_params, q_rows) - 256usize];
+    ["Offset of field: nxs_importance_params::heads"][::core::mem::offset_of!(nxs_importance_params, heads) - 264usize];
     ["Offset of field: nxs_importance_params::groups"]
-        [::core::mem::offset_of!(nxs_importance_params, groups) - 212usize];
-    ["Offset of field: nxs_importance_params::dim"][::core::mem::offset_of!(nxs_importance_params, dim) - 216usize];
+        [::core::mem::offset_of!(nxs_importance_params, groups) - 268usize];
+    ["Offset of field: nxs_importance_params::dim"][::core::mem::offset_of!(nxs_importance_params, dim) - 272usize];
     ["Offset of field: nxs_importance_params::aggregation"]
-        [::core::mem::offset_of!(nxs_importance_params, aggregation) - 220usize];
+        [::core::mem::offset_of!(nxs_importance_params, aggregation) - 276usize];
     ["Offset of field: nxs_importance_params::causal"]
-        [::core::mem::offset_of!(nxs_importance_params, causal) - 224usize];
+        [::core::mem::offset_of!(nxs_importance_params, causal) - 280usize];
     ["Offset of field: nxs_importance_params::excluded"]
-        [::core::mem::offset_of!(nxs_importance_params, excluded) - 228usize];
+        [::core::mem::offset_of!(nxs_importance_params, excluded) - 284usize];
     ["Offset of field: nxs_importance_params::unscored"]
-        [::core::mem::offset_of!(nxs_importance_params, unscored) - 232usize];
-    ["Offset of field: nxs_importance_params::pool"][::core::mem::offset_of!(nxs_importance_params, pool) - 236usize];
+        [::core::mem::offset_of!(nxs_importance_params, unscored) - 288usize];
+    ["Offset of field: nxs_importance_params::pool"][::core::mem::offset_of!(nxs_importance_params, pool) - 292usize];
     ["Offset of field: nxs_importance_params::pool_width"]
-        [::core::mem::offset_of!(nxs_importance_params, pool_width) - 240usize];
+        [::core::mem::offset_of!(nxs_importance_params, pool_width) - 296usize];
     ["Offset of field: nxs_importance_params::masked"]
-        [::core::mem::offset_of!(nxs_importance_params, masked) - 244usize];
+        [::core::mem::offset_of!(nxs_importance_params, masked) - 300usize];
+    ["Offset of field: nxs_importance_params::protect"]
+        [::core::mem::offset_of!(nxs_importance_params, protect) - 304usize];
     ["Offset of field: nxs_importance_params::accumulate"]
-        [::core::mem::offset_of!(nxs_importance_params, accumulate) - 248usize];
-    ["Offset of field: nxs_importance_params::dtype"][::core::mem::offset_of!(nxs_importance_params, dtype) - 252usize];
+        [::core::mem::offset_of!(nxs_importance_params, accumulate) - 308usize];
+    ["Offset of field: nxs_importance_params::dtype"][::core::mem::offset_of!(nxs_importance_params, dtype) - 312usize];
     ["Offset of field: nxs_importance_params::variant"]
-        [::core::mem::offset_of!(nxs_importance_params, variant) - 256usize];
-    ["Offset of field: nxs_importance_params::scale"][::core::mem::offset_of!(nxs_importance_params, scale) - 260usize];
+        [::core::mem::offset_of!(nxs_importance_params, variant) - 316usize];
+    ["Offset of field: nxs_importance_params::scale"][::core::mem::offset_of!(nxs_importance_params, scale) - 320usize];
     ["Offset of field: nxs_importance_params::factor"]
-        [::core::mem::offset_of!(nxs_importance_params, factor) - 264usize];
+        [::core::mem::offset_of!(nxs_importance_params, factor) - 324usize];
     ["Offset of field: nxs_importance_params::stat_rows"]
-        [::core::mem::offset_of!(nxs_importance_params, stat_rows) - 268usize];
+        [::core::mem::offset_of!(nxs_importance_params, stat_rows) - 328usize];
     ["Offset of field: nxs_importance_params::stat_span"]
-        [::core::mem::offset_of!(nxs_importance_params, stat_span) - 272usize];
+        [::core::mem::offset_of!(nxs_importance_params, stat_span) - 332usize];
     ["Offset of field: nxs_importance_params::stat_splits"]
-        [::core::mem::offset_of!(nxs_importance_params, stat_splits) - 276usize];
+        [::core::mem::offset_of!(nxs_importance_params, stat_splits) - 336usize];
     ["Offset of field: nxs_importance_params::sum_rows"]
-        [::core::mem::offset_of!(nxs_importance_params, sum_rows) - 280usize];
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows) - 340usize];
     ["Offset of field: nxs_importance_params::sum_span"]
-        [::core::mem::offset_of!(nxs_importance_params, sum_span) - 284usize];
+        [::core::mem::offset_of!(nxs_importance_params, sum_span) - 344usize];
     ["Offset of field: nxs_importance_params::sum_rows_split"]
-        [::core::mem::offset_of!(nxs_importance_params, sum_rows_split) - 288usize];
+        [::core::mem::offset_of!(nxs_importance_params, sum_rows_split) - 348usize];
     ["Offset of field: nxs_importance_params::sum_splits"]
-        [::core::mem::offset_of!(nxs_importance_params, sum_splits) - 292usize];
+        [::core::mem::offset_of!(nxs_importance_params, sum_splits) - 352usize];
 };
 impl Default for nxs_importance_params {
     fn default() -> Self {
@@ -3245,6 +3300,7 @@ pub struct nxs_key_norms_params {
     pub unit_sum: *mut f32,
     pub lengths_or_null: *const i32,
     pub parts: *mut f32,
+    pub places: nxs_key_places,
     pub k_stride_set: i64,
     pub k_stride_token: i64,
     pub k_stride_head: i64,
@@ -3265,7 +3321,7 @@ pub struct nxs_key_norms_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_key_norms_params"][::core::mem::size_of::<nxs_key_norms_params>() - 152usize];
+    ["Size of nxs_key_norms_params"][::core::mem::size_of::<nxs_key_norms_params>() - 208usize];
     ["Alignment of nxs_key_norms_params"][::core::mem::align_of::<nxs_key_norms_params>() - 8usize];
     ["Offset of field: nxs_key_norms_params::k"][::core::mem::offset_of!(nxs_key_norms_params, k) - 0usize];
     ["Offset of field: nxs_key_norms_params::inverse_norms"]
@@ -3275,33 +3331,34 @@ const _: () = {
     ["Offset of field: nxs_key_norms_params::lengths_or_null"]
         [::core::mem::offset_of!(nxs_key_norms_params, lengths_or_null) - 24usize];
     ["Offset of field: nxs_key_norms_params::parts"][::core::mem::offset_of!(nxs_key_norms_params, parts) - 32usize];
+    ["Offset of field: nxs_key_norms_params::places"][::core::mem::offset_of!(nxs_key_norms_params, places) - 40usize];
     ["Offset of field: nxs_key_norms_params::k_stride_set"]
-        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_set) - 40usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_set) - 96usize];
     ["Offset of field: nxs_key_norms_params::k_stride_token"]
-        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_token) - 48usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_token) - 104usize];
     ["Offset of field: nxs_key_norms_params::k_stride_head"]
-        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_head) - 56usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, k_stride_head) - 112usize];
     ["Offset of field: nxs_key_norms_params::norms_stride_set"]
-        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_set) - 64usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_set) - 120usize];
     ["Offset of field: nxs_key_norms_params::norms_stride_head"]
-        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_head) - 72usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, norms_stride_head) - 128usize];
     ["Offset of field: nxs_key_norms_params::sum_stride_set"]
-        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_set) - 80usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_set) - 136usize];
     ["Offset of field: nxs_key_norms_params::sum_stride_head"]
-        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_head) - 88usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, sum_stride_head) - 144usize];
     ["Offset of field: nxs_key_norms_params::lengths_stride_set"]
-        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_set) - 96usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_set) - 152usize];
     ["Offset of field: nxs_key_norms_params::lengths_stride_head"]
-        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_head) - 104usize];
-    ["Offset of field: nxs_key_norms_params::sets"][::core::mem::offset_of!(nxs_key_norms_params, sets) - 112usize];
-    ["Offset of field: nxs_key_norms_params::tokens"][::core::mem::offset_of!(nxs_key_norms_params, tokens) - 120usize];
-    ["Offset of field: nxs_key_norms_params::heads"][::core::mem::offset_of!(nxs_key_norms_params, heads) - 128usize];
-    ["Offset of field: nxs_key_norms_params::dim"][::core::mem::offset_of!(nxs_key_norms_params, dim) - 132usize];
-    ["Offset of field: nxs_key_norms_params::span"][::core::mem::offset_of!(nxs_key_norms_params, span) - 136usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, lengths_stride_head) - 160usize];
+    ["Offset of field: nxs_key_norms_params::sets"][::core::mem::offset_of!(nxs_key_norms_params, sets) - 168usize];
+    ["Offset of field: nxs_key_norms_params::tokens"][::core::mem::offset_of!(nxs_key_norms_params, tokens) - 176usize];
+    ["Offset of field: nxs_key_norms_params::heads"][::core::mem::offset_of!(nxs_key_norms_params, heads) - 184usize];
+    ["Offset of field: nxs_key_norms_params::dim"][::core::mem::offset_of!(nxs_key_norms_params, dim) - 188usize];
+    ["Offset of field: nxs_key_norms_params::span"][::core::mem::offset_of!(nxs_key_norms_params, span) - 192usize];
     ["Offset of field: nxs_key_norms_params::accumulate"]
-        [::core::mem::offset_of!(nxs_key_norms_params, accumulate) - 140usize];
-    ["Offset of field: nxs_key_norms_params::dtype"][::core::mem::offset_of!(nxs_key_norms_params, dtype) - 144usize];
-    ["Offset of field: nxs_key_norms_params::eps"][::core::mem::offset_of!(nxs_key_norms_params, eps) - 148usize];
+        [::core::mem::offset_of!(nxs_key_norms_params, accumulate) - 196usize];
+    ["Offset of field: nxs_key_norms_params::dtype"][::core::mem::offset_of!(nxs_key_norms_params, dtype) - 200usize];
+    ["Offset of field: nxs_key_norms_params::eps"][::core::mem::offset_of!(nxs_key_norms_params, eps) - 204usize];
 };
 impl Default for nxs_key_norms_params {
     fn default() -> Self {
@@ -3322,6 +3379,7 @@ pub struct nxs_redundancy_params {
     pub lengths_or_null: *const i32,
     pub parts_or_null: *mut f32,
     pub retained_or_null: *mut ::core::ffi::c_void,
+    pub places: nxs_key_places,
     pub k_stride_set: i64,
     pub k_stride_token: i64,
     pub k_stride_head: i64,
@@ -3349,7 +3407,7 @@ pub struct nxs_redundancy_params {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of nxs_redundancy_params"][::core::mem::size_of::<nxs_redundancy_params>() - 208usize];
+    ["Size of nxs_redundancy_params"][::core::mem::size_of::<nxs_redundancy_params>() - 264usize];
     ["Alignment of nxs_redundancy_params"][::core::mem::align_of::<nxs_redundancy_params>() - 8usize];
     ["Offset of field: nxs_redundancy_params::k"][::core::mem::offset_of!(nxs_redundancy_params, k) - 0usize];
     ["Offset of field: nxs_redundancy_params::inverse_norms"]
@@ -3364,45 +3422,47 @@ const _: () = {
         [::core::mem::offset_of!(nxs_redundancy_params, parts_or_null) - 40usize];
     ["Offset of field: nxs_redundancy_params::retained_or_null"]
         [::core::mem::offset_of!(nxs_redundancy_params, retained_or_null) - 48usize];
+    ["Offset of field: nxs_redundancy_params::places"]
+        [::core::mem::offset_of!(nxs_redundancy_params, places) - 56usize];
     ["Offset of field: nxs_redundancy_params::k_stride_set"]
-        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_set) - 56usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_set) - 112usize];
     ["Offset of field: nxs_redundancy_params::k_stride_token"]
-        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_token) - 64usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_token) - 120usize];
     ["Offset of field: nxs_redundancy_params::k_stride_head"]
-        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_head) - 72usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, k_stride_head) - 128usize];
     ["Offset of field: nxs_redundancy_params::norms_stride_set"]
-        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_set) - 80usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_set) - 136usize];
     ["Offset of field: nxs_redundancy_params::norms_stride_head"]
-        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_head) - 88usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, norms_stride_head) - 144usize];
     ["Offset of field: nxs_redundancy_params::sum_stride_set"]
-        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_set) - 96usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_set) - 152usize];
     ["Offset of field: nxs_redundancy_params::sum_stride_head"]
-        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_head) - 104usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, sum_stride_head) - 160usize];
     ["Offset of field: nxs_redundancy_params::scores_stride_set"]
-        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_set) - 112usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_set) - 168usize];
     ["Offset of field: nxs_redundancy_params::scores_stride_head"]
-        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_head) - 120usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, scores_stride_head) - 176usize];
     ["Offset of field: nxs_redundancy_params::lengths_stride_set"]
-        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_set) - 128usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_set) - 184usize];
     ["Offset of field: nxs_redundancy_params::lengths_stride_head"]
-        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_head) - 136usize];
-    ["Offset of field: nxs_redundancy_params::sets"][::core::mem::offset_of!(nxs_redundancy_params, sets) - 144usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, lengths_stride_head) - 192usize];
+    ["Offset of field: nxs_redundancy_params::sets"][::core::mem::offset_of!(nxs_redundancy_params, sets) - 200usize];
     ["Offset of field: nxs_redundancy_params::tokens"]
-        [::core::mem::offset_of!(nxs_redundancy_params, tokens) - 152usize];
-    ["Offset of field: nxs_redundancy_params::heads"][::core::mem::offset_of!(nxs_redundancy_params, heads) - 160usize];
-    ["Offset of field: nxs_redundancy_params::dim"][::core::mem::offset_of!(nxs_redundancy_params, dim) - 164usize];
-    ["Offset of field: nxs_redundancy_params::form"][::core::mem::offset_of!(nxs_redundancy_params, form) - 168usize];
-    ["Offset of field: nxs_redundancy_params::span"][::core::mem::offset_of!(nxs_redundancy_params, span) - 172usize];
-    ["Offset of field: nxs_redundancy_params::nth"][::core::mem::offset_of!(nxs_redundancy_params, nth) - 176usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, tokens) - 208usize];
+    ["Offset of field: nxs_redundancy_params::heads"][::core::mem::offset_of!(nxs_redundancy_params, heads) - 216usize];
+    ["Offset of field: nxs_redundancy_params::dim"][::core::mem::offset_of!(nxs_redundancy_params, dim) - 220usize];
+    ["Offset of field: nxs_redundancy_params::form"][::core::mem::offset_of!(nxs_redundancy_params, form) - 224usize];
+    ["Offset of field: nxs_redundancy_params::span"][::core::mem::offset_of!(nxs_redundancy_params, span) - 228usize];
+    ["Offset of field: nxs_redundancy_params::nth"][::core::mem::offset_of!(nxs_redundancy_params, nth) - 232usize];
     ["Offset of field: nxs_redundancy_params::nth_of_length"]
-        [::core::mem::offset_of!(nxs_redundancy_params, nth_of_length) - 180usize];
-    ["Offset of field: nxs_redundancy_params::first"][::core::mem::offset_of!(nxs_redundancy_params, first) - 184usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, nth_of_length) - 236usize];
+    ["Offset of field: nxs_redundancy_params::first"][::core::mem::offset_of!(nxs_redundancy_params, first) - 240usize];
     ["Offset of field: nxs_redundancy_params::lonely"]
-        [::core::mem::offset_of!(nxs_redundancy_params, lonely) - 188usize];
-    ["Offset of field: nxs_redundancy_params::dtype"][::core::mem::offset_of!(nxs_redundancy_params, dtype) - 192usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, lonely) - 244usize];
+    ["Offset of field: nxs_redundancy_params::dtype"][::core::mem::offset_of!(nxs_redundancy_params, dtype) - 248usize];
     ["Offset of field: nxs_redundancy_params::threshold"]
-        [::core::mem::offset_of!(nxs_redundancy_params, threshold) - 196usize];
-    ["Offset of field: nxs_redundancy_params::ratio"][::core::mem::offset_of!(nxs_redundancy_params, ratio) - 200usize];
+        [::core::mem::offset_of!(nxs_redundancy_params, threshold) - 252usize];
+    ["Offset of field: nxs_redundancy_params::ratio"][::core::mem::offset_of!(nxs_redundancy_params, ratio) - 256usize];
 };
 impl Default for nxs_redundancy_params {
     fn default() -> Self {

@@ -134,6 +134,56 @@ impl<'a, T: Element> Out<'a, T> {
     }
 }
 
+impl<'a, T: Element> Out<'a, T> {
+    /// The same memory to read, while nobody writes it.
+    pub(crate) fn as_in(&self) -> In<'_, T> {
+        In { span: self.span, _guard: Guard::None(PhantomData), _elements: PhantomData }
+    }
+
+    /// The same view for a while.
+    pub(crate) fn whole(&mut self) -> Out<'_, T> {
+        self.part(0, self.span.len)
+    }
+
+    /// `len` elements from `first` on; as many as there are.
+    pub(crate) fn part(&mut self, first: usize, len: usize) -> Out<'_, T> {
+        Out { span: self.span.part::<T>(first, len), _guard: Guard::None(PhantomData), _elements: PhantomData }
+    }
+}
+
+impl Out<'_, u8> {
+    /// Parts by their first bytes and lengths, ascending and apart.
+    pub(crate) fn parts<const N: usize>(&mut self, parts: [(usize, usize); N]) -> [Out<'_, u8>; N] {
+        assert!(parts.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "parts lie apart");
+        parts.map(|(first, len)| Out {
+            span: self.span.part::<u8>(first, len),
+            _guard: Guard::None(PhantomData),
+            _elements: PhantomData,
+        })
+    }
+
+    /// The bytes as elements, as many as they make; they are aligned to them.
+    pub(crate) fn cast<T: Element>(&mut self) -> Out<'_, T> {
+        assert!(self.span.address.is_multiple_of(align_of::<T>()), "elements are aligned");
+        let span = Span { len: self.span.len / size_of::<T>(), ..self.span };
+        Out { span, _guard: Guard::None(PhantomData), _elements: PhantomData }
+    }
+}
+
+impl<'a, T: Element> In<'a, T> {
+    /// `len` elements from `first` on; as many as there are.
+    pub(crate) fn part(&self, first: usize, len: usize) -> In<'_, T> {
+        In { span: self.span.part::<T>(first, len), _guard: Guard::None(PhantomData), _elements: PhantomData }
+    }
+}
+
+impl Span {
+    fn part<T>(self, first: usize, len: usize) -> Self {
+        let first = first.min(self.len);
+        Span { address: self.address + first * size_of::<T>(), len: len.min(self.len - first), ..self }
+    }
+}
+
 macro_rules! common {
     ($view:ident) => {
         impl<T> $view<'_, T> {

@@ -7,9 +7,10 @@ mod support;
 use std::collections::HashMap;
 
 use nextscale::compression::{
-    CacheSpec, ChunkCache, ChunkState, CompactArgs, Placed, Policy, PositionWeight, SelectArgs,
+    CacheSpec, ChunkCache, ChunkState, CompactArgs, Format, PackArgs, Packed, Placed, Policy, PositionWeight,
+    SelectArgs, UnpackArgs,
 };
-use nextscale::{DType, DeviceInfo, Error, bf16};
+use nextscale::{DType, DeviceInfo, Error, In, Out, Stream, bf16};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -23,6 +24,7 @@ fn spec(bytes: u64) -> CacheSpec {
         k_dim: 16,
         v_dim: 8,
         dtype: DType::BF16,
+        packed: None,
         page_rows: 4,
         spare_pages: 2,
         extras: 1,
@@ -152,7 +154,9 @@ impl Model {
                         let sealed = self.layers[at].iter().take_while(|chunk| chunk.1 != ChunkState::Active).count();
                         let first = self.layers[at][0].0;
                         let rows: Vec<u64> = self.layers[at].drain(..sealed).flat_map(|chunk| chunk.2).collect();
-                        assert_eq!((rows.len(), kept), (moves.tokens, moves.kept));
+                        let gap = moves.first_rows - moves.first_kept;
+                        assert_eq!((rows.len() + gap, kept), (moves.tokens, moves.kept));
+                        let row_of = |row: usize| if row < moves.first_kept { row } else { row + gap };
                         let mut left = kept;
                         let mut chosen = Vec::new();
                         for row in 0..rows.len() {
@@ -165,7 +169,7 @@ impl Model {
                             u64::from(pages[row / spec.page_rows]) * self.page_rows() + (row % spec.page_rows) as u64
                         };
                         let values: Vec<u64> =
-                            chosen.iter().map(|&row| self.memory[&place(&moves.input_pages, row)]).collect();
+                            chosen.iter().map(|&row| self.memory[&place(&moves.input_pages, row_of(row))]).collect();
                         let places: Vec<u64> = (0..kept).map(|row| place(&moves.out_pages, row)).collect();
                         self.memory.extend(places.into_iter().zip(values));
                         let kept_rows: Vec<u64> = chosen.into_iter().map(|row| rows[row]).collect();
@@ -267,10 +271,40 @@ proptest! {
     }
 }
 
+/// Formats of keys and values, with and without numbers of their own.
+fn packings() -> Vec<Option<Packed>> {
+    let uniform = Format::Uniform { bits: 4, group: Some(8) };
+    let all = [
+        (Format::Fp8, Format::Fp8, false),
+        (Format::Fp8, Format::Int8, true),
+        (Format::Int8, Format::INT4, false),
+        (Format::INT4, Format::INT4, true),
+        (Format::INT4, uniform, false),
+    ];
+    all.into_iter().map(|(k, v, inline)| Some(Packed { k, v, inline })).chain([None]).collect()
+}
+
 /// Never a byte over budget, over a thousand chunks: FlowCache's way of working, each event freeing a chunk.
 #[test]
 fn a_thousand_chunks() {
-    let spec = CacheSpec { branches: 1, layers: 2, most_rows: 40, bytes: 8_000, ..spec(0) };
+    for packed in packings() {
+        a_thousand_chunks_of(packed);
+    }
+}
+
+fn a_thousand_chunks_of(packed: Option<Packed>) {
+    let spec = CacheSpec { branches: 1, layers: 2, most_rows: 40, bytes: 8_000, packed, ..spec(0) };
+    let layout = spec.layout().unwrap();
+    // Every byte of a row is counted: slots, numbers, its position, its norm.
+    let [k, v] = packed.map_or([32, 16], |of| {
+        let bytes = |format: Format, dim: usize| {
+            if of.inline { format.inline_bytes(dim) } else { format.bytes_per_token(dim, DType::F32) as usize }
+        };
+        [bytes(of.k, 16), bytes(of.v, 8)]
+    });
+    assert_eq!(spec.page_bytes(), (4 * 2 * (k + v + 4 + 4)) as u64);
+    let regions = [layout.k, layout.v, layout.k_numbers, layout.v_numbers, layout.positions, layout.extras];
+    assert_eq!(regions.iter().map(|region| region.bytes).sum::<u64>(), layout.pages as u64 * spec.page_bytes());
     let mut model = Model::new(spec);
     let mut rng = StdRng::seed_from_u64(1);
     for chunk in 0..1000u64 {
@@ -294,6 +328,147 @@ fn a_thousand_chunks() {
     }
 }
 
+/// Rows are packed where they are appended, moved as bytes, and unpacked where attention reads them: the same as if
+/// each were packed alone.
+#[test]
+fn packed_rows_through_the_stages() {
+    for (device, packed) in
+        TestDevice::all().iter().flat_map(|device| packings().into_iter().map(move |it| (device, it)))
+    {
+        let Some(packed) = packed else { continue };
+        let spec = CacheSpec { branches: 1, packed: Some(packed), ..spec(1 << 16) };
+        let (heads, page_rows) = (spec.heads, spec.page_rows);
+        let mut cache = ChunkCache::new(spec).unwrap();
+        let layout = cache.layout();
+        let places = layout.pages * page_rows;
+        let ([k_slot, v_slot], [k_numbers, v_numbers]) = (spec.row_bytes(), spec.numbers());
+        assert_eq!(layout.k.bytes as usize, places * heads * k_slot);
+        assert_eq!(layout.v_numbers.bytes as usize, places * heads * v_numbers * 4);
+        let mut slots = [k_slot, v_slot].map(|slot| Buffer::of(device, &vec![0u8; places * heads * slot], 0));
+        let mut numbers =
+            [k_numbers, v_numbers].map(|count| Buffer::of(device, &vec![0f32; (places * heads * count).max(1)], 0));
+        let mut rng = StdRng::seed_from_u64(7);
+        let dims = [spec.k_dim, spec.v_dim];
+        // `[layer][k or v][row, head, dim]`
+        let mut written = vec![[Vec::new(), Vec::new()]; 2];
+        for (chunk, layer) in (0..3u64).flat_map(|chunk| (0..2).map(move |layer| (chunk, layer))) {
+            let placed = cache.append(0, layer, chunk, 8, chunk as u32 * 8).unwrap();
+            for run in placed.runs {
+                let plans = cache.pack::<bf16>(run.rows).unwrap().map(|plan| plan.build(&DeviceInfo::H200).unwrap());
+                for (which, plan) in plans.iter().enumerate() {
+                    let rows: Vec<bf16> = (0..run.rows * heads * dims[which])
+                        .map(|_| bf16::from_f32(rng.random_range(-3.0f32..3.0)))
+                        .collect();
+                    let input = Buffer::of(device, &rows, 0);
+                    // Views that begin at the run's place: copies here, for the buffers of the test are whole.
+                    let (slot, count) = ([k_slot, v_slot][which], [k_numbers, v_numbers][which]);
+                    let mut codes = Buffer::<u8>::poisoned(device, run.rows * heads * slot, 0);
+                    let mut its = Buffer::<f32>::poisoned(device, (run.rows * heads * count).max(1), 0);
+                    let args = PackArgs {
+                        input: input.input(),
+                        codes: codes.output(),
+                        numbers: (count > 0).then(|| its.output()),
+                        scales: None,
+                        kept: None,
+                        counts: None,
+                        flags: None,
+                    };
+                    plan.pack(&device.stream(), args).unwrap();
+                    let at = run.place as usize * heads;
+                    let mut all = slots[which].read();
+                    all[at * slot..(at + run.rows * heads) * slot].copy_from_slice(&codes.read());
+                    slots[which].write(&all);
+                    if count > 0 {
+                        let mut all = numbers[which].read();
+                        all[at * count..(at + run.rows * heads) * count].copy_from_slice(&its.read());
+                        numbers[which].write(&all);
+                    }
+                    written[layer][which].extend(rows);
+                }
+            }
+            cache.seal(0, layer, chunk).unwrap();
+        }
+        let policy = Policy::StreamingLlm { sink: 3, recent: 6 };
+        let kept: Vec<usize> = (0..3).chain(18..24).collect();
+        let moves: Vec<_> = (0..2).map(|layer| cache.compress(0, layer, 9).unwrap().unwrap()).collect();
+        assert!(matches!(cache.event::<bf16>(policy, &moves), Err(Error::Unsupported { arg: "packed", .. })));
+        let indices: Vec<i32> = (0..2 * heads).flat_map(|_| kept.iter().map(|&row| row as i32)).collect();
+        let indices = Buffer::of(device, &indices, 0);
+        let pages: Vec<i32> = moves.iter().flat_map(|moves| &moves.input_pages).map(|&page| page as i32).collect();
+        let pages = Buffer::of(device, &pages, 0);
+        {
+            let plan = cache.compact::<u8>(2, &moves[0]).unwrap().build(&DeviceInfo::H200).unwrap();
+            let [k, v] = &mut slots;
+            let mut args = CompactArgs::of(indices.input());
+            (args.k_out, args.v_out) = (Some(k.output()), Some(v.output()));
+            args.input_pages = Some(pages.input());
+            plan.run(&device.stream(), args).unwrap();
+        }
+        assert_eq!(cache.compact_numbers(2, &moves[0]).is_none(), packed.inline);
+        if let Some(plan) = cache.compact_numbers(2, &moves[0]) {
+            let plan = plan.build(&DeviceInfo::H200).unwrap();
+            let [k, v] = &mut numbers;
+            let mut args = CompactArgs::of(indices.input());
+            (args.k_out, args.v_out) = (Some(k.output()), Some(v.output()));
+            args.input_pages = Some(pages.input());
+            plan.run(&device.stream(), args).unwrap();
+        }
+        let (slots, numbers) = (slots.map(|slots| slots.read()), numbers.map(|numbers| numbers.read()));
+        for (layer, which) in (0..2).flat_map(|layer| [(layer, 0), (layer, 1)]) {
+            let (slot, count, dim) = ([k_slot, v_slot][which], [k_numbers, v_numbers][which], dims[which]);
+            let segments: Vec<_> = cache.view(0, layer).unwrap().collect();
+            let runs = segments[0].runs(page_rows);
+            assert_eq!(runs.iter().map(|run| run.rows).sum::<usize>(), 9);
+            let mut row = 0;
+            for run in runs {
+                let at = run.place as usize * heads;
+                let [plan, other] =
+                    cache.pack::<bf16>(run.rows).unwrap().map(|plan| plan.build(&DeviceInfo::H200).unwrap());
+                let plan = if which == 0 { plan } else { other };
+                let of = |codes: &[u8], numbers: &[f32], rows: usize| {
+                    let mut out = vec![bf16::ZERO; rows * heads * dim];
+                    let args = UnpackArgs {
+                        codes: In::host(codes),
+                        numbers: (count > 0).then(|| In::host(numbers)),
+                        scales: None,
+                        counts: None,
+                        out: Out::host(&mut out),
+                        flags: None,
+                    };
+                    plan.unpack(&Stream::host(), args).unwrap();
+                    out
+                };
+                let codes = &slots[which][at * slot..(at + run.rows * heads) * slot];
+                let its = &numbers[which][at * count..(at + run.rows * heads) * count];
+                let moved = of(codes, its, run.rows);
+                // The rows that were kept, packed anew on the host.
+                let old: Vec<bf16> = (row..row + run.rows)
+                    .flat_map(|row| {
+                        written[layer][which][kept[row] * heads * dim..(kept[row] + 1) * heads * dim].to_vec()
+                    })
+                    .collect();
+                let mut codes = vec![0u8; run.rows * heads * slot];
+                let mut its = vec![0f32; run.rows * heads * count];
+                let args = PackArgs {
+                    input: In::host(&old),
+                    codes: Out::host(&mut codes),
+                    numbers: (count > 0).then(|| Out::host(&mut its)),
+                    scales: None,
+                    kept: None,
+                    counts: None,
+                    flags: None,
+                };
+                plan.pack(&Stream::host(), args).unwrap();
+                assert_eq!(moved, of(&codes, &its, run.rows), "{packed:?}, layer {layer}");
+                let most = old.iter().map(|x| x.to_f32().abs()).fold(0f32, f32::max);
+                let close = moved.iter().zip(&old).all(|(a, b)| (a.to_f32() - b.to_f32()).abs() <= most / 4.0);
+                assert!(close, "{packed:?}");
+                row += run.rows;
+            }
+        }
+    }
+}
+
 #[test]
 fn refusals_name_the_argument() {
     let size = |made: Result<ChunkCache, Error>, name: &str| {
@@ -304,6 +479,17 @@ fn refusals_name_the_argument() {
     size(ChunkCache::new(CacheSpec { extras: 5, ..spec(1 << 20) }), "extras");
     size(ChunkCache::new(CacheSpec { k_dim: 2000, ..spec(1 << 20) }), "k_dim");
     size(ChunkCache::new(spec(100)), "bytes");
+    let packed = |k, v, inline| {
+        let packed = Some(Packed { k, v, inline });
+        ChunkCache::new(CacheSpec { packed, ..spec(1 << 20) }).err()
+    };
+    let unsupported = |error: Option<Error>, name: &str| {
+        assert!(matches!(error, Some(Error::Unsupported { arg, .. }) if arg == name), "{error:?}");
+    };
+    unsupported(packed(Format::kivi_key(2, 32), Format::Fp8, false), "packed");
+    unsupported(packed(Format::kivi_value(2, 8), Format::Fp8, true), "inline");
+    unsupported(packed(Format::Uniform { bits: 5, group: None }, Format::Fp8, false), "bits");
+    unsupported(ChunkCache::new(spec(1 << 20)).unwrap().pack::<bf16>(4).err(), "packed");
     let mut cache = ChunkCache::new(spec(1 << 20)).unwrap();
     assert!(matches!(cache.append(3, 0, 0, 1, 0), Err(Error::Size { arg: "branch", .. })));
     assert!(matches!(cache.append(0, 2, 0, 1, 0), Err(Error::Size { arg: "layer", .. })));
@@ -452,11 +638,9 @@ fn policies_through_the_stages() {
             let flow = Policy::FlowCache { budget: 12, lambda: 0.5, weight };
             let joint = compress(&device, flow, [Some(&importance), Some(&redundancy)], shared);
             assert_eq!(joint, vec![vec![odd.clone(), even.clone()]; 2]);
-            for (policy, recent) in [
-                (Policy::SnapKv { budget: 8, window: 4 }, 4),
-                (Policy::H2o { heavy: 4, recent: 4 }, 4),
-                (Policy::ScaleKv { budget: 8, window: 2 }, 2),
-            ] {
+            for (policy, recent) in
+                [(Policy::SnapKv { budget: 8, window: 4 }, 4), (Policy::H2o { heavy: 4, recent: 4 }, 4)]
+            {
                 for of_layer in compress(&device, policy, [Some(&importance), None], shared) {
                     for (head, rows) in of_layer.iter().enumerate() {
                         // The last ones, and of the others the best: the latest of the head's parity.

@@ -6,13 +6,13 @@ mod support;
 mod verification;
 
 use nextscale::dtype::Float;
-use nextscale::verification::{DraftSample, DraftSampleArgs, RowStats, RowStatsArgs, status};
+use nextscale::verification::{DraftSample, DraftSampleArgs, RowStats, RowStatsArgs, Siblings, status};
 use nextscale::{DType, DeviceInfo, Error, bf16, f16};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use support::{Buffer, FLOATS, ForFloats, TestDevice, for_floats};
-use verification::{Sampling, draft_draws, sample};
+use verification::{Sampling, sample, sibling_draws};
 
 /// What is special about a row.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -71,6 +71,10 @@ struct Case {
     truncated: bool,
     allowed: bool,
     mapped: bool,
+    /// The rows' numbers are given.
+    numbered: bool,
+    distinct: bool,
+    drafts: usize,
     row_in_step: u32,
     seed: u64,
 }
@@ -83,21 +87,28 @@ fn case() -> impl Strategy<Value = Case> {
         0..5usize,
         prop_oneof![Just(0usize), 0..9usize],
         prop_oneof![Just(0usize), 0..9usize],
-        any::<[bool; 4]>(),
+        any::<[bool; 6]>(),
+        prop_oneof![Just(1usize), 2..6usize, Just(32usize)],
         0..5u32,
         any::<u64>(),
     )
-        .prop_map(|(columns, rows, gap, shift, [given, truncated, allowed, mapped], row_in_step, seed)| Case {
-            columns,
-            rows,
-            gap,
-            shift,
-            given,
-            truncated,
-            allowed,
-            mapped,
-            row_in_step,
-            seed,
+        .prop_map(|(columns, rows, gap, shift, flags, drafts, row_in_step, seed)| {
+            let [given, truncated, allowed, mapped, numbered, distinct] = flags;
+            Case {
+                columns,
+                rows,
+                gap,
+                shift,
+                given,
+                truncated,
+                allowed,
+                mapped,
+                numbered,
+                distinct,
+                drafts,
+                row_in_step,
+                seed,
+            }
         })
 }
 
@@ -109,6 +120,7 @@ struct Data<T> {
     min_p: Vec<f32>,
     seeds: Vec<i64>,
     positions: Vec<i64>,
+    numbers: Vec<i32>,
     uniforms: Vec<f32>,
     map: Vec<i32>,
     allow: Vec<u32>,
@@ -160,7 +172,10 @@ impl Case {
             min_p,
             seeds: words(&mut rng),
             positions: (0..rows).map(|_| rng.random_range(0..1 << 40)).collect(),
-            uniforms: (0..rows * 4).map(|_| rng.random_range(0..1 << 24) as f32 / (1 << 24) as f32).collect(),
+            numbers: (0..rows).map(|_| rng.random_range(0..1 << 24)).collect(),
+            uniforms: (0..rows * self.drafts * 4)
+                .map(|_| rng.random_range(0..1 << 24) as f32 / (1 << 24) as f32)
+                .collect(),
             map: (0..self.columns as i32).map(|column| column * 3 + 5).collect(),
             allow: (0..rows * words_of_row).map(|_| rng.random::<u32>() | rng.random::<u32>()).collect(),
         }
@@ -170,6 +185,8 @@ impl Case {
         let plan = DraftSample::<T>::builder(self.rows, self.columns)
             .row_stride(self.stride() as i64)
             .row_in_step(self.row_in_step)
+            .drafts(self.drafts as u32)
+            .siblings(if self.distinct { Siblings::WithoutReplacement } else { Siblings::WithReplacement })
             .fallback_token(-9)
             .build(info)
             .unwrap();
@@ -179,9 +196,10 @@ impl Case {
         let (top_p, min_p) = (Buffer::of(device, &data.top_p, 1), Buffer::of(device, &data.min_p, 1));
         let (seeds, positions) = (Buffer::of(device, &data.seeds, 1), Buffer::of(device, &data.positions, 1));
         let (uniforms, map) = (Buffer::of(device, &data.uniforms, 1), Buffer::of(device, &data.map, 1));
-        let mut tokens = Buffer::<i32>::poisoned(device, self.rows, 1);
+        let numbers = Buffer::of(device, &data.numbers, 1);
+        let mut tokens = Buffer::<i32>::poisoned(device, self.rows * self.drafts, 1);
         let mut stats = Buffer::<f32>::poisoned(device, self.rows * 4, 1);
-        let mut log_probs = Buffer::<f32>::poisoned(device, self.rows, 1);
+        let mut log_probs = Buffer::<f32>::poisoned(device, self.rows * self.drafts, 1);
         let mut status = Buffer::<u32>::poisoned(device, self.rows, 1);
         let mut workspace = Buffer::<u8>::poisoned(device, plan.workspace_bytes() as usize, 0);
         let mut counters = Buffer::of(device, &vec![0u32; plan.counter_words()], 1);
@@ -196,6 +214,7 @@ impl Case {
                 draft_to_target: self.mapped.then(|| map.input()),
                 seeds: Some(seeds.input()),
                 positions: Some(positions.input()),
+                rows_in_step: self.numbered.then(|| numbers.input()),
                 uniforms: self.given.then(|| uniforms.input()),
                 tokens: tokens.output(),
                 stats: Some(stats.output()),
@@ -249,27 +268,52 @@ fn check_oracle<T: Float>(case: &Case) {
         }
         let mut margin = 1.0;
         let p = sampling.probabilities(&logits, false, &mut margin);
-        let draws = match case.given {
-            true => [0, 1, 2].map(|i| data.uniforms[r * 4 + i]),
-            false => draft_draws(data.seeds[r] as u64, data.positions[r] as u64, case.row_in_step as usize),
-        };
-        let peak = p.iter().filter(|&&p| p > 0.0).count() <= 1;
-        let expected = match peak {
-            true => p.iter().position(|&p| p > 0.0),
-            false => sample(&p, draws, &mut margin),
-        };
+        // All weight is on one token: greedy, or too great for a sum.
+        let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let peak = data.temperature[r].is_nan()
+            || data.temperature[r] < 1e-5
+            || top.abs() == f64::INFINITY
+            || (top / f64::from(data.temperature[r])).abs() > 1.4e6;
         let token = |column: usize| if case.mapped { column as i32 * 3 + 5 } else { column as i32 };
-        if margin > 2e-5 {
-            assert_eq!(drawn.tokens[r], expected.map_or(-9, token), "row {r}");
-            let log_prob = f64::from(log_probs[r]);
-            match expected {
-                Some(column) => assert!((log_prob - p[column].ln()).abs() < 1e-4, "{log_prob} {}", p[column].ln()),
-                None => assert!(log_prob.is_nan()),
+        let (mut left, mut of_left) = (p.clone(), logits.clone());
+        for j in 0..case.drafts {
+            let at = r * case.drafts + j;
+            let (seed, position) = (data.seeds[r] as u64, data.positions[r] as u64);
+            let draws = match (case.given, case.numbered) {
+                (true, _) => [0, 1, 2].map(|i| data.uniforms[at * 4 + i]),
+                (false, true) => sibling_draws(seed, position, data.numbers[r] as u32, j as u32),
+                (false, false) => {
+                    sibling_draws(seed, position.wrapping_add(case.row_in_step.into()), case.row_in_step, j as u32)
+                }
+            };
+            let expected = if peak {
+                let top = of_left.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                of_left.iter().position(|&logit| logit == top && logit > f64::NEG_INFINITY)
+            } else {
+                // Weights that are nothing beside the greatest one are none in f32.
+                if left.iter().any(|&p| p > 0.0 && p < 1e-25) && left.iter().all(|&p| p < 1e-20) {
+                    margin = 0.0;
+                }
+                sample(&left, draws, &mut margin)
+            };
+            if margin > 2e-5 {
+                assert_eq!(drawn.tokens[at], expected.map_or(if j == 0 { -9 } else { -1 }, token), "row {r} draft {j}");
+                let log_prob = f64::from(log_probs[at]);
+                match expected {
+                    Some(column) if p[column] == 0.0 => assert_eq!(log_prob, f64::NEG_INFINITY),
+                    Some(column) => assert!((log_prob - p[column].ln()).abs() < 1e-4, "{log_prob} {}", p[column].ln()),
+                    None => assert!(log_prob.is_nan()),
+                }
+            }
+            if let Some(column) = expected
+                && case.distinct
+            {
+                (left[column], of_left[column]) = (0.0, f64::NEG_INFINITY);
             }
         }
         let said = drawn.status[r];
         assert_eq!(said & status::TARGET_NAN != 0, logits.iter().any(|x| x.is_nan()));
-        assert_eq!(said & status::TARGET_EMPTY != 0, expected.is_none());
+        assert_eq!(said & status::TARGET_EMPTY != 0, top == f64::NEG_INFINITY);
 
         // The partials.
         let words = case.columns.div_ceil(32);
@@ -359,8 +403,79 @@ fn plain() -> Case {
         truncated: false,
         allowed: false,
         mapped: false,
+        numbered: false,
+        distinct: true,
+        drafts: 1,
         row_in_step: 1,
         seed: 3,
+    }
+}
+
+/// Distinct drafts of a row that has fewer tokens than are asked for: all of them, then none; in order where it is
+/// greedy.
+#[test]
+fn rows_run_out() {
+    for device in TestDevice::all() {
+        let case = Case { columns: 1030, rows: 2, drafts: 5, ..plain() };
+        let mut data = case.data::<f32>();
+        data.logits.fill(f32::NEG_INFINITY);
+        for r in 0..2 {
+            for (column, logit) in [(3, 1.0), (1025, 1.5), (700, 1.0)] {
+                data.logits[r * 1030 + column] = logit;
+            }
+        }
+        data.temperature = vec![0.0, 1.0];
+        let (drawn, log_probs) = case.draw(&device, &data, &DeviceInfo::H200);
+        assert_eq!(drawn.tokens[..5], [1025, 3, 700, -1, -1]);
+        assert_eq!(log_probs[..3], [0.0, f32::NEG_INFINITY, f32::NEG_INFINITY]);
+        let mut random = drawn.tokens[5..].to_vec();
+        assert_eq!(random[3..], [-1, -1]);
+        random.sort_unstable();
+        assert_eq!(random, [-1, -1, 3, 700, 1025]);
+        assert!(log_probs[3..5].iter().chain(&log_probs[8..]).all(|x| x.is_nan()));
+        let all: f64 = log_probs[5..8].iter().map(|&x| f64::from(x).exp()).sum();
+        assert!((all - 1.0).abs() < 1e-5, "{all}");
+    }
+}
+
+/// Ordered pairs of distinct drafts have the probability q(x) q(y) / (1 - q(x)), and pairs that are drawn with
+/// replacement have not.
+#[test]
+fn pairs_have_the_law_of_drawing_without_replacement() {
+    let logits = [0.3f32, -1.0, 1.2, 0.0, 0.7];
+    let (columns, rows) = (logits.len(), 60_000);
+    let all: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+    let q: Vec<f64> = logits.iter().map(|&x| f64::from(x).exp() / all).collect();
+    for distinct in [true, false] {
+        let case = Case { columns, rows, distinct, drafts: 2, numbered: true, ..plain() };
+        let mut data = case.data::<f32>();
+        data.logits = logits.repeat(rows);
+        data.temperature.fill(1.0);
+        // One request, many nodes.
+        data.seeds.fill(77);
+        data.positions.fill(5);
+        data.numbers = (0..rows as i32).collect();
+        let (drawn, _) = case.draw(&TestDevice::Host, &data, &DeviceInfo::H200);
+        let mut counts = vec![0u32; columns * columns];
+        drawn.tokens.chunks_exact(2).for_each(|pair| counts[pair[0] as usize * columns + pair[1] as usize] += 1);
+        let (mut chi, mut impossible) = (0.0, 0);
+        for x in 0..columns {
+            for y in 0..columns {
+                let count = counts[x * columns + y];
+                if x == y {
+                    impossible += count;
+                } else {
+                    let expected = q[x] * q[y] / (1.0 - q[x]) * rows as f64;
+                    chi += (f64::from(count) - expected).powi(2) / expected;
+                }
+            }
+        }
+        let freedom = (columns * (columns - 1) - 1) as f64;
+        let excess = (chi - freedom) / (2.0 * freedom).sqrt();
+        match distinct {
+            true => assert!(impossible == 0 && excess < 4.0, "{impossible} {excess}"),
+            false => assert!(impossible > 0 && excess > 10.0, "{impossible} {excess}"),
+        }
     }
 }
 
@@ -368,7 +483,7 @@ fn plain() -> Case {
 #[test]
 fn bitwise_repeatable_in_any_batch() {
     for device in TestDevice::all() {
-        let case = Case { truncated: true, ..plain() };
+        let case = Case { truncated: true, drafts: 3, ..plain() };
         let data = case.data::<bf16>();
         let (all, _) = case.draw(&device, &data, &DeviceInfo::H200);
         let mut small = DeviceInfo::A100;
@@ -380,7 +495,7 @@ fn bitwise_repeatable_in_any_batch() {
         (one.top_p, one.min_p) = (vec![data.top_p[2]], vec![data.min_p[2]]);
         (one.seeds, one.positions) = (vec![data.seeds[2]], vec![data.positions[2]]);
         let (alone, _) = Case { rows: 1, shift: 3, ..case.clone() }.draw(&device, &one, &DeviceInfo::H200);
-        assert_eq!((alone.tokens[0], &alone.stats[..]), (all.tokens[2], &all.stats[8..]));
+        assert_eq!((&alone.tokens[..], &alone.stats[..]), (&all.tokens[6..], &all.stats[8..]));
     }
 }
 
@@ -389,7 +504,7 @@ fn every_dtype_at_the_edges() {
     for device in TestDevice::kernels() {
         for columns in [1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 8191, 8192, 8193] {
             for (i, dtype) in FLOATS.into_iter().enumerate() {
-                let case = Case { columns, gap: i, shift: columns % 3, seed: columns as u64, ..plain() };
+                let case = Case { columns, gap: i, shift: columns % 3, drafts: 4, seed: columns as u64, ..plain() };
                 for_floats(dtype, DType::F32, SameBits(&device, &case));
             }
         }
@@ -406,6 +521,8 @@ fn bad_plans_and_buffers_are_refused() {
     size(DraftSample::<f32>::builder(1, (1 << 24) + 1).build(info).map(drop), "vocab");
     size(DraftSample::<f32>::builder((1 << 20) + 1, 5).build(info).map(drop), "rows");
     size(DraftSample::<f32>::builder(1, 5).row_in_step(1024).build(info).map(drop), "row_in_step");
+    size(DraftSample::<f32>::builder(1, 5).drafts(0).build(info).map(drop), "drafts");
+    size(DraftSample::<f32>::builder(1, 5).drafts(33).build(info).map(drop), "drafts");
     size(RowStats::<f32>::builder(1, 0).build(info).map(drop), "vocab");
     size(RowStats::<f32>::builder(1 << 20, 1 << 24).build(info).map(drop), "rows * chunks");
     let stride = |result: Result<(), Error>| assert!(matches!(result, Err(Error::Stride { .. })), "{result:?}");

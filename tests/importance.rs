@@ -417,6 +417,7 @@ impl Case {
         let mut workspace = Buffer::<u8>::poisoned(device, plan.workspace_bytes() as usize, 0);
         let mut scores = Buffer::of(device, &problem.old, 1);
         let args = ImportanceArgs {
+            pages: None,
             q: q.input(),
             k: k.input(),
             scores: scores.output(),
@@ -748,6 +749,7 @@ fn bad_buffers_are_refused() {
         plan.run(
             &Stream::host(),
             ImportanceArgs {
+                pages: None,
                 q: In::host(&q),
                 k: In::host(&k),
                 scores: Out::host(&mut scores),
@@ -790,6 +792,7 @@ fn kernels_refuse_f32_and_odd_addresses() {
             let ran = plan.run(
                 &device.stream(),
                 ImportanceArgs {
+                    pages: None,
                     q: q.input(),
                     k: k.input(),
                     scores: scores.output(),
@@ -813,6 +816,7 @@ fn kernels_refuse_f32_and_odd_addresses() {
             let ran = plan.run(
                 &device.stream(),
                 ImportanceArgs {
+                    pages: None,
                     q: q.input(),
                     k: k.input(),
                     scores: scores.output(),
@@ -878,6 +882,7 @@ fn graphs_replay() {
         let run = |k: &Buffer<bf16>, lengths: &Buffer<i32>, scores: &std::cell::RefCell<Buffer<f32>>| {
             let (mut scores, mut workspace) = (scores.borrow_mut(), workspace.borrow_mut());
             let args = ImportanceArgs {
+                pages: None,
                 q: q.input(),
                 k: k.input(),
                 scores: scores.output(),
@@ -925,6 +930,7 @@ fn offsets_are_64_bit() {
             let mut scores = Buffer::<f32>::poisoned(&device, 140, 0);
             let mut workspace = Buffer::<u8>::poisoned(&device, plan.workspace_bytes() as usize, 0);
             let args = ImportanceArgs {
+                pages: None,
                 q: q.input(),
                 k: k.input(),
                 scores: scores.output(),

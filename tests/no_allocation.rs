@@ -269,6 +269,7 @@ fn verification_allocates_nothing() {
                 draft_to_target: None,
                 seeds: Some(seeds.input()),
                 positions: None,
+                rows_in_step: None,
                 uniforms: None,
                 tokens: drawn.output(),
                 stats: Some(of_draft.output()),
@@ -568,5 +569,62 @@ fn pack_unpack_and_rotate_allocate_nothing() {
         assert_allocates_nothing(&device, || {
             plan.run(&device.stream(), RotateArgs { input: input.input(), out: out.output() }).unwrap();
         });
+    }
+}
+
+#[cfg(feature = "compression")]
+#[test]
+fn events_allocate_nothing() {
+    use nextscale::compression::{CacheSpec, ChunkCache, EventArgs, Policy, PositionWeight};
+    use nextscale::{DType, bf16};
+    let spec = CacheSpec {
+        branches: 1,
+        layers: 3,
+        heads: 2,
+        k_dim: 64,
+        v_dim: 64,
+        dtype: DType::BF16,
+        packed: None,
+        page_rows: 8,
+        spare_pages: 0,
+        extras: 0,
+        most_rows: 64,
+        bytes: 1 << 20,
+    };
+    let flow = Policy::FlowCache { budget: 16, lambda: 0.07, weight: PositionWeight::Exponential };
+    for device in TestDevice::all() {
+        for policy in [flow, Policy::AdaKv { budget: 8, window: 4, floor: 0.2 }] {
+            let mut cache = ChunkCache::new(spec).unwrap();
+            (0..3).for_each(|layer| {
+                cache.append(0, layer, 0, 40, 0).unwrap();
+                cache.seal(0, layer, 0).unwrap();
+            });
+            let moves: Vec<_> =
+                (0..3).map(|layer| cache.compress(0, layer, policy.rows(2)).unwrap().unwrap()).collect();
+            let mut builder = cache.event::<bf16>(policy, &moves).unwrap().workspace(0);
+            let queries = policy.queries().unwrap_or(5);
+            if policy.queries().is_none() {
+                builder = builder.queries(queries);
+            }
+            let event = builder.build(&DeviceInfo::A100).unwrap();
+            assert_eq!(event.groups(), 3);
+            let places = cache.layout().pages * 8 * 2;
+            let q = Buffer::of(&device, &vec![bf16::ONE; 3 * queries * 2 * 64], 0);
+            let mut k = Buffer::of(&device, &vec![bf16::ONE; places * 64], 0);
+            let mut v = Buffer::of(&device, &vec![bf16::ONE; places * 64], 0);
+            let mut lengths = Buffer::<i32>::poisoned(&device, 6, 0);
+            let pages: Vec<i32> = moves.iter().flat_map(|moves| &moves.input_pages).map(|&page| page as i32).collect();
+            let pages = Buffer::of(&device, &pages, 0);
+            let weights = event.weights().map(|weights| Buffer::of(&device, weights, 0));
+            let mut workspace = Buffer::<u8>::poisoned(&device, event.workspace_bytes() as usize, 0);
+            let stream = device.stream();
+            assert_allocates_nothing(&device, || {
+                let mut args =
+                    EventArgs::of(k.output(), v.output(), lengths.output(), pages.input(), workspace.output());
+                args.q = Some(q.input());
+                args.weights = weights.as_ref().map(|weights| weights.input());
+                event.run(&stream, args).unwrap();
+            });
+        }
     }
 }

@@ -35,6 +35,10 @@ struct Case {
     pack_heads: Option<bool>,
     packed_keys: bool,
     gathered: bool,
+    /// Tiles an item, of the Hopper kernel; 0: the portable one.
+    groups: u32,
+    /// Above 0, for logits that the case keeps within it.
+    bound: f32,
     seed: u64,
 }
 
@@ -48,10 +52,16 @@ fn any_case() -> impl Strategy<Value = Case> {
         (1..3usize, shape, 0..40usize, [0..3usize, 0..3usize]),
         flags,
         (prop::option::of(1..4u32), prop::option::of(any::<bool>())),
-        any::<u64>(),
+        (0..4u32, prop::bool::weighted(0.2), any::<u64>()),
     )
         .prop_map(
-            |((format, (heads, kv_heads), dim), (batch, shape, spare, gaps), flags, (splits, pack_heads), seed)| Case {
+            |(
+                (format, (heads, kv_heads), dim),
+                (batch, shape, spare, gaps),
+                flags,
+                (splits, pack_heads),
+                (groups, bounded, seed),
+            )| Case {
                 format,
                 inline: flags.0,
                 batch,
@@ -66,6 +76,8 @@ fn any_case() -> impl Strategy<Value = Case> {
                 pack_heads,
                 packed_keys: flags.2,
                 gathered: flags.3,
+                groups: if dim > 64 { groups % 3 } else { groups },
+                bound: if bounded { 30.0 } else { 0.0 },
                 seed,
             },
         )
@@ -111,7 +123,13 @@ impl Case {
             .batch(self.batch)
             .heads(self.heads, self.kv_heads)
             .head_dim(self.dim)
-            .variant(Variant::Portable);
+            .variant(if self.groups == 0 { Variant::Portable } else { Variant::Hopper });
+        if self.groups > 0 {
+            builder = builder.tiles_an_item(self.groups);
+        }
+        if self.bound > 0.0 && T::DTYPE == nextscale::DType::BF16 {
+            builder = builder.logit_bound(self.bound);
+        }
         builder = if self.packed_keys { builder.packed_keys(self.rows()) } else { builder.kv_rows(self.rows()) };
         if let Some(splits) = self.splits {
             builder = builder.splits(splits);
@@ -306,7 +324,7 @@ fn steps_at_the_edges() {
         for format in [Format::Fp8, Format::INT4] {
             for dim in [64, 96, 128] {
                 for (i, cache) in [0, 1, 63, 64, 65, 127, 128, 129, 300].into_iter().enumerate() {
-                    let case = Case {
+                    let of = |groups| Case {
                         format,
                         inline: i % 2 == 0,
                         batch: 2,
@@ -321,10 +339,14 @@ fn steps_at_the_edges() {
                         pack_heads: Some(i % 2 == 1),
                         packed_keys: false,
                         gathered: false,
+                        groups,
+                        bound: 0.0,
                         seed: i as u64,
                     };
-                    check::<bf16>(&device, &case);
-                    check::<f16>(&device, &case);
+                    for groups in 0..if dim == 64 { 4 } else { 3 } {
+                        check::<bf16>(&device, &of(groups));
+                        check::<f16>(&device, &of(groups));
+                    }
                 }
             }
         }
@@ -335,7 +357,7 @@ fn steps_at_the_edges() {
 #[test]
 fn another_scale_is_noticed() {
     for device in TestDevice::all() {
-        let case = Case {
+        let of = |groups| Case {
             format: Format::INT4,
             inline: false,
             batch: 1,
@@ -350,16 +372,21 @@ fn another_scale_is_noticed() {
             pack_heads: None,
             packed_keys: false,
             gathered: false,
+            groups,
+            bound: 0.0,
             seed: 1,
         };
-        let mut problem = problem::<bf16>(&case);
-        problem.lengths[0] = 100;
-        let before = attend(&device, &case, &problem, true);
-        problem.v.numbers[2 * 77 + 1] += 1.0;
-        assert!(bits(&before) != bits(&attend(&device, &case, &problem, true)));
-        problem.v.numbers[2 * 77 + 1] -= 1.0;
-        problem.k.codes[32 * 99] ^= 0x80;
-        assert!(bits(&before) != bits(&attend(&device, &case, &problem, true)));
+        for groups in 0..4 {
+            let case = of(groups);
+            let mut problem = problem::<bf16>(&case);
+            problem.lengths[0] = 100;
+            let before = attend(&device, &case, &problem, true);
+            problem.v.numbers[2 * 77 + 1] += 1.0;
+            assert!(bits(&before) != bits(&attend(&device, &case, &problem, true)));
+            problem.v.numbers[2 * 77 + 1] -= 1.0;
+            problem.k.codes[32 * 99] ^= 0x80;
+            assert!(bits(&before) != bits(&attend(&device, &case, &problem, true)));
+        }
     }
 }
 
@@ -375,10 +402,17 @@ fn what_packed_plans_refuse() {
     };
     let plan = build(|b| b).unwrap();
     assert_eq!(plan.variant(), Variant::Portable);
+    let long = Visibility::new(&[Segment::tokens(1)], &[Segment::tokens(4096)], |_, _| Rule::Full).unwrap();
+    let long = ScaleAttention::<bf16>::builder(&long).head_dim(128).heads(8, 2).packed(Format::INT4, true);
+    let long = long.build(&DeviceInfo::H200).unwrap();
+    assert_eq!((long.variant(), long.schedule().groups(), long.schedule().pack()), (Variant::Hopper, 1, 4));
     unsupported(build(|b| b.packed(Format::turbo_key(4), false)), "format");
     unsupported(build(|b| b.packed(Format::kivi_value(4, 32), false)), "format");
     unsupported(build(|b| b.head_dim(80)), "head_dim");
-    unsupported(build(|b| b.variant(Variant::Hopper)), "variant");
+    assert_eq!(build(|b| b.variant(Variant::Hopper)).unwrap().variant(), Variant::Hopper);
+    unsupported(build(|b| b.variant(Variant::Hopper).tiles_an_item(2).head_dim(32)), "head_dim");
+    let pairs = build(|b| b.head_dim(128).variant(Variant::Hopper).tiles_an_item(4));
+    assert!(matches!(pairs, Err(Error::Size { arg: "tiles_an_item", .. })), "{pairs:?}");
     let odd = build(|b| b.kv_strides([512, 72, 72], [512, 64, 64]));
     assert!(matches!(odd, Err(Error::Stride { arg: "k", .. })), "{odd:?}");
     let odd = build(|b| b.packed(Format::INT4, false).numbers_strides([16, 2, 2], [16, 3, 3]));

@@ -330,6 +330,7 @@ impl Case {
             // Views of outputs begin at the start: of new norms too, which is where a view of a cache would begin.
             let mut new_norms = Buffer::<f32>::poisoned(device, norms_len - norms_from, 0);
             let args = KeyNormsArgs {
+                pages: None,
                 k: k.input_from(k_from, problem.k.len() - k_from),
                 inverse_norms: new_norms.output(),
                 unit_sum: sums.output(),
@@ -351,6 +352,7 @@ impl Case {
         let lengths = Buffer::of(device, &problem.lengths, 1);
         let mut workspace = Buffer::<u8>::poisoned(device, plan.workspace_bytes() as usize, 0);
         let args = RedundancyArgs {
+            pages: None,
             k: k.input(),
             inverse_norms: norms.input(),
             unit_sum: sums.input(),
@@ -569,6 +571,7 @@ fn bad_buffers_are_refused() {
         plan.run(
             &Stream::host(),
             RedundancyArgs {
+                pages: None,
                 k: In::host(&k),
                 inverse_norms: In::host(&norms),
                 unit_sum: In::host(&sum),
@@ -621,6 +624,7 @@ fn graphs_replay() {
             let (mut inverse, mut sums) = (inverse.borrow_mut(), sums.borrow_mut());
             let (mut scores, mut workspace) = (scores.borrow_mut(), workspace.borrow_mut());
             let args = KeyNormsArgs {
+                pages: None,
                 k: k.input(),
                 inverse_norms: inverse.output(),
                 unit_sum: sums.output(),
@@ -629,6 +633,7 @@ fn graphs_replay() {
             };
             norms.run(&stream, args).unwrap();
             let args = RedundancyArgs {
+                pages: None,
                 k: k.input(),
                 inverse_norms: inverse.input(),
                 unit_sum: sums.input(),

@@ -80,6 +80,29 @@ fn temperatures_and_exhausted_vocabularies_have_the_law_too() {
     }
 }
 
+/// Children that the library's drafter draws in one go have the law that the verifier takes them to have; distinct ones
+/// have not that of independent ones.
+#[test]
+fn children_drawn_at_once_have_the_law_of_the_target() {
+    for (name, chain) in [("similar", similar(5, 2.5, 11)), ("reversed", reversed(5, 2))] {
+        for tree in [&BUSHY[..], &WIDE] {
+            for kind in [Drafts::Logits, Drafts::LogitsAndStats] {
+                for siblings in SIBLINGS {
+                    let at_once = Some(siblings);
+                    let how = How { at_once, ..How::plain(tree, Rule::Reject, kind, siblings) };
+                    let excess = excess(&chain, &how, 30_000, 3);
+                    assert!(excess < 4.0, "{name} {tree:?} {kind:?} {siblings:?}: {excess}");
+                }
+            }
+        }
+    }
+    // The other way round they would have: independent draws of which repetitions are passed over are distinct ones.
+    let how = How::plain(&WIDE, Rule::Reject, Drafts::Logits, Siblings::WithReplacement);
+    let how = How { at_once: Some(Siblings::WithoutReplacement), flaw: Some(Flaw::None), ..how };
+    let excess = excess(&similar(5, 2.5, 11), &how, 30_000, 3);
+    assert!(excess > 10.0, "distinct ones taken for independent ones: {excess}");
+}
+
 #[test]
 fn wrong_rules_do_not() {
     let reversed = reversed(5, 2);

@@ -79,19 +79,24 @@ pub fn time(
     run: impl Fn(),
     run_empty: impl Fn(),
 ) {
-    let mut flush = stream.alloc_zeros::<u8>(FLUSH_BYTES).expect("256 MiB");
     let mut group = criterion.benchmark_group(op);
     group.throughput(Throughput::Bytes(bytes));
-    time_graph(&mut group, stream, case, &run);
+    time_in(&mut group, stream, case, run);
+    group.bench_function(BenchmarkId::new("host_checks", case), |b| b.iter(&run_empty));
+    group.finish();
+}
+
+/// [`time`] of what has no empty problem.
+pub fn time_in(group: &mut BenchmarkGroup<'_, WallTime>, stream: &Arc<CudaStream>, case: &str, run: impl Fn()) {
+    let mut flush = stream.alloc_zeros::<u8>(FLUSH_BYTES).expect("256 MiB");
+    time_graph(group, stream, case, &run);
     group.bench_function(BenchmarkId::new("stream", case), |b| {
         b.iter_custom(|iterations| events(stream, || (0..iterations).for_each(|_| run())));
     });
     group.bench_function(BenchmarkId::new("cold", case), |b| {
         b.iter_custom(|iterations| (0..iterations).map(|_| cold(stream, &mut flush, &run)).sum());
     });
-    time_host(&mut group, stream, case, &run);
-    group.bench_function(BenchmarkId::new("host_checks", case), |b| b.iter(&run_empty));
-    group.finish();
+    time_host(group, stream, case, &run);
 }
 
 /// Times replays, as `<group>/graph/<case>`.

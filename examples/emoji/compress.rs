@@ -91,6 +91,7 @@ impl<A: Float> Compressor<A> {
         self.importance.run(
             &stream,
             ImportanceArgs {
+                pages: None,
                 q: q.input(),
                 k: k.input(),
                 scores: self.scores.output(),

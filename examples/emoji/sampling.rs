@@ -100,6 +100,7 @@ impl Sampler {
                 draft_to_target: None,
                 seeds: Some(self.seeds.input()),
                 positions: Some(self.positions.input()),
+                rows_in_step: None,
                 uniforms: None,
                 tokens: tokens.output(),
                 stats: stats.map(|(stats, at)| stats.output_of(at..at + self.rows * 4)),

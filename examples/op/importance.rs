@@ -183,6 +183,7 @@ fn score<T: Float>(runner: &Runner, inputs: &Tensors, settings: &Settings) -> Re
         plan.run(
             stream,
             ImportanceArgs {
+                pages: None,
                 q: q.as_in(),
                 k: k.as_in(),
                 scores: scores.as_out(),

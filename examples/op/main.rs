@@ -15,6 +15,7 @@ mod attention_merge;
 mod attention_prepare;
 mod candidates;
 mod compact;
+mod compress_event;
 mod confidence_rank;
 mod draft_sample;
 mod drift;
@@ -78,6 +79,7 @@ static OPS: &[&Op] = &[
     &drift::OP,
     &select::OP,
     &compact::OP,
+    &compress_event::OP,
     &importance::OP,
     &redundancy::NORMS,
     &redundancy::OP,

@@ -106,6 +106,7 @@ fn norms<T: Float>(runner: &Runner, inputs: &Tensors, settings: &Settings) -> Re
         plan.run(
             stream,
             KeyNormsArgs {
+                pages: None,
                 k: k.as_in(),
                 inverse_norms: inverse_norms.as_out(),
                 unit_sum: unit_sum.as_out(),
@@ -152,6 +153,7 @@ fn score<T: Float>(runner: &Runner, inputs: &Tensors, settings: &Settings) -> Re
         plan.run(
             stream,
             RedundancyArgs {
+                pages: None,
                 k: k.as_in(),
                 inverse_norms: inverse_norms.as_in(),
                 unit_sum: unit_sum.as_in(),

@@ -8,10 +8,13 @@ namespace nxs::attention {
 // Of scale_attention_sm80.cuh.
 template <typename T, int kDim> nxs_status scale_attention_sm80(const ScaleParams& p, void* stream);
 template <typename T, int kDim> nxs_status scale_attention_packed(const ScaleParams& p, void* stream);
+// Of scale_attention_packed_sm90.cuh.
+template <typename T, int kDim> nxs_status scale_attention_packed_sm90(const ScaleParams& p, void* stream);
 
 #define NXS_DECLARE(type, dim)                       \
   template <> nxs_status scale_attention_sm80<type, dim>(const ScaleParams&, void*); \
   template <> nxs_status scale_attention_packed<type, dim>(const ScaleParams&, void*); \
+  template <> nxs_status scale_attention_packed_sm90<type, dim>(const ScaleParams&, void*); \
   template <> nxs_status scale_attention_sm90<type, dim>(const ScaleParams&, void*);
 NXS_DECLARE(bf16, 64)
 NXS_DECLARE(bf16, 96)
@@ -22,6 +25,10 @@ NXS_DECLARE(f16, 128)
 #undef NXS_DECLARE
 
 template <typename T> static nxs_status for_dim(const ScaleParams& p, void* stream) {
+  if (p.kv_format != NXS_KV_PLAIN && p.variant == 1)
+    return p.dim == 64   ? scale_attention_packed_sm90<T, 64>(p, stream)
+           : p.dim == 96 ? scale_attention_packed_sm90<T, 96>(p, stream)
+                         : scale_attention_packed_sm90<T, 128>(p, stream);
   if (p.kv_format != NXS_KV_PLAIN)
     return p.dim == 64   ? scale_attention_packed<T, 64>(p, stream)
            : p.dim == 96 ? scale_attention_packed<T, 96>(p, stream)
@@ -92,7 +99,7 @@ extern "C" nxs_status nxs_scale_attention(const nxs_scale_attention_params* para
   NXS_REQUIRE(p.logit_bound >= 0 && p.logit_bound <= 40 && (p.logit_bound == 0 || p.dtype == NXS_BF16), NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.kv_format >= NXS_KV_PLAIN && p.kv_format <= NXS_KV_INT4, NXS_E_UNSUPPORTED);
   const bool packed = p.kv_format != NXS_KV_PLAIN;
-  NXS_REQUIRE(!packed || (p.variant == 0 && (p.dim == 64 || p.dim == 96 || p.dim == 128)), NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(!packed || (p.groups <= (p.dim == 64 ? 3 : 2) && (p.dim == 64 || p.dim == 96 || p.dim == 128)), NXS_E_UNSUPPORTED);
   if (p.batch == 0 || p.rows == 0 || p.items == 0) return NXS_OK;
   NXS_REQUIRE(p.batch * (p.heads / p.pack) <= INT32_MAX / p.items, NXS_E_SHAPE);
   NXS_REQUIRE(p.variant == 0 || (p.blocks > 0 && (p.groups < 4 || p.blocks % 2 == 0)), NXS_E_SHAPE);

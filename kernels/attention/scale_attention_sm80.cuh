@@ -23,7 +23,7 @@
 #pragma once
 #include <type_traits>
 
-#include "attention/scale_rows.cuh"
+#include "attention/packed_values.cuh"
 #include "common/ptx/async_copy.cuh"
 #include "common/ptx/launch.cuh"
 #include "common/ptx/matrix.cuh"
@@ -189,33 +189,10 @@ template <typename T, int kDim, int kFormat> struct Attend {
       const u32 at = thread + i * C::kThreads, row = at / H::kPieces, piece = at % H::kPieces;
       if (H::kAll % C::kThreads != 0 && at >= H::kAll) break;
       const auto code = load_shared<Vec<u32, 4>>(slot + at * 16);
-      float scale, min = 0;
-      if constexpr (kFormat == NXS_KV_FP8) {
-        scale = load_shared<float>(slot + H::kNumbersAt + row * 8);
-      } else {
-        const auto pair = load_shared<Vec<float, 2>>(slot + H::kNumbersAt + row * 8);
-        scale = pair.data[0];
-        min = pair.data[1];
-      }
+      const auto of = load_row_numbers<kFormat>(slot + H::kNumbersAt + row * 8);
 #pragma unroll
-      for (u32 j = 0; j < H::kCodes / 8; ++j) {
-        Vec<u32, 4> value;
-#pragma unroll
-        for (u32 k = 0; k < 4; ++k) {
-          float low, high;
-          if constexpr (kFormat == NXS_KV_FP8) {
-            const u32 both = e4m3x2_to_f16x2_bits(static_cast<u16>(code.data[2 * j + k / 2] >> 16 * (k % 2)));
-            low = nxs::multiply(f16_bits_to_f32(static_cast<u16>(both)), scale);
-            high = nxs::multiply(f16_bits_to_f32(static_cast<u16>(both >> 16)), scale);
-          } else {
-            const u32 both = code.data[j] >> 8 * k;
-            low = fma(static_cast<float>(both & 15), scale, min);
-            high = fma(static_cast<float>(both >> 4 & 15), scale, min);
-          }
-          value.data[k] = round_pair<T>(low, high);
-        }
-        store_shared(shared + piece_at<kDim>(row, piece * (H::kCodes / 8) + j), value);
-      }
+      for (u32 j = 0; j < H::kCodes / 8; ++j)
+        store_shared(shared + piece_at<kDim>(row, piece * (H::kCodes / 8) + j), eight_of<T, kFormat>(code, j, of));
     }
     block_sync();
   }

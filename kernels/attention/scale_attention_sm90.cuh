@@ -57,7 +57,8 @@ constexpr u32 kChunkHidden = 1u << 16, kChunkLast = 1u << 17;
 template <u32 kStages> NXS_DEVICE u32 stage_of(u32 n) { return n % kStages; }
 template <u32 kStages> NXS_DEVICE u32 parity_of(u32 n) { return n / kStages & 1; }
 
-template <int kDim, int kGroups, int kPair> struct Sm90 {
+template <int kDim_, int kGroups_, int kPair_> struct Sm90 {
+  static constexpr int kDim = kDim_, kGroups = kGroups_, kPair = kPair_;
   static constexpr u32 kBlocks = (kDim + 63) / 64;  // columns of 64 elements
   // A wide chunk has more products to what a chunk costs besides; two slots of q are left beside it, so it is for long items.
   static constexpr u32 kKeys = kPair > 1 ? NXS_SCHEDULE_WIDE_CHUNK_KEYS : kChunk;
@@ -218,13 +219,13 @@ template <int kDim, int kGroups, int kPair> NXS_DEVICE void clean_tails(const Sc
   }
 }
 
-// Warp 2: q of works to come, and headers that tell what the slots hold.
-template <typename T, int kDim, int kGroups, int kPair>
-NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared) {
-  using C = Sm90<kDim, kGroups, kPair>;
+// Warp 2: q of works to come, and headers that tell what the slots hold; or of the block's work number `first` alone.
+template <typename T, typename C, bool kOne = false>
+NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q, u32 shared, u32 first = 0) {
+  constexpr int kDim = C::kDim, kGroups = C::kGroups, kPair = C::kPair;
   constexpr u32 kPieces = kDim / 8;  // of 16 bytes, in a row
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
-  for (u32 n = 0;; ++n) {
+  for (u32 n = first;; ++n) {
     const u32 index = nth_work<kPair>(n);
     if (index >= works) break;
     const Work work = work_at(p, index);
@@ -274,17 +275,19 @@ NXS_DEVICE void load_queries(const ScaleKernelParams& p, const TensorMap* map_q,
       warp_sync();
     }
     if (lane == 0) mbarrier_arrive(full);
+    if constexpr (kOne) break;
   }
 }
 
-// Warp 3: the results that the consumers left in a slot. Parts they have written themselves.
-template <typename T, int kDim, int kGroups, int kPair>
-NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared) {
-  using C = Sm90<kDim, kGroups, kPair>;
+// Warp 3: the results that the consumers left in a slot; or of the block's work number `first` alone. Parts they have written
+// themselves.
+template <typename T, typename C, bool kOne = false>
+NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_out, u32 shared, u32 first = 0) {
+  constexpr int kDim = C::kDim, kGroups = C::kGroups, kPair = C::kPair;
   const u32 lane = thread_index() % kWarpSize, works = all_works(p);
   // The items may have come with the params, but masks did not.
   const bool ours = load_global_nc(p.schedule + 3) == p.digest;
-  for (u32 n = 0; nth_work<kPair>(n) < works; ++n) {
+  for (u32 n = first; nth_work<kPair>(n) < works; ++n) {
     const u32 slot = stage_of<C::kSlots>(n), header = shared + C::kHeader + slot * C::kHeaderBytes;
     mbarrier_wait(shared + C::kResults + 8 * slot, parity_of<C::kSlots>(n));
     const Vec<u32, 4> work = load_shared<Vec<u32, 4>>(header);
@@ -326,13 +329,14 @@ NXS_DEVICE void write_results(const ScaleKernelParams& p, const TensorMap* map_o
     fence_async_shared();  // q comes next by TMA
     warp_sync();
     if (lane == 0) mbarrier_arrive(shared + C::kQEmpty + 8 * slot);
+    if constexpr (kOne) break;
   }
 }
 
 // ---- consumer: one warpgroup, one tile of 64 rows at a time
 
-template <typename T, int kDim, int kGroups, int kPair> struct Consumer {
-  using C = Sm90<kDim, kGroups, kPair>;
+template <typename T, typename C> struct Consumer {
+  static constexpr int kDim = C::kDim, kGroups = C::kGroups, kPair = C::kPair;
 
   const ScaleKernelParams& p;
   const u32 shared, group, warp, lane;
@@ -811,13 +815,13 @@ __global__ void __launch_bounds__(Sm90<kDim, kGroups, kPair>::kThreads, 1)
     else if (t < 2 * kWarpSize)
       clean_tails<kDim, kGroups, kPair>(p, shared);
     else if (t < 3 * kWarpSize)
-      load_queries<T, kDim, kGroups, kPair>(p, &map_q, shared);
+      load_queries<T, C>(p, &map_q, shared);
     else
-      write_results<T, kDim, kGroups, kPair>(p, &map_out, shared);
+      write_results<T, C>(p, &map_out, shared);
   } else {
     if constexpr (kGroups == 2) raise_registers<kPair == 1 ? 224 : 232>();
     if constexpr (kGroups == 3) raise_registers<160>();
-    Consumer<T, kDim, kGroups, kPair>(p, shared, t / kGroupThreads - 1).run();
+    Consumer<T, C>(p, shared, t / kGroupThreads - 1).run();
   }
   if constexpr (kPair > 1) {  // the other block may still copy to this one and arrive here
     warp_sync();

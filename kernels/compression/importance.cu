@@ -1,6 +1,7 @@
 // C entry of importance: refuse what the kernels cannot take, pick dtype and dim; and the pass that pools.
 //
-//   raw[j] = factor * sum over splits of sums[split, j], -inf where j is masked;  scores[j] = pool(raw)[j] (+ scores[j])
+//   raw[j] = factor * sum over splits of sums[split, j], -inf where j is masked;  scores[j] = pool(raw)[j] (+ scores[j]), with
+//   `protect` +inf where j is masked
 //
 // Grid    x: 256 columns a block, a thread each; y: sets and heads.
 // Shared  the raw scores of the block's columns and of up to 31 on either side.
@@ -45,6 +46,9 @@ __global__ void __launch_bounds__(kPoolThreads) importance_finish_kernel(const _
       score = p.pool == NXS_POOL_MAX ? maximum_nan(score, raw) : score + raw;
     }
     if (p.pool == NXS_POOL_AVERAGE) score = divide(score, static_cast<float>(p.pool_width));
+    if (p.protect)
+      for (i32 m = 0; m < p.masked; ++m)
+        if (load_global_nc(p.masked_or_null + m) == static_cast<i32>(column)) score = kInfinity;
   }
   float* to = p.scores + item.set * p.scores_stride_set + item.head * p.scores_stride_head + column;
   if (p.accumulate) score += load_global(to);
@@ -112,6 +116,8 @@ extern "C" nxs_status nxs_importance(const nxs_importance_params* params, void* 
   NXS_REQUIRE(p.masked == 0 || !p.accumulate, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.scale > 0, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.stat_splits >= 1 && p.sum_splits >= 1, NXS_E_SHAPE);
+  NXS_REQUIRE(are_places(p.places, p.tokens, p.lengths_or_null), NXS_E_SHAPE);
+  NXS_REQUIRE(!p.protect || p.masked > 0, NXS_E_UNSUPPORTED);
   if (p.sets == 0 || p.tokens == 0) return NXS_OK;
 
   for (const int64_t stride : {p.q_stride_set, p.q_stride_row, p.q_stride_head, p.k_stride_set, p.k_stride_token,

@@ -4,6 +4,7 @@
 #include "common/ptx/math.cuh"
 #include "common/ptx/memory.cuh"
 #include "compression/importance.h"
+#include "compression/key_places.cuh"
 
 namespace nxs::compression {
 
@@ -19,18 +20,14 @@ enum class Rows : int {
 // A set and KV head, and its keys.
 struct Item {
   u32 set, head;
+  KeyPlaces places;
   u32 length, seen, scored;
 
-  NXS_DEVICE Item(const ImportanceParams& p, u32 index) {
-    const u32 heads = static_cast<u32>(p.heads);
-    set = index / heads;
-    head = index - set * heads;
-    i32 n = static_cast<i32>(p.tokens);
-    if (p.lengths_or_null) {
-      const i32 given = load_global_nc(p.lengths_or_null + set * p.lengths_stride_set + head * p.lengths_stride_head);
-      n = given < 0 ? 0 : given < n ? given : n;
-    }
-    length = static_cast<u32>(n);
+  NXS_DEVICE Item(const ImportanceParams& p, u32 index)
+      : set(index / static_cast<u32>(p.heads)),
+        head(index - set * static_cast<u32>(p.heads)),
+        places(p.places, set, head),
+        length(length_of(p, places, set, head)) {
     const u32 excluded = static_cast<u32>(p.excluded), unscored = static_cast<u32>(p.unscored);
     seen = length > excluded ? length - excluded : 0;
     scored = seen > unscored ? seen - unscored : 0;

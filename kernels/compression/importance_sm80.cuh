@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) importance_stats_sm80_kernel(cons
   const u32 hidden_from = item.visible(p, query_of<kRows>(p, first));
   Keys<T, kDim> keys;
   for (u32 key = begin + warp * kWarpKeys; key < key_end; key += kSpan) {
-    keys.load(of_item, p.k_stride_token, key, item.length - 1);
+    keys.load(of_item, p.k_stride_token, key, item.length - 1, item.places);
     const bool edge = key + kWarpKeys > hidden_from;
 #pragma unroll
     for (u32 e = 0; e < kEights; ++e) {
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2) importance_columns_sm80_kernel(co
             store_shared(shared + buffer * buffer_bytes + tile_vectors * Tile::kRowBytes + i * 4, lse_of_vector(row_begin, i));
       }
       Keys<T, kDim> keys;
-      keys.load(of_item, p.k_stride_token, key, item.length - 1);
+      keys.load(of_item, p.k_stride_token, key, item.length - 1, item.places);
       for (u32 n = 0; n < tiles; ++n) {
         const u32 first = row_begin + n * tile_rows, here = shared + buffer * buffer_bytes;
         const u32 lse = here + tile_vectors * Tile::kRowBytes, next = shared + (buffer ^ 1) * buffer_bytes;

@@ -53,6 +53,40 @@ NXS_DEVICE void load_tile(u32 to, const TensorMap* map, u32 barrier, u32 row, u3
 
 // ---- statistics
 
+// The keys that are seen, in chunks of kKeys rows that lie together: none reaches beyond a page. Their order is free.
+template <u32 kKeys> struct KeyChunks {
+  u32 page_rows, of_page;  // rows, chunks of a page; without pages all rows are one
+  u32 count;               // chunks
+  u32 first_rows, first_end, end;  // rows that hold keys: below first_end, and from first_rows to end
+
+  NXS_DEVICE KeyChunks(const ImportanceParams& p, const Item& item) {
+    const KeyPlaces& places = item.places;
+    page_rows = static_cast<u32>(places.pages ? p.places.page_rows : p.tokens);
+    of_page = (page_rows + kKeys - 1) / kKeys;
+    first_rows = static_cast<u32>(p.places.first_rows);
+    first_end = item.seen < places.first ? item.seen : places.first;
+    end = item.seen > places.first ? item.seen + places.skipped() : first_end;
+    const u32 pages = end / page_rows;
+    count = pages * of_page + (end - pages * page_rows + kKeys - 1) / kKeys;
+  }
+  NXS_DEVICE u32 first_row(u32 chunk) const {
+    const u32 page = chunk / of_page;
+    return page * page_rows + (chunk - page * of_page) * kKeys;
+  }
+  NXS_DEVICE u32 valid(u32 chunk) const {
+    const u32 page = chunk / of_page, row = first_row(chunk), last = row < first_rows ? first_end : end;
+    const u32 page_end = (page + 1) * page_rows, stop = last < page_end ? last : page_end;
+    return stop > row ? stop - row < kKeys ? stop - row : kKeys : 0;
+  }
+};
+
+// Rows of all chunks, of the longest set.
+inline i64 chunk_rows(const ImportanceParams& p, i64 keys) {
+  if (!p.places.pages_or_null) return p.tokens;
+  const i64 page_rows = p.places.page_rows, pages = p.tokens / page_rows, rest = p.tokens - pages * page_rows;
+  return (pages * ((page_rows + keys - 1) / keys) + (rest + keys - 1) / keys) * keys;
+}
+
 template <int kDim, Rows kRows> struct Stats {
   static constexpr u32 kBlocks = (kDim + 63) / 64, kKeys = 128, kStages = 3;
   static constexpr u32 kTiles = kRows == Rows::kSingle ? 2 : 1;  // of 64 rows, a warpgroup
@@ -77,9 +111,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   const u32 split = block_index_x() / of_split, rest = block_index_x() - split * of_split;
   const u32 group = rest / tiles, first = (rest - group * tiles) * C::kBlockRows;  // together: all groups
   const Item item(p, block_index_y());
-  const u32 begin = split * static_cast<u32>(p.stat_span), end = begin + static_cast<u32>(p.stat_span);
-  const u32 key_end = end < item.seen ? end : item.seen;
-  const u32 chunks = key_end > begin ? (key_end - begin + C::kKeys - 1) / C::kKeys : 0;
+  const KeyChunks<C::kKeys> all(p, item);
+  const u32 span = static_cast<u32>(p.stat_span) / C::kKeys, begin = split * span;
+  const u32 chunks = all.count > begin ? all.count - begin < span ? all.count - begin : span : 0;
   if (t == 0) {
     prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);
@@ -110,8 +144,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       warp_sync();  // before what lets the phase go on
       if (lane == 0) {
         mbarrier_arrive_expect(full + 8 * stage, C::kStageBytes);
-        load_tile<C::kBlocks, C::kKeys>(stages + stage * C::kStageBytes, &map_k, full + 8 * stage, begin + n * C::kKeys,
-                                        item.head, p.k_stride_set ? item.set : 0);
+        load_tile<C::kBlocks, C::kKeys>(stages + stage * C::kStageBytes, &map_k, full + 8 * stage,
+                                        item.places.place_of_row(all.first_row(begin + n)), item.head,
+                                        p.k_stride_set ? item.set : 0);
       }
     }
     return;
@@ -136,11 +171,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                             i != 0);
     wgmma_commit();
   };
-  const auto take = [&](float (&s)[C::kKeys / 2], u32 tile, u32 key) {
-    if (key + C::kKeys > key_end) {
+  const auto take = [&](float (&s)[C::kKeys / 2], u32 tile, u32 valid) {
+    if (valid < C::kKeys) {
 #pragma unroll
       for (u32 i = 0; i < C::kKeys / 2; ++i)
-        if (key + i / 4 * 8 + lane % 4 * 2 + i % 2 >= key_end) s[i] = -kInfinity;
+        if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid) s[i] = -kInfinity;
     }
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
@@ -170,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (u32 i = 0; i < C::kKeys / 2; ++i) x[i] = y[i] = 0;
 #pragma unroll 1
   for (u32 n = 0; n < chunks; ++n) {
-    const u32 stage = stage_of<C::kStages>(n), key = begin + n * C::kKeys;
+    const u32 stage = stage_of<C::kStages>(n), valid = all.valid(begin + n);
     mbarrier_wait(full + 8 * stage, parity_of<C::kStages>(n));
     if constexpr (kTogether) {
       start(x, consumer, stage);
@@ -185,17 +220,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (u32 i = 0; i < C::kKeys / 2; ++i) x[i] = maximum_nan(x[i], y[i]);
       }
       release(stage);
-      take(x, 0, key);
+      take(x, 0, valid);
     } else {
       start(x, consumer * 2, stage);
       start(y, consumer * 2 + 1, stage);
       wgmma_wait<1>();
       keep_registers(x);
-      take(x, 0, key);
+      take(x, 0, valid);
       wgmma_wait<0>();
       keep_registers(y);
       release(stage);
-      take(y, C::kTiles - 1, key);
+      take(y, C::kTiles - 1, valid);
     }
   }
 #pragma unroll
@@ -289,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (u32 r = 0; r < 2; ++r) {
         u32 row = key + m * 64 + r * 8;
         if (row >= item.length) row = item.length - 1;
-        const T* from = of_item + row * p.k_stride_token + lane % 4 * 2;
+        const T* from = of_item + item.places(row) * p.k_stride_token + lane % 4 * 2;
 #pragma unroll
         for (u32 i = 0; i < kDim / 16; ++i)
 #pragma unroll
@@ -388,12 +423,13 @@ nxs_status launch_stats(const ImportanceParams& p, const TensorMap& map_q, void*
   const i64 groups = kRows == Rows::kTogether ? p.groups : 1;
   NXS_REQUIRE(p.stat_rows == static_cast<i32>(C::kBlockRows) && groups <= 4, NXS_E_SHAPE);
   NXS_REQUIRE(p.stat_span > 0 && p.stat_span % static_cast<i32>(C::kKeys) == 0 &&
-                  p.stat_splits == (p.tokens + p.stat_span - 1) / p.stat_span,
+                  p.stat_splits == (chunk_rows(p, C::kKeys) + p.stat_span - 1) / p.stat_span,
               NXS_E_SHAPE);
   const i64 tiles = (p.queries + C::kBlockRows - 1) / C::kBlockRows * (kRows == Rows::kTogether ? 1 : p.groups);
   NXS_REQUIRE(tiles * p.stat_splits <= INT32_MAX, NXS_E_SHAPE);
+  const i64 k_rows = p.places.pages_or_null ? static_cast<i64>(p.places.pool_pages) * p.places.page_rows : p.tokens;
   TensorMap map_k;
-  NXS_TRY(encode_map(&map_k, p.dtype, p.k, p.dim, p.tokens, p.heads, p.sets, p.k_stride_token, p.k_stride_head,
+  NXS_TRY(encode_map(&map_k, p.dtype, p.k, p.dim, k_rows, p.heads, p.sets, p.k_stride_token, p.k_stride_head,
                      p.k_stride_set, C::kKeys));
   const u32 query_bytes = C::query_bytes(static_cast<u32>(groups));
   const auto kernel = importance_stats_sm90_kernel<T, kDim, kRows>;
@@ -428,7 +464,7 @@ template <typename T, int kDim> nxs_status importance_launch(const ImportancePar
   p.scale *= kLog2E;
   NXS_REQUIRE(!p.causal && !p.rows_or_null && p.queries > 0 && p.aggregation != NXS_IMPORTANCE_LOGIT, NXS_E_UNSUPPORTED);
   NXS_REQUIRE((p.queries == 1 || p.q_stride_row > 0) && (p.heads * p.groups == 1 || p.q_stride_head > 0), NXS_E_STRIDE);
-  NXS_REQUIRE((p.tokens == 1 || p.k_stride_token > 0) && (p.heads == 1 || p.k_stride_head > 0), NXS_E_STRIDE);
+  NXS_REQUIRE(((p.tokens == 1 && !p.places.pages_or_null) || p.k_stride_token > 0) && (p.heads == 1 || p.k_stride_head > 0), NXS_E_STRIDE);
   TensorMap map_q;
   NXS_TRY(encode_map(&map_q, p.dtype, p.q, p.dim, p.q_rows, p.heads * p.groups, p.sets, p.q_stride_row, p.q_stride_head,
                      p.q_stride_set, 64));

@@ -20,9 +20,10 @@ using KeyNormsParams = nxs_key_norms_params;
 constexpr u32 kNormThreads = 256, kNormWarps = kNormThreads / kWarpSize, kAtOnce = 4;
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kNormThreads) key_norms_kernel(const __grid_constant__ KeyNormsParams p) {
+__global__ void __launch_bounds__(kNormThreads, 4) key_norms_kernel(const __grid_constant__ KeyNormsParams p) {
   const u32 heads = static_cast<u32>(p.heads), item = block_index_y(), set = item / heads, head = item - set * heads;
-  const u32 length = length_of(p, set, head), tokens = static_cast<u32>(p.tokens);
+  const KeyPlaces places(p.places, set, head);
+  const u32 length = length_of(p, places, set, head), tokens = static_cast<u32>(p.tokens);
   const u32 warp = thread_index() / kWarpSize, shared = dynamic_shared();
   const u32 begin = block_index_x() * static_cast<u32>(p.span), left = tokens - begin;
   const u32 end = begin + (left < static_cast<u32>(p.span) ? left : static_cast<u32>(p.span));
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kNormThreads) key_norms_kernel(const __grid_co
 #pragma unroll
     for (u32 i = 0; i < kAtOnce; ++i) {
       const u32 j = first + i * kStep + warp * KeyRows<kDim>::kRows + rows.row;
-      key[i] = rows.load(k + (j < last ? j : last) * p.k_stride_token);
+      key[i] = rows.load(k + (length > 0 ? places(j < last ? j : last) : places.place_of_row(0)) * p.k_stride_token);
     }
 #pragma unroll
     for (u32 i = 0; i < kAtOnce; ++i) {
@@ -114,6 +115,7 @@ extern "C" nxs_status nxs_key_norms(const nxs_key_norms_params* params, void* st
   NXS_REQUIRE(p.heads > 0 && p.sets >= 0 && p.sets * p.heads <= 65535, NXS_E_SHAPE);
   NXS_REQUIRE(p.tokens >= 0 && p.tokens <= INT32_MAX - (1 << 16) && p.span > 0 && p.span % 64 == 0, NXS_E_SHAPE);
   NXS_REQUIRE(p.eps >= 0, NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(are_places(p.places, p.tokens, p.lengths_or_null), NXS_E_SHAPE);
   if (p.sets == 0) return NXS_OK;
   for (const int64_t stride : {p.k_stride_set, p.k_stride_token, p.k_stride_head})
     NXS_REQUIRE(stride >= 0 && stride % 8 == 0, NXS_E_STRIDE);

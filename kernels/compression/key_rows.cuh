@@ -3,6 +3,7 @@
 #include "common/dtype.cuh"
 #include "common/ptx/memory.cuh"
 #include "common/ptx/warp.cuh"
+#include "compression/key_places.cuh"
 
 namespace nxs::compression {
 
@@ -31,15 +32,5 @@ template <int kDim> struct KeyRows {
     return value;
   }
 };
-
-// Keys there are of a set and head.
-template <typename Params> NXS_DEVICE u32 length_of(const Params& p, u32 set, u32 head) {
-  i32 n = static_cast<i32>(p.tokens);
-  if (p.lengths_or_null) {
-    const i32 given = load_global_nc(p.lengths_or_null + set * p.lengths_stride_set + head * p.lengths_stride_head);
-    n = given < 0 ? 0 : given < n ? given : n;
-  }
-  return static_cast<u32>(n);
-}
 
 }  // namespace nxs::compression

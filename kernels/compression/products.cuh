@@ -32,8 +32,9 @@ template <int kDim> struct VectorTile {
 template <typename T, int kDim> struct Keys {
   u32 a[2][kDim / 16][4];
 
-  // Rows beyond the last are the last one again. `rows` is that of key 0.
-  NXS_DEVICE void load(const T* rows, i64 stride, u32 key, u32 last) {
+  // Keys beyond the last are the last one again. `rows` is the row at place 0.
+  template <typename Places>
+  NXS_DEVICE void load(const T* rows, i64 stride, u32 key, u32 last, const Places& places) {
     const u32 lane = thread_index() % kWarpSize;
 #pragma unroll
     for (u32 m = 0; m < 2; ++m)
@@ -41,7 +42,7 @@ template <typename T, int kDim> struct Keys {
       for (u32 half = 0; half < 2; ++half) {
         u32 row = key + m * 16 + half * 8 + lane / 4;
         if (row > last) row = last;
-        const T* from = rows + row * stride + lane % 4 * 8;
+        const T* from = rows + places(row) * stride + lane % 4 * 8;
 #pragma unroll
         for (u32 block = 0; block < kDim / 32; ++block) {
           const auto piece = load_global_nc(reinterpret_cast<const Vec<u32, 4>*>(from + block * 32));

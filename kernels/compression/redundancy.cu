@@ -37,6 +37,7 @@ extern "C" nxs_status nxs_redundancy(const nxs_redundancy_params* params, void* 
   NXS_REQUIRE(!similar || (p.nth >= 0 && p.threshold >= 0 && p.threshold <= 1 && p.ratio >= 0 && p.ratio <= 1),
               NXS_E_UNSUPPORTED);
   NXS_REQUIRE(!similar || !p.first || (p.nth == 1 && !p.nth_of_length), NXS_E_UNSUPPORTED);
+  NXS_REQUIRE(are_places(p.places, p.tokens, p.lengths_or_null), NXS_E_SHAPE);
   if (p.sets == 0 || p.tokens == 0) return NXS_OK;
   for (const int64_t stride : {p.k_stride_set, p.k_stride_token, p.k_stride_head})
     NXS_REQUIRE(stride >= 0 && stride % 8 == 0, NXS_E_STRIDE);

@@ -39,13 +39,15 @@ struct Retained {
 };
 
 struct RedundancyItem {
-  u32 item, set, head, length;
-  NXS_DEVICE RedundancyItem(const RedundancyParams& p, u32 index) : item(index) {
-    const u32 heads = static_cast<u32>(p.heads);
-    set = index / heads;
-    head = index - set * heads;
-    length = length_of(p, set, head);
-  }
+  u32 item, set, head;
+  KeyPlaces places;
+  u32 length;
+  NXS_DEVICE RedundancyItem(const RedundancyParams& p, u32 index)
+      : item(index),
+        set(index / static_cast<u32>(p.heads)),
+        head(index - set * static_cast<u32>(p.heads)),
+        places(p.places, set, head),
+        length(length_of(p, places, set, head)) {}
   template <typename T> NXS_DEVICE const T* keys(const RedundancyParams& p) const {
     return static_cast<const T*>(p.k) + set * p.k_stride_set + head * p.k_stride_head;
   }
@@ -86,7 +88,7 @@ template <int kDim> struct Anchor {
 #pragma unroll
       for (u32 i = 0; i < kKeysAtOnce; ++i) {
         const u32 j = first + i * kStep + mine, row = j < end ? j : end - 1;
-        key[i] = rows.load(k + row * p.k_stride_token);
+        key[i] = rows.load(k + of.places(row) * p.k_stride_token);
         norm[i] = load_global_nc(norms + row);
       }
 #pragma unroll
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(kPairThreads) redundancy_neighbours_kernel(con
     const u32 piece = thread_index() % kLanes, to = shared + buffer * kTileBytes;
     for (u32 row = thread_index() / kLanes; row < kPairKeys; row += kStep) {
       const bool exists = first + row < length;
-      const T* from = exists ? k + (first + row) * p.k_stride_token + piece * 8 : k;
+      const T* from = exists ? k + of.places(first + row) * p.k_stride_token + piece * 8 : k;
 #pragma unroll
       for (u32 i = 0; i < Tile::kPieces / kLanes; ++i)
         copy_async<16>(to + Tile::piece_at(row, piece + i * kLanes), exists ? from + i * kLanes * 8 : from, exists ? 16 : 0);
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kPairThreads) redundancy_neighbours_kernel(con
   const u32 base = row_begin + warp * kWarpKeys;
   Keys<T, kDim> keys;
   copy_tile(0, (p.first ? 0 : tiles - 1) * kPairKeys);
-  keys.load(k, p.k_stride_token, base, length - 1);
+  keys.load(k, p.k_stride_token, base, length - 1, of.places);
   const VectorTile<kDim> tile(lane);
   for (u32 n = 0; n < tiles; ++n) {
     const u32 buffer = n & 1, first = (p.first ? n : tiles - 1 - n) * kPairKeys;

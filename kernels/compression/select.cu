@@ -62,6 +62,7 @@ extern "C" nxs_status nxs_select(const nxs_select_params* params, void* stream) 
   NXS_REQUIRE(p.length >= 0 && p.length <= p.tokens && p.budget >= 0 && p.sink >= 0 && p.recent >= 0 && p.block >= 0 &&
                   p.demoted >= 0,
               NXS_E_SHAPE);
+  NXS_REQUIRE(p.first_rows >= 0 && p.first_rows <= p.tokens && (p.first_rows == 0 || !p.lengths_or_null), NXS_E_SHAPE);
   NXS_REQUIRE(p.floor_alpha >= 0 && p.floor_alpha <= 65536, NXS_E_SHAPE);
   NXS_REQUIRE(p.threads == 128 || p.threads == 256 || p.threads == 512, NXS_E_UNSUPPORTED);
   NXS_REQUIRE(p.shared_bytes >= 16384 && p.shared_bytes <= 232448, NXS_E_UNSUPPORTED);

@@ -15,6 +15,8 @@
 //                        keeps behind what the warps before it keep. No order of atomics is seen.
 // Bytes      4 a score and operand (select: times 1 if cached, else up to 7), 4 a place of the output.
 // Determinism bitwise; a list knows of no other list.
+//            A list whose first rows a compression left has as many tokens of them as counts says, read before it is written: indices
+//            are rows, which skip the others.
 // Limits     tokens < 2^30, capacity < 2^30; heads <= 1024 for Ada-KV.
 #pragma once
 #include "common/chunk.cuh"
@@ -62,17 +64,37 @@ NXS_DEVICE bool is_finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7
 // What of a list is kept, in items.
 struct Quota {
   i32 length;                 // tokens
+  i32 first, skipped;         // tokens of the first rows, which a compression left; rows after them that hold none
   i32 items, sink, end, kept;  // candidates [sink, end), of which `kept` are to be chosen
   bool clamped;
 };
+// Tokens of a list, and the first ones, which a compression left.
+struct ListLength {
+  i32 first, skipped, length;
+  bool clamped;
+};
+NXS_DEVICE ListLength length_of_list(const nxs_select_params& p, u32 list) {
+  const i32 tokens = static_cast<i32>(p.tokens);
+  if (p.first_rows > 0) {
+    // Not by the read-only path: what is kept is written here.
+    const i32 given = load_global(p.counts + list), first = clamp(given, 0, p.first_rows);
+    return {first, p.first_rows - first, tokens - p.first_rows + first, first != given};
+  }
+  const i32 given = p.lengths_or_null ? load_global_nc(p.lengths_or_null + list) : p.length;
+  const i32 length = clamp(given, 0, tokens);
+  return {0, 0, length, length != given};
+}
+
 NXS_DEVICE Quota quota_of(const nxs_select_params& p, u32 list, const i32* budgets) {
   Quota q;
   const i32 block = p.block > 1 ? p.block : 1, most = static_cast<i32>(p.capacity) - p.active;
-  const i32 length = p.lengths_or_null ? load_global_nc(p.lengths_or_null + list) : p.length;
+  const ListLength its = length_of_list(p, list);
   const i32 asked = p.budgets_or_null ? load_global_nc(p.budgets_or_null + list) : p.budget;
-  q.length = clamp(length, 0, static_cast<i32>(p.tokens));
+  q.length = its.length;
+  q.first = its.first;
+  q.skipped = its.skipped;
   i32 budget = clamp(asked, 0, most);
-  q.clamped = q.length != length || (p.budgets_or_null && budget != asked);
+  q.clamped = its.clamped || (p.budgets_or_null && budget != asked);
   if (budgets) {
     const i32 split = load_global(budgets + list);
     budget = clamp(split, 0, most);
@@ -88,6 +110,9 @@ NXS_DEVICE Quota quota_of(const nxs_select_params& p, u32 list, const i32* budge
   q.kept = least_of(budget - q.sink - recent, q.end - q.sink);
   return q;
 }
+
+// The row of a token.
+NXS_DEVICE i32 row_of(const Quota& q, i32 token) { return token < q.first ? token : token + q.skipped; }
 
 // The scores of a list, or of a head.
 struct ScoreRow {
@@ -437,7 +462,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_
         const bool is_above = in && keys.key[j] > threshold.key, is_equal = in && keys.key[j] == threshold.key;
         const u32 place = row.first + lane_above + threshold.kept_of_first(lane_equal);
         if (is_above || (is_equal && threshold.keeps_equal(lane_equal)))
-          store_global(to + place, static_cast<i32>(item + j));
+          store_global(to + place, block > 1 ? static_cast<i32>(item + j) : row_of(q, static_cast<i32>(item + j)));
         lane_above += is_above;
         lane_equal += is_equal;
       }
@@ -447,8 +472,9 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_
   // What is kept in any case.
   const u32 threads = block_size(), t = thread_index();
   const u32 recent = static_cast<u32>(q.items) - row.end, chosen = row.first + static_cast<u32>(q.kept);
-  for (u32 i = t; i < row.first; i += threads) store_global(to + i, static_cast<i32>(i));
-  for (u32 i = t; i < recent; i += threads) store_global(to + chosen + i, static_cast<i32>(row.end + i));
+  const auto of_item = [&](u32 item) { return block > 1 ? static_cast<i32>(item) : row_of(q, static_cast<i32>(item)); };
+  for (u32 i = t; i < row.first; i += threads) store_global(to + i, of_item(i));
+  for (u32 i = t; i < recent; i += threads) store_global(to + chosen + i, of_item(row.end + i));
   u32 tokens = chosen + recent;
   if (block > 1) {
     // The last block of a list may be short, and is then the last one that is kept.
@@ -457,10 +483,10 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(const __grid_
     tokens = items * block;
     if (items > 0 && load_global(to + items - 1) == q.items - 1) tokens -= static_cast<u32>(q.items) * block - length;
     for (u32 i = t; i < tokens; i += threads)
-      store_global(indices + i, static_cast<i32>(static_cast<u32>(load_global(to + i / block)) * block + i % block));
+      store_global(indices + i, row_of(q, static_cast<i32>(static_cast<u32>(load_global(to + i / block)) * block + i % block)));
   }
   const u32 active = static_cast<u32>(p.active), count = tokens + active;
-  for (u32 i = t; i < active; i += threads) store_global(indices + tokens + i, q.length + static_cast<i32>(i));
+  for (u32 i = t; i < active; i += threads) store_global(indices + tokens + i, row_of(q, q.length + static_cast<i32>(i)));
   for (u32 i = count + t; i < p.capacity; i += threads) store_global(indices + i, -1);
   // Some thread has seen every NaN of its own.
   const bool has_nan = block_max(nans, at.slots + 384) > 0;
@@ -590,8 +616,7 @@ __global__ void __launch_bounds__(kAggregateThreads, 4) aggregate_kernel(const _
   const u32 of_block = block > 1 ? kAggregateThreads / 32 : kAggregateThreads;
   const u32 all_items = static_cast<u32>(items_of(p)), blocks = (all_items + of_block - 1) / of_block;
   const u32 list = block_index_x() / blocks, first = (block_index_x() - list * blocks) * of_block;
-  const i32 given = p.lengths_or_null ? load_global_nc(p.lengths_or_null + list) : p.length;
-  const u32 length = static_cast<u32>(clamp(given, 0, static_cast<i32>(p.tokens)));
+  const u32 length = static_cast<u32>(length_of_list(p, list).length);
   const bool shared = p.scope == NXS_SELECT_SHARED, per_set = p.scope == NXS_SELECT_PER_SET;
   const i64 set = shared ? 0 : per_set ? list : list / p.heads, sets = shared ? p.sets : 1;
   const i64 head = shared || per_set ? 0 : list - set * p.heads, heads = shared || per_set ? p.heads : 1;

@@ -132,7 +132,7 @@ nxs_status nxs_philox_fill(const nxs_philox_fill_params *params, void *stream);
 /* What k and v are: of dtype, or packed as nxs_pack packs rows, each unpacked to dtype, rounded once, before it is used. */
 #define NXS_KV_PLAIN 0
 #define NXS_KV_FP8 1  /* NXS_PACK_FP8, n 1 */
-#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2 */
+#define NXS_KV_INT4 2 /* NXS_PACK_UNIFORM of 4 bits a row, numbers f32, n 2; scales below 2^100 */
 
 typedef struct nxs_scale_attention_params {
   const void *q;                    /* [batch, q_rows, heads, dim] dtype; 16-byte aligned, as are k, v and out */
@@ -170,7 +170,8 @@ typedef struct nxs_scale_attention_params {
   float scale;                      /* of the logits */
   float logit_bound;                /* > 0: the caller vouches for |scale * q . k| <= logit_bound; at most 40, bf16 only */
   int32_t kv_format;                /* NXS_KV_*; packed: k and v are [batch, kv_rows, kv_heads, slot] bytes, their strides count
-                                       bytes and are multiples of 16; variant 0, dim 64, 96 or 128 */
+                                       bytes and are multiples of 16; dim 64, 96 or 128, groups up to 2,
+                                       of dim 64 up to 3 */
   const float *k_numbers_or_null;   /* packed: [batch, kv_rows, kv_heads, n], 16-byte aligned; null: in the slots, see nxs_pack */
   const float *v_numbers_or_null;
   int64_t k_numbers_stride_batch, k_numbers_stride_row, k_numbers_stride_head; /* multiples of n */
@@ -639,7 +640,7 @@ typedef struct nxs_row_stats_params {
 
 nxs_status nxs_row_stats(const nxs_row_stats_params *params, void *stream);
 
-/* One draft a row, drawn from its distribution, and what nxs_verify has to know of the row. */
+/* Drafts of each row, drawn from its distribution one after the other, and what nxs_verify has to know of the row. */
 typedef struct nxs_draft_sample_params {
   const void *logits;                     /* [rows, vocab] dtype */
   const float *temperature_or_null;       /* [rows]; null: 1 */
@@ -649,18 +650,22 @@ typedef struct nxs_draft_sample_params {
   const int32_t *draft_to_target_or_null; /* [vocab]: the token of a column; null: the column */
   const int64_t *seeds_or_null;           /* [rows]; null: 0 */
   const int64_t *positions_or_null;       /* [rows], of the step's first draft; null: 0 */
-  const float *uniforms_or_null;          /* [rows, 4] in [0, 1); in place of seeds */
-  int32_t *tokens;                        /* [rows] */
+  const int32_t *rows_in_step_or_null;    /* [rows], 0 to 2^24 - 1, in place of row_in_step; positions are then the drafts' own */
+  const float *uniforms_or_null;          /* [rows, drafts, 4] in [0, 1); in place of seeds */
+  int32_t *tokens;                        /* [rows, drafts]; -1 where none is left to draw, but for the first */
   float *stats_or_null;                   /* [rows, 4], 4-byte aligned: greatest logit; sum (its sign: a NaN); least logit that is
                                              kept; log2(e) / temperature, 0 for a greedy row */
-  float *log_probs_or_null;               /* [rows], natural logarithm; NaN where no token could be drawn */
+  float *log_probs_or_null;               /* [rows, drafts], natural logarithms of the row's probabilities; NaN where no token
+                                             could be drawn */
   uint32_t *status;                       /* [rows] NXS_STATUS_*, the row being the target */
   void *workspace;                        /* [rows, ceil(vocab / NXS_CHUNK_COLUMNS)] partials, 8-byte aligned */
   uint32_t *counters;                     /* [rows], all 0 before the first run and after each */
   int64_t stride_row;
   int64_t rows, vocab;                    /* vocab from 1 to 2^24 */
   int32_t row_in_step;                    /* 0 to 1023 */
-  int32_t fallback;                       /* the token where none can be drawn */
+  int32_t drafts;                         /* of a row, up to 32; 0: 1 */
+  int32_t with_replacement;               /* 0: a row's drafts are distinct */
+  int32_t fallback;                       /* the first draft where none can be drawn */
   int32_t chunks_per_item;                /* a multiple of 8: chunks that a block takes between two arrivals */
   int32_t blocks;                         /* of the persistent grid */
   nxs_dtype dtype;                        /* NXS_F32, NXS_F16 or NXS_BF16 */
@@ -1067,7 +1072,7 @@ typedef struct nxs_select_params {
   const int32_t *lengths_or_null;  /* [lists], 0 to tokens; null: length */
   const int32_t *budgets_or_null;  /* [lists], 0 to capacity - active; null: budget */
   int32_t *indices;                /* [lists, capacity] ascending, -1 after them */
-  int32_t *counts;                 /* [lists] */
+  int32_t *counts;                 /* [lists]; with first_rows > 0 also read: see there */
   uint32_t *status_or_null;        /* [lists] NXS_SELECT_* */
   void *workspace_or_null;         /* 16-byte aligned. If the scope is PER_SET or SHARED, or block > 1: [lists, items rounded up
                                       to 4] f32; if block > 1: [lists, items] i32; with NXS_SELECT_ADA: [lists] i32 */
@@ -1076,6 +1081,10 @@ typedef struct nxs_select_params {
   int64_t sets, heads, tokens;     /* tokens < 2^30, sets * heads < 2^31; with NXS_SELECT_ADA heads <= 1024, heads * tokens < 2^30 */
   int64_t capacity;                /* fewer than 2^30 */
   int32_t scope;                   /* NXS_SELECT_* */
+  int32_t first_rows;              /* the first rows of a list are what a compression left, counts[list] of them (clamped into 0 to
+                                      first_rows), and the other tokens - first_rows follow at row first_rows. 0: no compression
+                                      has been. Else lengths are null and length is tokens; indices are rows, as in
+                                      nxs_key_places */
   int32_t length, budget;
   int32_t sink, recent, active;
   int32_t block;                   /* tokens that are kept or dropped together; 0 and 1: each for itself */
@@ -1333,6 +1342,22 @@ nxs_status nxs_rotate(const nxs_rotate_params *params, void *stream);
 /* ---- compression: importance, redundancy ---------------------------------------------------------------------- */
 
 /*
+ * Where the keys of a cache lie that is read in place: row j of a set and head in a pool of pages, or j itself. The first
+ * first_rows rows are what a compression left: a head has kept[set, head] of them, and the others follow at row first_rows.
+ *   f = kept ? clamp(kept[set, head], 0, first_rows) : first_rows;   row(j) = j < f ? j : j + first_rows - f
+ *   place(row) = pages ? pages[set, row / page_rows] * page_rows + row % page_rows : row
+ * Key j of an op is then k[set, place(row(j)), head]. With `kept` a head has tokens - first_rows + f keys, and `lengths` are null.
+ */
+typedef struct nxs_key_places {
+  const int32_t *pages_or_null;  /* [sets, ceil(tokens / page_rows)]: pages, clamped into 0 to pool_pages */
+  const int32_t *kept_or_null;   /* [sets, heads]; only with pages */
+  int64_t pages_stride_set;
+  int64_t kept_stride_set, kept_stride_head;
+  int32_t page_rows, pool_pages; /* of pages: at least 1 each */
+  int32_t first_rows;            /* a multiple of page_rows, up to tokens; 0: no compression has been */
+} nxs_key_places;
+
+/*
  * Importance of cached keys: column scores of softmax(scale * Q K^T) over the keys of a set, one set (a layer of a
  * sequence) and KV head at a time; no matrix is ever stored. With s[g, i, j] = scale * q[i, h * groups + g, :] . k[j, h, :]
  * for the visible keys j of query i, that is j < length - excluded, and with `causal` also j <= length - queries + i:
@@ -1375,6 +1400,7 @@ typedef struct nxs_importance_params {
   float *sums_or_null;            /* workspace, 16-byte aligned: [sum_splits, sets, heads, tokens]; null: the second pass writes
                                      scores itself (sum_splits 1, no pool, nothing masked) */
   int64_t q_stride_set, q_stride_row, q_stride_head;   /* multiples of 8, as are those of k */
+  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;
   int64_t scores_stride_set, scores_stride_head;
   int64_t lengths_stride_set, lengths_stride_head;
@@ -1386,6 +1412,7 @@ typedef struct nxs_importance_params {
   int32_t excluded, unscored;     /* trailing keys that are left out; that are seen but not scored */
   int32_t pool, pool_width;       /* NXS_POOL_; width: odd, 1 to 63 */
   int32_t masked;                 /* 0 to 1024 */
+  int32_t protect;                /* 1: scores of masked columns are +inf */
   int32_t accumulate;             /* 1: adds to the scores there are; then nothing may be masked */
   nxs_dtype dtype;                /* NXS_BF16 or NXS_F16 */
   int32_t variant;                /* 0: portable (sm_80); 1: Hopper (sm_90a) */
@@ -1408,6 +1435,7 @@ typedef struct nxs_key_norms_params {
   float *unit_sum;                /* [sets, heads, dim] */
   const int32_t *lengths_or_null; /* [sets, heads], clamped into 0 to tokens; null: tokens */
   float *parts;                   /* workspace, 16-byte aligned: [sets, heads, spans, dim] */
+  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
   int64_t norms_stride_set, norms_stride_head;
   int64_t sum_stride_set, sum_stride_head;
@@ -1443,6 +1471,7 @@ typedef struct nxs_redundancy_params {
   float *parts_or_null;           /* workspace of SOFTMAX, 16-byte aligned: [sets, heads, spans] */
   void *retained_or_null;         /* workspace of SIMILAR, 16-byte aligned: [sets, heads, tokens to an even number] of 8 bytes:
                                      retain i32 (-1: none), its cosine f32 */
+  nxs_key_places places;           /* of k; with pages its second dimension is that of the pool, pool_pages * page_rows */
   int64_t k_stride_set, k_stride_token, k_stride_head;  /* multiples of 8 */
   int64_t norms_stride_set, norms_stride_head;
   int64_t sum_stride_set, sum_stride_head;

@@ -1,9 +1,14 @@
-// Draft sampling: a token of each row by three uniforms, and what a verifier has to know of the row.
+// Draft sampling: tokens of each row, each by three uniforms, and what a verifier has to know of the row.
+//
+// Distinct drafts are drawn one after the other, each from what the ones before it left: what is drawn is taken out of
+// its chunk's partial, which is summed again without it, so that nothing is lost to cancellation. That is the law which
+// recursive rejection without replacement takes siblings to have. A row with all weight on one token gives its greatest
+// logits in turn.
 //
 // Who does what  A persistent grid of blocks of 8 warps. An item is chunks_per_item chunks of a row; block i takes items i,
 //                i + blocks, ... A warp writes the partials of its chunks, then the block arrives at the row's counter.
-//                The last block to come, whichever it is, has all partials of the row and draws its token.
-// Bytes          rows * vocab * sizeof(dtype), once; the chunk of the token again; 8 a chunk written and read.
+//                The last block to come, whichever it is, has all partials of the row; its first warp draws the tokens.
+// Bytes          rows * vocab * sizeof(dtype), once; the chunks of the tokens again; 8 a chunk written and read.
 // Determinism    bitwise: partials do not depend on who makes them, and one block reads them in order.
 #include "common/check.h"
 #include "common/ptx/atomic.cuh"
@@ -22,7 +27,139 @@ NXS_DEVICE Partial* partials_of(const nxs_draft_sample_params& p, u32 r) {
   return static_cast<Partial*>(p.workspace) + static_cast<u64>(r) * chunks_of(static_cast<u32>(p.vocab));
 }
 
-// All of the block that came last at row r: draws its token and writes what is to be known of it.
+// The columns that a row's drafts are so far, draft i's in lane i; the first `count`.
+struct Taken {
+  u32 column, count;
+};
+// Of a chunk: a bit for each of this lane's places that is taken.
+NXS_DEVICE u32 gone_of(const Taken& taken, u32 chunk) {
+  u32 gone = 0;
+#pragma unroll 1
+  for (u32 i = 0; i < taken.count; ++i) {
+    const u32 within = shuffle(taken.column, i) - chunk * kChunk;
+    if (within < kChunk && within / 8 % 32 == lane_index()) gone |= 1u << (within / 256 * 8 + within % 8);
+  }
+  return gone;
+}
+
+// A column of what is left of a row, or kNothing; partials are those of what is left.
+template <typename T, typename Load>
+NXS_DEVICE u32 draw_left(const Summary& summary, const Row<T>& row, u32 chunks, const Uniforms& u, const Taken& taken,
+                         Load load) {
+  if (summary.shape == kEmpty) return kNothing;
+  u32 chunk = kNothing;
+  float top = -INFINITY;
+  if (summary.shape == kSpread) {
+    chunk = pick_chunk(chunks, u.at[0], [&](u32 at) { return share_of(load(at), summary.scale, summary.reference); });
+  } else {
+    for (u32 at = lane_index(); at < chunks; at += 32) {
+      const float of = load(at).max;
+      if (of > top) {
+        top = of;
+        chunk = at;
+      }
+    }
+    warp_sync();
+    const float mine = top;
+    top = key_float(warp_reduce_max(key_of(mine)));
+    chunk = warp_reduce_min(mine == top ? chunk : kNothing);
+  }
+  if (chunk == kNothing) return kNothing;
+  const Logits<T> logits = load_logits(row, chunk);
+  const u32 gone = gone_of(taken, chunk);
+  u32 place = kNothing;
+  if (summary.shape == kSpread) {
+    const float reference = reference_of(summary.scale, load(chunk).max);
+    place = pick_place(u.at[1], u.at[2], [&](u32 at) {
+      const float weight = weight_of(summary.scale, reference, summary.cut, logits.at(at));
+      return gone >> at & 1 ? 0.0f : weight;
+    });
+  } else {
+#pragma unroll
+    for (u32 at = 0; at < 32; ++at) {
+      const u32 column = at / 8 * 256 + lane_index() * 8 + at % 8;
+      if (logits.at(at) == top && !(gone >> at & 1) && column < place) place = column;
+    }
+    place = warp_reduce_min(place);
+  }
+  return place == kNothing ? kNothing : chunk * kChunk + place;
+}
+
+// One warp: the partial of what is left of a chunk. The greatest logit stays that of the chunk's reference where
+// weights count.
+template <typename T>
+NXS_DEVICE Partial partial_left(const Summary& summary, const Row<T>& row, u32 chunk, float max, const Taken& taken) {
+  const Logits<T> logits = load_logits(row, chunk);
+  const u32 gone = gone_of(taken, chunk);
+  if (summary.shape == kSpread) {
+    const float reference = reference_of(summary.scale, max);
+    float sum = 0;
+#pragma unroll
+    for (u32 at = 0; at < 32; ++at) {
+      const float weight = weight_of(summary.scale, reference, summary.cut, logits.at(at));
+      sum = sum + (gone >> at & 1 ? 0.0f : weight);
+    }
+    return Partial{max, sum_of_lanes(sum)};
+  }
+  float top = -INFINITY;
+#pragma unroll
+  for (u32 at = 0; at < 32; ++at) top = maximum(top, gone >> at & 1 ? -INFINITY : logits.at(at));
+  return Partial{key_float(warp_reduce_max(key_of(top))), 0};
+}
+
+// The first warp, with the partials of row r as truncation left them: draws its tokens.
+template <typename T>
+NXS_DEVICE void draw_drafts(const nxs_draft_sample_params& p, u32 r, const Summary& summary, const Row<T>& row, u32 chunks,
+                            Partial* partials) {
+  const auto load = [&](u32 chunk) { return load_global(partials + chunk); };
+  const u32 drafts = p.drafts > 1 ? static_cast<u32>(p.drafts) : 1;
+  const bool distinct = p.with_replacement == 0;
+  const u64 seed = p.seeds_or_null ? static_cast<u64>(load_global_nc(p.seeds_or_null + r)) : 0;
+  u64 position = p.positions_or_null ? static_cast<u64>(load_global_nc(p.positions_or_null + r)) : 0;
+  u32 row_in_step = static_cast<u32>(p.row_in_step);
+  if (p.rows_in_step_or_null)
+    row_in_step = static_cast<u32>(load_global_nc(p.rows_in_step_or_null + r)) & 0xffffffu;
+  else
+    position += row_in_step;
+  Taken taken = {kNothing, 0};
+#pragma unroll 1
+  for (u32 j = 0; j < drafts; ++j) {
+    const i64 at = r * static_cast<i64>(drafts) + j;
+    Uniforms u;
+    if (p.uniforms_or_null) {
+#pragma unroll
+      for (u32 i = 0; i < 4; ++i) u.at[i] = load_global_nc(p.uniforms_or_null + at * 4 + i);
+    } else {
+      u = draw(seed, position, kUseDraft, row_in_step, j);
+    }
+    const u32 column = draw_left(summary, row, chunks, u, taken, load);
+    if (lane_index() == 0) {
+      i32 token = j == 0 ? p.fallback : -1;
+      if (column != kNothing)
+        token = p.draft_to_target_or_null ? load_global_nc(p.draft_to_target_or_null + column)
+                                          : static_cast<i32>(column);
+      store_global(p.tokens + at, token);
+      if (p.log_probs_or_null) {
+        float log_prob = bits_float(0x7fffffffu);
+        if (column != kNothing)
+          log_prob = summary.shape == kSpread ? log_probability(summary, logit_at(row, column))
+                                              : (taken.count == 0 ? 0.0f : -INFINITY);
+        store_global(p.log_probs_or_null + at, log_prob);
+      }
+    }
+    warp_sync();
+    if (!distinct || column == kNothing || j + 1 == drafts) continue;
+    if (lane_index() == taken.count) taken.column = column;
+    ++taken.count;
+    const u32 chunk = column / kChunk;
+    const Partial left = partial_left(summary, row, chunk, load(chunk).max, taken);
+    warp_sync();
+    if (lane_index() == 0) store_global(partials + chunk, left);
+    warp_sync();
+  }
+}
+
+// All of the block that came last at row r: draws its tokens and writes what is to be known of it.
 template <typename T> NXS_DEVICE_CALL void settle_row(const nxs_draft_sample_params& p, u32 r) {
   const u32 chunks = chunks_of(static_cast<u32>(p.vocab)), shared = dynamic_shared(), warp = thread_index() / 32;
   const Row<T> row = row_of<T>(p, r);
@@ -38,23 +175,11 @@ template <typename T> NXS_DEVICE_CALL void settle_row(const nxs_draft_sample_par
   if (p.top_p_or_null) truncation.top_p = load_global_nc(p.top_p_or_null + r);
   if (p.min_p_or_null) truncation.min_p = load_global_nc(p.min_p_or_null + r);
   truncate_row(truncation, summary, row, chunks, partials, shared + 16);
+  // All have seen the partials before drafts are taken out of them.
+  block_sync();
   if (warp == 0) {
-    Uniforms u;
-    if (p.uniforms_or_null) {
-      for (u32 i = 0; i < 4; ++i) u.at[i] = load_global_nc(p.uniforms_or_null + r * i64{4} + i);
-    } else {
-      const u64 seed = p.seeds_or_null ? static_cast<u64>(load_global_nc(p.seeds_or_null + r)) : 0;
-      const u64 position = p.positions_or_null ? static_cast<u64>(load_global_nc(p.positions_or_null + r)) : 0;
-      const u32 row_in_step = static_cast<u32>(p.row_in_step);
-      u = draw(seed, position + row_in_step, kUseDraft, row_in_step, 0);
-    }
-    const u32 column = sample_row(summary, row, chunks, u.at[0], u.at[1], u.at[2], load);
+    draw_drafts(p, r, summary, row, chunks, partials);
     if (lane_index() == 0) {
-      i32 token = p.fallback;
-      if (column != kNothing)
-        token = p.draft_to_target_or_null ? load_global_nc(p.draft_to_target_or_null + column)
-                                          : static_cast<i32>(column);
-      store_global(p.tokens + r, token);
       u32 said = summary.nan ? NXS_STATUS_TARGET_NAN : 0;
       if (summary.beyond || summary.top == INFINITY) said |= NXS_STATUS_TARGET_BEYOND;
       if (summary.shape == kEmpty) said |= NXS_STATUS_TARGET_EMPTY;
@@ -67,11 +192,6 @@ template <typename T> NXS_DEVICE_CALL void settle_row(const nxs_draft_sample_par
         store_global(stats + 1, summary.nan ? -sum : sum);
         store_global(stats + 2, spread ? summary.cut : -INFINITY);
         store_global(stats + 3, spread ? summary.scale.per_logit : 0.0f);
-      }
-      if (p.log_probs_or_null) {
-        float log_prob = bits_float(0x7fffffffu);
-        if (column != kNothing) log_prob = spread ? log_probability(summary, logit_at(row, column)) : 0.0f;
-        store_global(p.log_probs_or_null + r, log_prob);
       }
     }
   }
@@ -112,7 +232,7 @@ extern "C" nxs_status nxs_draft_sample(const nxs_draft_sample_params* params, vo
   const nxs_draft_sample_params& p = *params;
   NXS_REQUIRE(p.dtype == NXS_F32 || p.dtype == NXS_F16 || p.dtype == NXS_BF16, NXS_E_DTYPE);
   NXS_REQUIRE(p.rows >= 0 && p.rows <= i64{1} << 20 && p.vocab >= 1 && p.vocab <= i64{1} << 24, NXS_E_SHAPE);
-  NXS_REQUIRE(p.row_in_step >= 0 && p.row_in_step <= 1023, NXS_E_SHAPE);
+  NXS_REQUIRE(p.row_in_step >= 0 && p.row_in_step <= 1023 && p.drafts >= 0 && p.drafts <= 32, NXS_E_SHAPE);
   NXS_REQUIRE(p.stride_row >= 0, NXS_E_STRIDE);
   if (p.rows == 0) return NXS_OK;
   NXS_REQUIRE(p.chunks_per_item >= 8 && p.chunks_per_item % 8 == 0 && p.blocks >= 1, NXS_E_UNSUPPORTED);
@@ -120,6 +240,7 @@ extern "C" nxs_status nxs_draft_sample(const nxs_draft_sample_params* params, vo
   for (const void* word : {static_cast<const void*>(p.temperature_or_null), static_cast<const void*>(p.top_k_or_null),
                            static_cast<const void*>(p.top_p_or_null), static_cast<const void*>(p.min_p_or_null),
                            static_cast<const void*>(p.draft_to_target_or_null),
+                           static_cast<const void*>(p.rows_in_step_or_null),
                            static_cast<const void*>(p.uniforms_or_null), static_cast<const void*>(p.tokens),
                            static_cast<const void*>(p.stats_or_null), static_cast<const void*>(p.log_probs_or_null),
                            static_cast<const void*>(p.status), static_cast<const void*>(p.counters)})

@@ -103,7 +103,7 @@ template <typename Load> NXS_DEVICE Summary summarize_few(u32 chunks, const Scal
       for (u32 chunk = lane_index(); chunk < chunks; chunk += 32)
         sum = sum + share_of(load(chunk), scale, row.reference);
       warp_sync();
-      row.sum = shuffle(scan(sum), 31);
+      row.sum = sum_of_lanes(sum);
     } else {
       row.beyond = true;
     }

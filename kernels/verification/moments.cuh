@@ -51,8 +51,8 @@ template <typename T> NXS_DEVICE Moments chunk_moments(Logits<T>& logits, const 
       sum = sum + w;
       moment = fma(w, fma(x, scale.per_logit, -reference), moment);
     }
-    sum = shuffle(scan(sum), 31);
-    moment = shuffle(scan(moment), 31);
+    sum = sum_of_lanes(sum);
+    moment = sum_of_lanes(moment);
   }
   return Moments{top, second, nan ? -sum : sum, moment};
 }
@@ -93,7 +93,7 @@ template <typename Load> NXS_DEVICE RowMoments summarize_moments(u32 chunks, con
     top = maximum(top, other);
   }
   row.second = second;
-  row.moment = shuffle(scan(moment), 31);
+  row.moment = sum_of_lanes(moment);
   return row;
 }
 

@@ -93,6 +93,13 @@ NXS_DEVICE float scan(float value) {
   return value;
 }
 
+// The last of them, in every lane: what `scan` adds up for the last lane is a tree, and additions commute.
+NXS_DEVICE float sum_of_lanes(float value) {
+#pragma unroll
+  for (u32 distance = 1; distance < 32; distance *= 2) value = value + shuffle_xor(value, distance);
+  return value;
+}
+
 // Unsigned integers in the order of the floats; -0 is 0.
 NXS_DEVICE u32 key_of(float x) {
   const u32 bits = float_bits(x + 0.0f);
@@ -224,7 +231,25 @@ struct alignas(8) Partial {
   float max, sum;
 };
 
-// The partial of the warp's chunk, in every lane. NaNs become -inf. Greedy: only max.
+// The partial of the warp's chunk, in every lane, from the greatest logits of the lanes; anything if one is NaN.
+// Greedy: only max.
+template <typename T> NXS_DEVICE Partial partial_of_numbers(const Logits<T>& logits, float lane_top, const Scale& scale) {
+  const float top = key_float(warp_reduce_max(key_of(lane_top)));
+  float sum = 0;
+  if (!scale.greedy() && has_reference(scale, top)) {
+    const float reference = reference_of(scale, top), shift = (kMagic + 127.0f) - reference;
+    const float floor = floor_of(scale, reference);
+#pragma unroll
+    for (u32 place = 0; place < Logits<T>::kPlaces; ++place) {
+      const Power p = power(scale, shift, maximum(logits.at(place), floor));
+      sum = fma(p.fraction, p.whole, sum);
+    }
+    sum = sum_of_lanes(sum);
+  }
+  return Partial{top, sum};
+}
+
+// The same with NaNs, which become -inf and set the sign of the sum.
 template <typename T> NXS_DEVICE Partial chunk_partial(Logits<T>& logits, const Scale& scale) {
   float top = lane_maximum(logits);
   const bool nan = warp_any(top != top);
@@ -237,19 +262,8 @@ template <typename T> NXS_DEVICE Partial chunk_partial(Logits<T>& logits, const 
       top = maximum(top, x);
     }
   }
-  top = key_float(warp_reduce_max(key_of(top)));
-  float sum = 0;
-  if (!scale.greedy() && has_reference(scale, top)) {
-    const float reference = reference_of(scale, top), shift = (kMagic + 127.0f) - reference;
-    const float floor = floor_of(scale, reference);
-#pragma unroll
-    for (u32 place = 0; place < Logits<T>::kPlaces; ++place) {
-      const Power p = power(scale, shift, maximum(logits.at(place), floor));
-      sum = fma(p.fraction, p.whole, sum);
-    }
-    sum = shuffle(scan(sum), 31);
-  }
-  return Partial{top, nan ? -sum : sum};
+  const Partial partial = partial_of_numbers(logits, top, scale);
+  return Partial{partial.max, nan ? -partial.sum : partial.sum};
 }
 
 }  // namespace nxs::verification

@@ -96,7 +96,7 @@ template <typename Load> NXS_DEVICE Summary summarize(u32 chunks, const Scale& s
 #pragma unroll
         for (u32 k = 0; k < kHeld; ++k) sum = sum + share_of(held[k], scale, row.reference);
       }
-      row.sum = shuffle(scan(sum), 31);
+      row.sum = sum_of_lanes(sum);
     } else {
       row.beyond = true;
     }
@@ -229,33 +229,67 @@ NXS_DEVICE float log_probability(const Summary& row, float logit) {
 
 constexpr u32 kWarps = 8, kThreads = kWarps * 32;
 
+// Whole chunks of an aligned row without a mask: those that are read 16 bytes at a time.
+template <typename T> NXS_DEVICE u32 wide_chunks(const Row<T>& row) {
+  return is_wide(row.logits) && !row.allow ? row.columns / kChunk : 0;
+}
+
 // This warp's share of the chunks from `begin` to `end` of a row: every eighth, the first of which is warp `turn`'s.
-// Partials are numbered as chunks are. The next chunk is on its way while one is added up, if the registers hold both.
+// Partials are numbered as chunks are. Those that are not wide, and those among which there is a NaN:
+template <typename T>
+NXS_DEVICE_CALL void sweep_narrow(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end) {
+#pragma unroll 1
+  for (u32 chunk = begin; chunk < end; chunk += kWarps) {
+    Logits<T> logits = load_logits(row, chunk);
+    const Partial partial = chunk_partial(logits, scale);
+    if (lane_index() == 0) store_global(partials + chunk, partial);
+  }
+}
+// All. The first two chunks are asked for at once, and the next one is on its way while one is added up, if the
+// registers hold both; nothing is called in between. A NaN is noticed at the end: then the chunks are done again.
 template <typename T>
 NXS_DEVICE void sweep_chunks(const Row<T>& row, const Scale& scale, Partial* partials, u32 begin, u32 end, u32 turn) {
-  const u32 warp = (thread_index() / 32 - turn) % kWarps;
-  if constexpr (sizeof(T) == 2) {
-    u32 chunk = begin + warp;
-    if (chunk >= end) return;
-    Logits<T> next = load_logits(row, chunk);
+  const u32 first = begin + (thread_index() / 32 - turn) % kWarps;
+  const u32 all = wide_chunks(row), wide = all < end ? all : end;
+  u32 narrow = first;
+  if (first < wide) {
+    u32 more = (wide - 1 - first) / kWarps;  // after the first one
+    narrow += (more + 1) * kWarps;
+    const T* from = row.logits + static_cast<u64>(first) * kChunk;
+    Partial* to = partials + first;
+    bool nan = false;
+    const auto keep = [&](const Logits<T>& logits) {
+      const float top = lane_maximum(logits);
+      nan = nan || top != top;
+      const Partial partial = partial_of_numbers(logits, top, scale);
+      if (lane_index() == 0) store_global(to, partial);
+      to += kWarps;
+    };
+    if constexpr (sizeof(T) == 2) {
+      Logits<T> now = detail::load_wide(from, 0);
 #pragma unroll 1
-    for (;;) {
-      Logits<T> logits = next;
-      const u32 following = chunk + kWarps;
-      const bool more = following < end;
-      if (more) next = load_logits(row, following);
-      const Partial partial = chunk_partial(logits, scale);
-      if (lane_index() == 0) store_global(partials + chunk, partial);
-      if (!more) break;
-      chunk = following;
-    }
-  } else {
+      for (;; --more) {
+        // The last one twice: what is loaded under a condition ptxas keeps in local memory.
+        if (more > 0) from += kWarps * kChunk;
+        const Logits<T> next = detail::load_wide(from, 0);
+        keep(now);
+        if (more == 0) break;
+        now = next;
+      }
+    } else {
 #pragma unroll 1
-    for (u32 chunk = begin + warp; chunk < end; chunk += kWarps) {
-      Logits<T> logits = load_logits(row, chunk);
-      const Partial partial = chunk_partial(logits, scale);
-      if (lane_index() == 0) store_global(partials + chunk, partial);
+      for (;; --more, from += kWarps * kChunk) {
+        const Logits<T> logits = detail::load_wide(from, 0);
+        keep(logits);
+        if (more == 0) break;
+      }
     }
+    if (warp_any(nan)) narrow = first;
+  }
+  if (narrow < end) {
+    const Row<T> copied = row;  // the row itself stays in registers
+    const Scale with = scale;
+    sweep_narrow(copied, with, partials, narrow, end);
   }
 }
 
@@ -369,7 +403,7 @@ NXS_DEVICE void truncate_row(const Truncation& truncation, Summary& summary, con
 #pragma unroll
       for (u32 place = 0; place < 32; ++place)
         sum = sum + weight_of(summary.scale, reference, summary.cut, logits.at(place));
-      sum = shuffle(scan(sum), 31);
+      sum = sum_of_lanes(sum);
     }
     warp_sync();
     if (lane_index() == 0) store_global(partials + chunk, Partial{partial.max, sum});
@@ -380,7 +414,7 @@ NXS_DEVICE void truncate_row(const Truncation& truncation, Summary& summary, con
   for (u32 chunk = lane_index(); chunk < chunks; chunk += 32)
     sum = sum + share_of(load(chunk), summary.scale, summary.reference);
   warp_sync();
-  summary.sum = shuffle(scan(sum), 31);
+  summary.sum = sum_of_lanes(sum);
 }
 
 }  // namespace nxs::verification

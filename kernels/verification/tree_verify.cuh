@@ -20,11 +20,15 @@
 //              After each child that fails the blocks sum max(p - c q, 0), rows then coming from L2, and pass on the sums in
 //              the same way. Partials and sums have two places by turns, so that a block that is ahead writes to the other one.
 //              Truncation is done by the first block, in global memory.
+//              The kernel itself is the sweep; what is done once a node is in functions that are called, which find the
+//              request and the summaries of the node's rows in shared memory.
 // Bytes        rows of the path * vocab * sizeof(target), once, and of the draft where it is swept; again, from L2, for each
 //              child that fails. FLOPs: about 22 a column, 30 with a residual.
 // Determinism  bitwise: see row_stats.cuh and sample.cuh; sums are made chunk by chunk whoever makes them.
 // Limits       vocabularies up to 2^24, batch up to 2^20, 1024 nodes, 64 drafts on a path.
 #pragma once
+#include <type_traits>
+
 #include "common/ptx/cluster.cuh"
 #include "common/ptx/launch.cuh"
 #include "verification/sample.cuh"
@@ -33,9 +37,10 @@ namespace nxs::verification::tree {
 
 constexpr u32 kMostNodes = 1024, kMostDepth = 64, kMostCluster = 16, kMostShared = 1024;
 
-// Where things lie in shared memory; the tree and the partials follow.
-constexpr u32 kSharedSum = 0, kSharedWords = 64, kSharedPath = 128, kSharedTree = kSharedPath + (kMostDepth + 1) * 4 + 12;
-static_assert(kSharedTree % 16 == 0);
+// Where things lie in shared memory; the tree and the partials follow. Two summaries: the target's row and the draft's.
+constexpr u32 kSharedSum = 0, kSharedWords = 64, kSharedSaid = 80, kSharedRequest = 96, kSharedSummaries = kSharedRequest + 64,
+              kSharedPath = kSharedSummaries + 64, kSharedTree = kSharedPath + (kMostDepth + 1) * 4 + 12;
+static_assert(kSharedTree % 16 == 0 && kSharedRequest % 16 == 0 && kSharedSummaries % 16 == 0);
 
 // Bytes of shared memory: nodes have two words of links, a token, a place in the list of children and one in that of tokens
 // tried; chunks have partials and sums, each twice.
@@ -45,17 +50,34 @@ template <typename T> NXS_DEVICE T or_else(const T* p, i64 at, T otherwise) {
   return p ? load_global_nc(p + at) : otherwise;
 }
 
-// A request as its parameters say.
-struct Request {
-  u32 b;
+// A request as its parameters say: in shared memory, from which whoever needs it reads it again.
+struct alignas(16) Request {
   i64 row;       // the first
+  u32 b;
   u32 nodes;     // 0: nothing to do
   u32 said;      // from the start
   i32 rule;
   Scale scale, draft_scale, measure;  // measure: what partials of the target are made with
   Truncation truncation;
-  bool truncates;
+  u32 truncates;
 };
+static_assert(sizeof(Request) == 64);
+
+// Structures of whole 16-byte pieces, in shared memory.
+template <typename T> NXS_DEVICE void put_shared(u32 to, const T& value) {
+  Vec<u32, 4> pieces[sizeof(T) / 16];
+  memcpy(pieces, &value, sizeof(value));
+#pragma unroll
+  for (u32 k = 0; k < sizeof(T) / 16; ++k) store_shared(to + k * 16, pieces[k]);
+}
+template <typename T> NXS_DEVICE T get_shared(u32 from) {
+  Vec<u32, 4> pieces[sizeof(T) / 16];
+#pragma unroll
+  for (u32 k = 0; k < sizeof(T) / 16; ++k) pieces[k] = load_shared<Vec<u32, 4>>(from + k * 16);
+  T value;
+  memcpy(&value, pieces, sizeof(value));
+  return value;
+}
 
 NXS_DEVICE Request request_of(const nxs_tree_verify_params& p, u32 b) {
   Request r;
@@ -107,19 +129,31 @@ NXS_DEVICE float residual_of(float c, float p, float q) { return p == 0 ? 0.0f :
 
 enum Command : u32 { kGo, kEmit, kResidual };
 
-// A block's part in a request.
+// What is to be known of a node before its rows are swept.
+struct Node {
+  u32 count;   // children
+  u32 random;  // whether they are tried against what they were drawn from
+};
+
+// What is tested of a child: by lane, of the first 32 children of a node.
+struct Tested {
+  float p_logit, q_logit;
+};
+
+// A block's part in a request. Each function that is called makes one of its own, so that none has to be put aside.
 template <typename P, typename Q> struct Walk {
   const nxs_tree_verify_params& p;
-  const Request r;
   const u32 shared, ranks, rank, warp;
   const u32 of_target, of_draft;  // chunks; of_draft: 0 where there is no draft
+  const Request r;
   const bool shares;              // partials lie in shared memory
 
-  NXS_DEVICE Walk(const nxs_tree_verify_params& params, u32 b, u32 rank)
-      : p(params), r(request_of(params, b)), shared(dynamic_shared()), ranks(static_cast<u32>(params.cluster)),
-        rank(rank), warp(thread_index() / 32), of_target(chunks_of(static_cast<u32>(params.vocab))),
+  NXS_DEVICE explicit Walk(const nxs_tree_verify_params& params)
+      : p(params), shared(dynamic_shared()), ranks(static_cast<u32>(params.cluster)),
+        rank(ranks > 1 ? cluster_rank() : 0), warp(thread_index() / 32),
+        of_target(chunks_of(static_cast<u32>(params.vocab))),
         of_draft(params.draft_or_null ? chunks_of(static_cast<u32>(params.draft_vocab)) : 0),
-        shares(params.shared_partials && !r.truncates) {}
+        r(get_shared<Request>(shared + kSharedRequest)), shares(params.shared_partials && !r.truncates) {}
 
   // ---- places
   NXS_DEVICE u32 words() const { return shared + kSharedWords; }
@@ -167,6 +201,25 @@ template <typename P, typename Q> struct Walk {
       cluster_wait();
     }
   }
+  // What is said of the request; the first thread's.
+  NXS_DEVICE void say(u32 said) const {
+    if (said != 0 && thread_index() == 0)
+      store_shared(shared + kSharedSaid, load_shared<u32>(shared + kSharedSaid) | said);
+  }
+  // Summaries of the node's rows, the target's (0) and the draft's (1); the first warp keeps them.
+  NXS_DEVICE void keep(u32 which, const Summary& of) const {
+    if (lane_index() != 0) return;
+    const u32 to = shared + kSharedSummaries + which * 32;
+    store_shared(to, Vec<u32, 4>{{of.shape, of.nan, float_bits(of.top), float_bits(of.reference)}});
+    store_shared(to + 16, Vec<float, 4>{{of.sum, of.cut, of.scale.per_logit, of.scale.per_exponent}});
+  }
+  NXS_DEVICE Summary kept(u32 which) const {
+    const u32 from = shared + kSharedSummaries + which * 32;
+    const auto a = load_shared<Vec<u32, 4>>(from);
+    const auto b = load_shared<Vec<float, 4>>(from + 16);
+    return Summary{static_cast<Shape>(a.data[0]), a.data[1] != 0, false,     bits_float(a.data[2]),
+                   bits_float(a.data[3]),         b.data[0],      b.data[1], Scale{b.data[2], b.data[3]}};
+  }
   // Says the first thread's words to the block.
   NXS_DEVICE Vec<u32, 4> tell(const Vec<u32, 4>& mine) const {
     block_sync();
@@ -199,9 +252,22 @@ template <typename P, typename Q> struct Walk {
     const i64 column = p.target_to_draft_or_null ? load_global_nc(p.target_to_draft_or_null + token) : token;
     return column >= 0 && column < p.draft_vocab ? column : -1;
   }
-  NXS_DEVICE float draft_weight(const Draft<Q>& q, u32 token) const {
+  NXS_DEVICE float draft_logit(const Row<Q>& row, u32 token) const {
     const i64 column = draft_column(token);
-    return column < 0 ? 0.0f : weight_of(q.summary, logit_at(q.row, static_cast<u32>(column)));
+    return column < 0 ? -INFINITY : logit_at(row, static_cast<u32>(column));
+  }
+  NXS_DEVICE float draft_weight(const Draft<Q>& q, u32 token) const {
+    return weight_of(q.summary, draft_logit(q.row, token));
+  }
+  NXS_DEVICE Tested test(const Row<P>& p_row, const Row<Q>& q_row, u32 token) const {
+    return Tested{logit_at(p_row, token), draft_logit(q_row, token)};
+  }
+  // Of this lane's child of a node, for the first warp: on its way while the rows are swept.
+  NXS_DEVICE Tested test_child(u32 node, const Node& of) const {
+    Tested tested = {-INFINITY, -INFINITY};
+    if (warp == 0 && of.random && lane_index() < of.count)
+      tested = test(target_row(node), draft_row(node), token_of(child(lane_index())));
+    return tested;
   }
 
   // ---- randomness
@@ -294,47 +360,66 @@ template <typename P, typename Q> struct Walk {
   }
 
   // ---- sweeps
-  // Partials of a node's row, and of the draft's if it is swept, into `place`; then all have met.
-  NXS_DEVICE void sweep(u32 node, u32 place, bool swept) const {
+  // The node's rows, as they are swept: where no statistics are given, and of the draft where it is asked for.
+  NXS_DEVICE Row<P> swept_target(u32 node) const {
+    return p.target_stats_or_null ? Row<P>{nullptr, nullptr, 0} : target_row(node);
+  }
+  NXS_DEVICE Row<Q> swept_draft(u32 node, bool swept) const {
+    return swept ? draft_row(node) : Row<Q>{nullptr, nullptr, 0};
+  }
+  // Partials of the wide chunks of a row from `first` on.
+  template <typename T>
+  NXS_DEVICE void sweep_wide(const Row<T>& row, u32 first, const Scale& scale, u32 place, u32 begin, bool& nan) const {
+    const u32 stride = ranks * kWarps, all = wide_chunks(row);
+#pragma unroll 1
+    for (u32 chunk = first; chunk < all; chunk += stride) {
+      const Logits<T> logits = detail::load_wide(row.logits, chunk);
+      const float top = lane_maximum(logits);
+      nan = nan || top != top;
+      pass_on(place, begin + chunk, partial_of_numbers(logits, top, scale));
+    }
+  }
+  // Partials of a node's row, and of the draft's if it is swept, into `place`: of all chunks that are read 16 bytes at
+  // a time. -> how many those are, or 0 if there is a NaN among this warp's, which are then to be done again. Nothing is
+  // called, so that what is on its way stays in registers.
+  NXS_DEVICE u32 sweep(u32 node, u32 place, bool swept) const {
+    bool nan = false;
+    const Row<P> p_row = swept_target(node);
+    const Row<Q> q_row = swept_draft(node, swept);
+    const u32 of_p = wide_chunks(p_row), all = of_p + wide_chunks(q_row);
+    // Chunks of both rows one after the other.
     const u32 first = rank * kWarps + warp, stride = ranks * kWarps;
-    if (p.target_stats_or_null) {
-      const i64 row = target_index(node);
-      // Each block for itself; in global memory the first for all.
-      if (shares || rank == 0) {
-        for (u32 chunk = thread_index(); chunk < of_target; chunk += kThreads) {
-          Partial partial = {-INFINITY, 0};
-          if (row >= 0) {
-            // Not necessarily aligned to a pair.
-            const float* pair = p.target_stats_or_null + (row * of_target + chunk) * 2;
-            partial = Partial{load_global_nc(pair), load_global_nc(pair + 1)};
-          }
-          if (shares)
-            store_shared(in_shared(place, chunk), partial);
-          else
-            store_global(in_global(place, chunk), partial);
-        }
+    if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
+      const Scale measure = r.measure, draft_scale = r.draft_scale;
+      // Two at once: most warps have no more. Not under a condition, or ptxas would keep what is loaded in local
+      // memory.
+      const auto load_at = [&](u32 at) {
+        return detail::load_wide(at < of_p ? p_row.logits : q_row.logits, at < of_p ? at : at - of_p);
+      };
+      const auto finish = [&](u32 at, const Logits<P>& logits) {
+        const float top = lane_maximum(logits);
+        nan = nan || top != top;
+        // By value: of a choice between two places the address would be taken.
+        Scale scale = measure;
+        if (at >= of_p) scale = draft_scale;
+        pass_on(place, at < of_p ? at : of_target + (at - of_p), partial_of_numbers(logits, top, scale));
+      };
+      u32 at = first;
+#pragma unroll 1
+      for (; at + stride < all; at += 2 * stride) {
+        const Logits<P> one = load_at(at), other = load_at(at + stride);
+        finish(at, one);
+        finish(at + stride, other);
       }
+      if (at < all) {
+        const Logits<P> one = load_at(at);
+        finish(at, one);
+      }
+    } else {
+      sweep_wide(p_row, first, r.measure, place, 0, nan);
+      sweep_wide(q_row, (first + stride - of_p % stride) % stride, r.draft_scale, place, of_target, nan);
     }
-    const u32 of_p = p.target_stats_or_null ? 0 : of_target, of_q = swept ? of_draft : 0;
-    const Row<P> p_row = target_row(node);
-    const Row<Q> q_row = swept ? draft_row(node) : Row<Q>{nullptr, nullptr, 0};
-    // Of 16-bit logits both chunks are on their way before the first is looked at; others would not fit into registers.
-    constexpr bool kTogether = sizeof(P) == 2 && sizeof(Q) == 2;
-#pragma unroll 1
-    for (u32 chunk = first; chunk < of_p || (kTogether && chunk < of_q); chunk += stride) {
-      Logits<P> logits;
-      Logits<Q> beside;
-      if (chunk < of_p) logits = load_logits(p_row, chunk);
-      if (kTogether && chunk < of_q) beside = load_logits(q_row, chunk);
-      if (chunk < of_p) pass_on(place, chunk, chunk_partial(logits, r.measure));
-      if (kTogether && chunk < of_q) pass_on(place, of_target + chunk, chunk_partial(beside, r.draft_scale));
-    }
-#pragma unroll 1
-    for (u32 chunk = first; !kTogether && chunk < of_q; chunk += stride) {
-      Logits<Q> logits = load_logits(q_row, chunk);
-      pass_on(place, of_target + chunk, chunk_partial(logits, r.draft_scale));
-    }
-    meet();
+    return warp_any(nan) ? 0 : all;
   }
 
   // The node's distributions, from partials in `place`; each warp for itself.
@@ -351,6 +436,9 @@ template <typename P, typename Q> struct Walk {
     target.peak = target.summary.shape == kPeak ? find_peak(target.summary, target.row, of_target, partial) : kNothing;
     return target;
   }
+  // As the first warp has kept them, of rows that are spread.
+  NXS_DEVICE Target<P> target_kept(u32 node) const { return Target<P>{target_row(node), kept(0), kNothing}; }
+  NXS_DEVICE Draft<Q> draft_kept(u32 node) const { return Draft<Q>{draft_row(node), kept(1)}; }
   NXS_DEVICE Draft<Q> draft_of(u32 node, u32 place) const {
     Draft<Q> q = {draft_row(node), {kEmpty, false, false, -INFINITY, 0, 0, -INFINITY, Scale{0, 0}}};
     if (q.row.columns == 0) return q;
@@ -381,53 +469,144 @@ template <typename P, typename Q> struct Walk {
     }
   }
 
-  // Sums of max(p - c q, 0) of all chunks, into `place`, and without replacement of what q has beside the tokens tried; then
-  // all have met.
-  NXS_DEVICE void sweep_residual(float c, const Target<P>& target, const Draft<Q>& q, u32 place, u32 count) const {
-    const u32 first = rank * kWarps + warp, stride = ranks * kWarps;
-#pragma unroll 1
-    for (u32 chunk = first; chunk < of_target; chunk += stride) {
-      float weight[32], sum = 0;
-      residual_weights(c, target, q, chunk, weight);
-#pragma unroll
-      for (u32 at = 0; at < 32; ++at) sum = sum + weight[at];
-      pass_on(place, chunk, Partial{shuffle(scan(sum), 31), 0});
-    }
-    if (p.without_replacement) {
-#pragma unroll 1
-      for (u32 chunk = first; chunk < of_draft; chunk += stride) {
-        Logits<Q> logits = load_logits(q.row, chunk);
-        // A bit for each place of this lane that was tried.
-        u32 gone = 0;
-#pragma unroll 1
-        for (u32 at = 0; at < count; ++at) {
-          const i64 column = draft_column(load_shared<u32>(tried(at)));
-          const u32 within = static_cast<u32>(column - static_cast<i64>(chunk) * kChunk);
-          if (column >= 0 && within < kChunk && within / 8 % 32 == lane_index())
-            gone |= 1u << (within / 256 * 8 + within % 8);
-        }
-        warp_sync();
-        float sum = 0;
-#pragma unroll
-        for (u32 at = 0; at < 32; ++at) {
-          const float weight = weight_of(q.summary, logits.at(at));
-          sum = sum + (gone >> at & 1 ? 0.0f : weight);
-        }
-        pass_on(place, of_target + chunk, Partial{shuffle(scan(sum), 31), 0});
-      }
-    }
-    meet();
-  }
-
   // The sum over the chunks from `begin` on, in every lane.
   NXS_DEVICE float total(u32 place, u32 begin, u32 chunks) const {
     float own = 0;
 #pragma unroll 1
     for (u32 chunk = lane_index(); chunk < chunks; chunk += 32) own = own + load(place, begin + chunk).max;
     warp_sync();
-    return shuffle(scan(own), 31);
+    return sum_of_lanes(own);
   }
 };
+
+// Puts the request and its tree into shared memory, all of the block.
+template <typename P, typename Q> NXS_DEVICE_CALL void begin_walk(const nxs_tree_verify_params& p) {
+  const u32 shared = dynamic_shared();
+  if (thread_index() == 0)
+    put_shared(shared + kSharedRequest, request_of(p, block_index_x() / static_cast<u32>(p.cluster)));
+  block_sync();
+  const Walk<P, Q> walk(p);
+  const u32 said = walk.r.said | walk.load_tree();
+  if (thread_index() == 0) store_shared(shared + kSharedSaid, said);
+}
+
+template <typename P, typename Q> NXS_DEVICE_CALL Node open_node(const nxs_tree_verify_params& p, u32 node, u32 depth) {
+  const Walk<P, Q> walk(p);
+  u32 count = 0;
+  if (walk.warp == 0) {
+    u32 said = 0;
+    count = walk.list_children(node, said);
+    if (depth == static_cast<u32>(p.max_depth)) {
+      if (count > 0) said |= NXS_STATUS_DRAFTS_IGNORED;
+      count = 0;
+    }
+    walk.say(said);
+  }
+  count = walk.tell(Vec<u32, 4>{{count, 0, 0, 0}}).data[0];
+  return Node{count, walk.r.rule == NXS_RULE_REJECT && p.draft_or_null && !walk.r.scale.greedy() && count > 0};
+}
+
+// Partials of the chunks that the sweep has left: in the order of wide chunks, the target's first, then of the others,
+// this warp's from number `done` on. With 0 of all of them.
+template <typename P, typename Q>
+NXS_DEVICE_CALL void sweep_rest(const nxs_tree_verify_params& p, u32 node, u32 place, bool swept, u32 done) {
+  const Walk<P, Q> walk(p);
+  const Row<P> p_row = walk.swept_target(node);
+  const Row<Q> q_row = walk.swept_draft(node, swept);
+  const u32 first = walk.rank * kWarps + walk.warp, stride = walk.ranks * kWarps;
+  const u32 p_wide = wide_chunks(p_row), wide = p_wide + wide_chunks(q_row);
+  const u32 p_rest = p.target_stats_or_null ? 0 : walk.of_target - p_wide;
+  const u32 all = wide + p_rest + (swept ? walk.of_draft - (wide - p_wide) : 0);
+#pragma unroll 1
+  for (u32 at = done + (first + stride - done % stride) % stride; at < all; at += stride) {
+    const bool of_target = at < wide ? at < p_wide : at < wide + p_rest;
+    if (of_target) {
+      const u32 chunk = at < wide ? at : p_wide + (at - wide);
+      Logits<P> logits = load_logits(p_row, chunk);
+      walk.pass_on(place, chunk, chunk_partial(logits, walk.r.measure));
+    } else {
+      const u32 chunk = at < wide ? at - p_wide : (wide - p_wide) + (at - wide - p_rest);
+      Logits<Q> logits = load_logits(q_row, chunk);
+      walk.pass_on(place, walk.of_target + chunk, chunk_partial(logits, walk.r.draft_scale));
+    }
+  }
+}
+
+// Partials that the engine has found already.
+template <typename P, typename Q> NXS_DEVICE_CALL void copy_partials(const nxs_tree_verify_params& p, u32 node, u32 place) {
+  const Walk<P, Q> walk(p);
+  const i64 row = walk.target_index(node);
+  // Each block for itself; in global memory the first for all.
+  if (!walk.shares && walk.rank != 0) return;
+  for (u32 chunk = thread_index(); chunk < walk.of_target; chunk += kThreads) {
+    Partial partial = {-INFINITY, 0};
+    if (row >= 0) {
+      // Not necessarily aligned to a pair.
+      const float* pair = p.target_stats_or_null + (row * walk.of_target + chunk) * 2;
+      partial = Partial{load_global_nc(pair), load_global_nc(pair + 1)};
+    }
+    if (walk.shares)
+      store_shared(walk.in_shared(place, chunk), partial);
+    else
+      store_global(walk.in_global(place, chunk), partial);
+  }
+}
+
+// Cuts the node's row down: the first block, in global memory; then all have met.
+template <typename P, typename Q> NXS_DEVICE_CALL void truncate_node(const nxs_tree_verify_params& p, u32 node, u32 place) {
+  const Walk<P, Q> walk(p);
+  if (walk.rank == 0) {
+    Summary summary =
+        summarize(walk.of_target, walk.r.scale, [&](u32 chunk) { return walk.load(place, chunk); });
+    truncate_row(walk.r.truncation, summary, walk.target_row(node), walk.of_target, walk.in_global(place, 0),
+                 walk.shared + kSharedSum);
+    block_sync();
+    if (thread_index() == 0) store_global(walk.cut(), Vec<u32, 2>{{float_bits(summary.cut), summary.nan}});
+  }
+  walk.meet();
+}
+
+// Sums of max(p - c q, 0) of all chunks, into `place`, and without replacement of what q has beside the tokens tried;
+// then all have met.
+template <typename P, typename Q>
+NXS_DEVICE_CALL void sweep_residual(const nxs_tree_verify_params& p, u32 node, u32 place, float c, u32 count) {
+  const Walk<P, Q> walk(p);
+  const Target<P> target = walk.target_kept(node);
+  const Draft<Q> q = walk.draft_kept(node);
+  const u32 first = walk.rank * kWarps + walk.warp, stride = walk.ranks * kWarps;
+#pragma unroll 1
+  for (u32 chunk = first; chunk < walk.of_target; chunk += stride) {
+    float weight[32], sum = 0;
+    walk.residual_weights(c, target, q, chunk, weight);
+#pragma unroll
+    for (u32 at = 0; at < 32; ++at) sum = sum + weight[at];
+    walk.pass_on(place, chunk, Partial{sum_of_lanes(sum), 0});
+  }
+  if (p.without_replacement) {
+#pragma unroll 1
+    for (u32 chunk = first; chunk < walk.of_draft; chunk += stride) {
+      Logits<Q> logits = load_logits(q.row, chunk);
+      // A bit for each place of this lane that was tried.
+      u32 gone = 0;
+#pragma unroll 1
+      for (u32 at = 0; at < count; ++at) {
+        const i64 column = walk.draft_column(load_shared<u32>(walk.tried(at)));
+        const u32 within = static_cast<u32>(column - static_cast<i64>(chunk) * kChunk);
+        if (column >= 0 && within < kChunk && within / 8 % 32 == lane_index())
+          gone |= 1u << (within / 256 * 8 + within % 8);
+      }
+      warp_sync();
+      float sum = 0;
+#pragma unroll
+      for (u32 at = 0; at < 32; ++at) {
+        const float weight = weight_of(q.summary, logits.at(at));
+        sum = sum + (gone >> at & 1 ? 0.0f : weight);
+      }
+      walk.pass_on(place, walk.of_target + chunk, Partial{sum_of_lanes(sum), 0});
+    }
+  }
+  walk.meet();
+}
 
 // Recursive rejection at a node; the first warp's.
 struct Trials {
@@ -435,16 +614,26 @@ struct Trials {
   float c, step;  // a child's test is u * step + c against p / q; step is what c grows by when it fails
 };
 
-// Tries children from trials.next on, up to one that is accepted or one that fails. -> command, and a child or token.
+// What becomes of a node, as the first warp finds it.
+struct Choice {
+  u32 command, result;  // a child, or a token, or kNothing
+};
+
+// Tries children from trials.next on, up to one that is accepted or one that fails.
 template <typename P, typename Q>
-NXS_DEVICE u32 try_children(const Walk<P, Q>& walk, u32 depth, u32 count, const Target<P>& target, const Draft<Q>& q,
-                            Trials& trials, u32& said, u32& result) {
+NXS_DEVICE Choice try_children(const Walk<P, Q>& walk, u32 depth, u32 count, const Target<P>& target, const Draft<Q>& q,
+                               const Tested& tested, Trials& trials, u32& said) {
   const nxs_tree_verify_params& p = walk.p;
   while (trials.next < count) {
     const u32 j = trials.next++;
     const u32 child = walk.child(j), token = walk.token_of(child);
-    const float p_weight = weight_of(target.summary, logit_at(target.row, token));
-    const float q_weight = walk.draft_weight(q, token);
+    float p_logit = shuffle(tested.p_logit, j % 32), q_logit = shuffle(tested.q_logit, j % 32);
+    if (j >= 32) {
+      const Tested late = walk.test(target.row, q.row, token);
+      p_logit = late.p_logit;
+      q_logit = late.q_logit;
+    }
+    const float p_weight = weight_of(target.summary, p_logit), q_weight = weight_of(q.summary, q_logit);
     bool again = false;
     if (p.without_replacement) {
       for (u32 at = lane_index(); at < trials.tried; at += 32)
@@ -454,179 +643,160 @@ NXS_DEVICE u32 try_children(const Walk<P, Q>& walk, u32 depth, u32 count, const 
     }
     if (q_weight == 0 || again) {
       said |= NXS_STATUS_DRAFT_IMPOSSIBLE;
-      if (p_weight > 0 && !again) {
-        result = child;
-        return kGo;
-      }
+      if (p_weight > 0 && !again) return Choice{kGo, child};
       continue;
     }
     const float u = p.uniforms_or_null ? load_global_nc(walk.given(child)) : walk.draws(depth, kUseAccept, j).at[0];
     const float threshold = fma(u, trials.step, trials.c);
-    if (fma(-threshold, q_weight, p_weight) > 0) {
-      result = child;
-      return kGo;
-    }
+    if (fma(-threshold, q_weight, p_weight) > 0) return Choice{kGo, child};
     trials.c = trials.c + trials.step;
     if (lane_index() == 0) store_shared(walk.tried(trials.tried), token);
     ++trials.tried;
     warp_sync();
-    return kResidual;
+    return Choice{kResidual, kNothing};
   }
-  return kEmit;
+  return Choice{kEmit, kNothing};
 }
 
+// The first warp, with the partials of a node's rows at hand.
 template <typename P, typename Q>
-__global__ void __launch_bounds__(kThreads, 2) tree_verify_kernel(const __grid_constant__ nxs_tree_verify_params p) {
-  const u32 ranks = static_cast<u32>(p.cluster), rank = ranks > 1 ? cluster_rank() : 0;
-  const Walk<P, Q> walk(p, block_index_x() / ranks, rank);
-  const Request& r = walk.r;
-  const u32 columns = static_cast<u32>(p.max_depth) + 1;
-  u32 said = r.said | walk.load_tree();
-  // All blocks have begun before one writes to another's memory.
-  walk.meet();
-
-  u32 node = 0, depth = 0, last = kNothing, residuals = 0;
-  bool going = r.nodes > 0;
-  while (going) {
-    const u32 place = depth % 2;
-    u32 count = 0;
-    if (walk.warp == 0) {
-      count = walk.list_children(node, said);
-      if (depth + 1 == columns) {
-        if (count > 0) said |= NXS_STATUS_DRAFTS_IGNORED;
-        count = 0;
+NXS_DEVICE Choice judge(const Walk<P, Q>& walk, u32 node, u32 depth, const Node& of, const Tested& tested, Trials& trials) {
+  const u32 place = depth % 2, count = of.count;
+  const auto partial = [&](u32 chunk) { return walk.load(place, chunk); };
+  Choice choice = {kEmit, kNothing};
+  u32 said = 0;
+  const Target<P> target = walk.target_of(node, place, walk.r.scale);
+  walk.keep(0, target.summary);
+  if (target.row.columns == 0) said |= NXS_STATUS_ROW_OUT_OF_RANGE;
+  if (target.summary.nan) said |= NXS_STATUS_TARGET_NAN;
+  if (target.summary.beyond || target.summary.top == INFINITY) said |= NXS_STATUS_TARGET_BEYOND;
+  if (target.summary.shape == kEmpty) {
+    said |= NXS_STATUS_TARGET_EMPTY;
+  } else {
+    bool draws_token = true, matches = true;
+    if (of.random && target.peak == kNothing) {
+      const Draft<Q> q = walk.draft_of(node, place);
+      walk.keep(1, q.summary);
+      if (q.row.columns == 0) {
+        said |= NXS_STATUS_ROW_OUT_OF_RANGE | NXS_STATUS_DRAFT_BAD;
+        matches = false;
+      } else if (q.summary.nan || q.summary.shape == kEmpty) {
+        said |= NXS_STATUS_DRAFT_BAD;
+        matches = false;
+      } else if (q.summary.shape == kSpread) {
+        trials.step = target.summary.sum / q.summary.sum;
+        choice = try_children(walk, depth, count, target, q, tested, trials, said);
+        // No child was one that could be tried.
+        draws_token = choice.command == kEmit;
+        matches = false;
       }
     }
-    count = walk.tell(Vec<u32, 4>{{count, 0, 0, 0}}).data[0];
-    const bool random = r.rule == NXS_RULE_REJECT && p.draft_or_null && !r.scale.greedy() && count > 0;
-    walk.sweep(node, place, random && !p.draft_stats_or_null);
-    const auto partial = [&](u32 chunk) { return walk.load(place, chunk); };
-    if (r.truncates) {
-      if (rank == 0) {
-        Summary summary = summarize(walk.of_target, r.scale, partial);
-        truncate_row(r.truncation, summary, walk.target_row(node), walk.of_target, walk.in_global(place, 0),
-                     walk.shared + kSharedSum);
-        block_sync();
-        if (thread_index() == 0) store_global(walk.cut(), Vec<u32, 2>{{float_bits(summary.cut), summary.nan}});
+    if (draws_token) {
+      u32 token = target.peak;
+      if (token == kNothing) {
+        const Uniforms u = walk.three(node, depth, kUseSample);
+        token = sample_row(target.summary, target.row, walk.of_target, u.at[0], u.at[1], u.at[2], partial);
       }
-      walk.meet();
-    }
-
-    // The first warp decides; the others help with residuals.
-    Target<P> target;
-    Draft<Q> q;
-    Trials trials = {0, 0, 0, 0};
-    u32 command = kEmit, result = kNothing;
-    if (walk.warp == 0) {
-      target = walk.target_of(node, place, r.scale);
-      if (target.row.columns == 0) said |= NXS_STATUS_ROW_OUT_OF_RANGE;
-      if (target.summary.nan) said |= NXS_STATUS_TARGET_NAN;
-      if (target.summary.beyond || target.summary.top == INFINITY) said |= NXS_STATUS_TARGET_BEYOND;
-      if (target.summary.shape == kEmpty) {
-        said |= NXS_STATUS_TARGET_EMPTY;
-      } else {
-        bool draws_token = true, matches = true;
-        if (random && target.peak == kNothing) {
-          q = walk.draft_of(node, place);
-          if (q.row.columns == 0) {
-            said |= NXS_STATUS_ROW_OUT_OF_RANGE | NXS_STATUS_DRAFT_BAD;
-            matches = false;
-          } else if (q.summary.nan || q.summary.shape == kEmpty) {
-            said |= NXS_STATUS_DRAFT_BAD;
-            matches = false;
-          } else if (q.summary.shape == kSpread) {
-            draws_token = false;
-            trials.step = target.summary.sum / q.summary.sum;
-            command = try_children(walk, depth, count, target, q, trials, said, result);
-            // No child was one that could be tried.
-            draws_token = command == kEmit;
-            matches = false;
+      choice.result = token;
+      u32 chosen = kNothing;
+      if (matches && token != kNothing) {
+        for (u32 at = lane_index(); at < count; at += 32) {
+          if (walk.token_of(walk.child(at)) == token) {
+            chosen = at;
+            break;
           }
         }
-        if (draws_token) {
-          u32 token = target.peak;
-          if (token == kNothing) {
-            const Uniforms u = walk.three(node, depth, kUseSample);
-            token = sample_row(target.summary, target.row, walk.of_target, u.at[0], u.at[1], u.at[2], partial);
-          }
-          result = token;
-          u32 chosen = kNothing;
-          if (matches && token != kNothing) {
-            for (u32 at = lane_index(); at < count; at += 32) {
-              if (walk.token_of(walk.child(at)) == token) {
-                chosen = at;
-                break;
-              }
-            }
-            warp_sync();
-            chosen = warp_reduce_min(chosen);
-          }
-          if (chosen != kNothing) {
-            command = kGo;
-            result = walk.child(chosen);
-          }
-        }
+        warp_sync();
+        chosen = warp_reduce_min(chosen);
       }
-    }
-    for (;;) {
-      const Vec<u32, 4> told = walk.tell(Vec<u32, 4>{{command, result, float_bits(trials.c), trials.tried}});
-      command = told.data[0];
-      result = told.data[1];
-      if (command != kResidual) break;
-      const float c = bits_float(told.data[2]);
-      if (walk.warp != 0) {
-        target = walk.target_of(node, place, r.scale);
-        q = walk.draft_of(node, place);
-      }
-      const u32 sums = 2 + residuals++ % 2;
-      walk.sweep_residual(c, target, q, sums, told.data[3]);
-      if (walk.warp == 0) {
-        const float mass = walk.total(sums, 0, walk.of_target);
-        if (mass == 0) {
-          // p is q but for rounding.
-          const Uniforms u = walk.three(node, depth, kUseResidual);
-          command = kEmit;
-          result = sample_row(target.summary, target.row, walk.of_target, u.at[0], u.at[1], u.at[2], partial);
-        } else {
-          trials.step = mass / (p.without_replacement ? walk.total(sums, walk.of_target, walk.of_draft) : q.summary.sum);
-          command = try_children(walk, depth, count, target, q, trials, said, result);
-          if (command == kEmit) {
-            const Uniforms u = walk.three(node, depth, kUseResidual);
-            const u32 chunk = pick_chunk(walk.of_target, u.at[0], [&](u32 at) { return walk.load(sums, at).max; });
-            result = kNothing;
-            if (chunk != kNothing) {
-              float weight[32];
-              walk.residual_weights(c, target, q, chunk, weight);
-              const u32 of_chunk = pick_place(u.at[1], u.at[2], [&](u32 at) { return weight[at]; });
-              if (of_chunk != kNothing) result = chunk * kChunk + of_chunk;
-            }
-          }
-        }
-      }
-    }
-    last = result;
-    if (rank == 0 && walk.warp == 0) {
-      if (lane_index() == 0) store_shared(walk.shared + kSharedPath + depth * 4, node);
-      if (p.log_probs_or_null) {
-        u32 token = command == kGo ? walk.token_of(result) : result;
-        if (token == kNothing) token = p.fallback > 0 ? static_cast<u32>(p.fallback) : 0;
-        Summary measured = target.summary;
-        if (r.scale.greedy()) measured = walk.target_of(node, place, r.measure).summary;
-        const float log_prob = log_probability(measured, logit_at(target.row, token));
-        if (lane_index() == 0) store_global(p.log_probs_or_null + static_cast<i64>(r.b) * columns + depth, log_prob);
-      }
-    }
-    going = command == kGo;
-    if (going) {
-      node = result;
-      ++depth;
+      if (chosen != kNothing) choice = Choice{kGo, walk.child(chosen)};
     }
   }
+  walk.say(said);
+  return choice;
+}
 
-  if (rank != 0) return;
+// The first warp, with the sums in `sums` of what is left of p after a child that failed.
+template <typename P, typename Q>
+NXS_DEVICE Choice judge_rest(const Walk<P, Q>& walk, u32 node, u32 depth, u32 sums, const Node& of, const Tested& tested,
+                             Trials& trials) {
+  const nxs_tree_verify_params& p = walk.p;
+  const Target<P> target = walk.target_kept(node);
+  const Draft<Q> q = walk.draft_kept(node);
+  const float mass = walk.total(sums, 0, walk.of_target);
+  if (mass == 0) {
+    // p is q but for rounding.
+    const Uniforms u = walk.three(node, depth, kUseResidual);
+    const u32 token = sample_row(target.summary, target.row, walk.of_target, u.at[0], u.at[1], u.at[2],
+                                 [&](u32 chunk) { return walk.load(depth % 2, chunk); });
+    return Choice{kEmit, token};
+  }
+  trials.step = mass / (p.without_replacement ? walk.total(sums, walk.of_target, walk.of_draft) : q.summary.sum);
+  const float c = trials.c;
+  u32 said = 0;
+  Choice choice = try_children(walk, depth, of.count, target, q, tested, trials, said);
+  walk.say(said);
+  if (choice.command == kEmit) {
+    const Uniforms u = walk.three(node, depth, kUseResidual);
+    const u32 chunk = pick_chunk(walk.of_target, u.at[0], [&](u32 at) { return walk.load(sums, at).max; });
+    if (chunk != kNothing) {
+      float weight[32];
+      walk.residual_weights(c, target, q, chunk, weight);
+      const u32 of_chunk = pick_place(u.at[1], u.at[2], [&](u32 at) { return weight[at]; });
+      if (of_chunk != kNothing) choice.result = chunk * kChunk + of_chunk;
+    }
+  }
+  return choice;
+}
+
+// The first warp of the first block: the logarithm of the probability of the token after `node`.
+template <typename P, typename Q>
+NXS_DEVICE_CALL void note_node(const nxs_tree_verify_params& p, u32 node, u32 depth, u32 command, u32 result) {
+  const Walk<P, Q> walk(p);
+  u32 token = command == kGo ? walk.token_of(result) : result;
+  if (token == kNothing) token = p.fallback > 0 ? static_cast<u32>(p.fallback) : 0;
+  const Summary measured =
+      walk.r.scale.greedy() ? walk.target_of(node, depth % 2, walk.r.measure).summary : walk.kept(0);
+  const float log_prob = log_probability(measured, logit_at(walk.target_row(node), token));
+  const i64 at = static_cast<i64>(walk.r.b) * (p.max_depth + 1) + depth;
+  if (lane_index() == 0) store_global(p.log_probs_or_null + at, log_prob);
+}
+
+// All of the block, with the partials of a node's rows at hand: the first warp decides, the others help with residuals.
+template <typename P, typename Q>
+NXS_DEVICE_CALL Choice decide_node(const nxs_tree_verify_params& p, u32 node, u32 depth, Node of, Tested tested) {
+  if (p.top_k_or_null || p.top_p_or_null || p.min_p_or_null) {
+    if (get_shared<Request>(dynamic_shared() + kSharedRequest).truncates) truncate_node<P, Q>(p, node, depth % 2);
+  }
+  const Walk<P, Q> walk(p);
+  Trials trials = {0, 0, 0, 0};
+  Choice choice = {kEmit, kNothing};
+  if (walk.warp == 0) choice = judge(walk, node, depth, of, tested, trials);
+  for (;;) {
+    const Vec<u32, 4> told =
+        walk.tell(Vec<u32, 4>{{choice.command, choice.result, float_bits(trials.c), trials.tried}});
+    choice = Choice{told.data[0], told.data[1]};
+    if (choice.command != kResidual) break;
+    // By turns: with each child that fails one more was tried.
+    const u32 sums = 2 + told.data[3] % 2;
+    sweep_residual<P, Q>(p, node, sums, bits_float(told.data[2]), told.data[3]);
+    if (walk.warp == 0) choice = judge_rest(walk, node, depth, sums, of, tested, trials);
+  }
+  if (walk.rank == 0 && walk.warp == 0) {
+    if (lane_index() == 0) store_shared(walk.shared + kSharedPath + depth * 4, node);
+    if (p.log_probs_or_null) note_node<P, Q>(p, node, depth, choice.command, choice.result);
+  }
+  return choice;
+}
+
+// All of the first block: what the request gets whose walk ended at `node`, `depth` drafts down.
+template <typename P, typename Q>
+NXS_DEVICE_CALL void write_request(const nxs_tree_verify_params& p, u32 node, u32 depth, u32 last) {
   block_sync();
+  const Walk<P, Q> walk(p);
+  const Request& r = walk.r;
+  const u32 columns = static_cast<u32>(p.max_depth) + 1, emitted = r.nodes > 0 ? depth + 1 : 0;
   const i64 first = static_cast<i64>(r.b) * columns;
-  const u32 emitted = r.nodes > 0 ? depth + 1 : 0;
   const i32 start = or_else(p.kv_start_or_null, r.b, 0);
   for (u32 i = thread_index(); i < columns; i += kThreads) {
     i32 token = -1, at = -1, source = -1, destination = -1;
@@ -651,10 +821,44 @@ __global__ void __launch_bounds__(kThreads, 2) tree_verify_kernel(const __grid_c
   if (thread_index() == 0) {
     store_global(p.emitted + r.b, static_cast<i32>(emitted));
     store_global(p.accepted + r.b, static_cast<i32>(depth));
-    store_global(p.status + r.b, said);
+    store_global(p.status + r.b, load_shared<u32>(walk.shared + kSharedSaid));
     if (p.last_row_or_null)
       store_global(p.last_row_or_null + r.b, emitted > 0 ? static_cast<i32>(r.row) + static_cast<i32>(node) : -1);
   }
+}
+
+// The walk: what is done once a node is in functions that are called, so that the sweep has the registers.
+template <typename P, typename Q>
+__global__ void __launch_bounds__(kThreads, 2) tree_verify_kernel(const __grid_constant__ nxs_tree_verify_params p) {
+  begin_walk<P, Q>(p);
+  // All blocks have begun before one writes to another's memory.
+  Walk<P, Q>(p).meet();
+  u32 node = 0, depth = 0;
+  Choice choice = {kEmit, kNothing};
+  bool going = get_shared<Request>(dynamic_shared() + kSharedRequest).nodes > 0;
+#pragma unroll 1
+  while (going) {
+    const Node of = open_node<P, Q>(p, node, depth);
+    if (p.target_stats_or_null) copy_partials<P, Q>(p, node, depth % 2);
+    const bool swept = of.random && !p.draft_stats_or_null;
+    Tested tested;
+    {
+      const Walk<P, Q> walk(p);
+      tested = walk.test_child(node, of);
+      const u32 done = walk.sweep(node, depth % 2, swept);
+      if (done < (p.target_stats_or_null ? 0 : walk.of_target) + (swept ? walk.of_draft : 0))
+        sweep_rest<P, Q>(p, node, depth % 2, swept, done);
+      walk.meet();
+    }
+    choice = decide_node<P, Q>(p, node, depth, of, tested);
+    going = choice.command == kGo;
+    if (going) {
+      node = choice.result;
+      ++depth;
+    }
+  }
+  const u32 rank = p.cluster > 1 ? cluster_rank() : 0;
+  if (rank == 0) write_request<P, Q>(p, node, depth, choice.result);
 }
 
 // One instantiation file a dtype of the target (tree_verify_<dtype>.cu) picks the draft's.

@@ -311,7 +311,7 @@ NXS_DEVICE float residual_sum(const Step<P, Q>& step, float factor, const Target
   residual_weights(step, factor, p, q, chunk, weight);
 #pragma unroll
   for (u32 place = 0; place < 32; ++place) sum = sum + weight[place];
-  return shuffle(scan(sum), 31);
+  return sum_of_lanes(sum);
 }
 
 // Says one thread's word to the block.
@@ -734,7 +734,7 @@ __global__ void __launch_bounds__(kThreads, 3) verify_blocks_kernel(const __grid
         float own = 0;
         for (u32 chunk = lane_index(); chunk < step.of_target; chunk += 32) own = own + load_global(residuals + chunk);
         warp_sync();
-        const float mass = shuffle(scan(own), 31) / multiply(target.sum(), q.sum());
+        const float mass = sum_of_lanes(own) / multiply(target.sum(), q.sum());
         const float all = mass + (1.0f - state.ratio);
         passing = all > 0 ? mass / all : 1.0f;
       }
@@ -780,12 +780,18 @@ template <typename P, typename Q> NXS_DEVICE_CALL void settle_request(const nxs_
   write_request<P, Q>(p, r, at, last, at);
 }
 
-// A chunk of a pair of rows of a request that is to be swept.
+// A chunk that is not wide, or that may hold a NaN.
+template <typename T> NXS_DEVICE_CALL void sweep_one(const Row<T>& row, u32 chunk, const Scale& scale, Partial* to) {
+  Logits<T> logits = load_logits(row, chunk);
+  const Partial partial = chunk_partial(logits, scale);
+  if (lane_index() == 0) store_global(to, partial);
+}
+
+// A wide chunk of a pair of rows of a request that is to be swept.
 template <typename T> struct Swept {
-  Row<T> row;
-  u32 chunk;
-  Scale scale;
+  const T* from;
   Partial* to;
+  bool draft;
 };
 
 // Requests of few chunks: each by a cluster of p.cluster blocks, whose warps share out the chunks of all of its rows; then
@@ -798,47 +804,82 @@ __global__ void __launch_bounds__(kThreads, 2) verify_requests_kernel(const __gr
   const u32 chunks = step.of_target + step.of_draft, all = r.rows * chunks, stride = ranks * kWarps;
   if (p.target_stats_or_null)
     for (u32 i = rank; i < r.rows; i += ranks) copy_partials<P, Q>(p, r.b, i, 0, step.of_target);
-  const auto of_draft = [&](u32 at, u32& i, u32& chunk) {
-    i = at / chunks;
-    chunk = at - i * chunks;
-    return chunk >= step.of_target;
+  // Row i and the chunk `number` of the pair, in steps of the stride: no division but the first.
+  const u32 begin = rank * kWarps + thread_index() / 32;
+  u32 at = begin, i = at / chunks, number = at - i * chunks;
+  const u32 rows_on = stride / chunks, chunks_on = stride - rows_on * chunks;
+  const auto go_on = [&] {
+    at += stride;
+    i += rows_on;
+    number += chunks_on;
+    if (number >= chunks) {
+      number -= chunks;
+      ++i;
+    }
   };
   if constexpr (std::is_same_v<P, Q> && sizeof(P) == 2) {
-    // From `at` on, the first chunk that is this warp's to sweep.
-    Swept<P> now, then;
-    const auto find = [&](u32& at, Swept<P>& chunk) {
-      for (; at < all; at += stride) {
-        u32 i, number;
-        const bool draft = of_draft(at, i, number);
+    // From here on, the first chunk that is this warp's to sweep and is wide; those before it that are not are done at
+    // once, as are all the second time, if a NaN was among them.
+    bool nan = false, again = false;
+    const Scale measure = r.measure, draft_scale = r.draft_scale;
+    const auto find = [&](Swept<P>& found) {
+      for (; at < all; go_on()) {
+        const bool draft = number >= step.of_target;
         if (draft ? !step.swept(r, i) : p.target_stats_or_null != nullptr) continue;
-        chunk.to = step.partials(step.slot(r.b, i)) + number;
-        chunk.row = draft ? step.draft_row(step.draft_index(r, i)) : step.target_row(r, i);
-        chunk.chunk = draft ? number - step.of_target : number;
-        chunk.scale = draft ? r.draft_scale : r.measure;
-        return true;
+        // By value: of a choice between two places the address would be taken.
+        Row<P> row = step.target_row(r, i);
+        if (draft) row = step.draft_row(step.draft_index(r, i));
+        const u32 chunk = draft ? number - step.of_target : number;
+        Partial* to = step.partials(step.slot(r.b, i)) + number;
+        if (!again && chunk < wide_chunks(row)) {
+          found = Swept<P>{row.logits + static_cast<u64>(chunk) * kChunk, to, draft};
+          return true;
+        }
+        const Row<P> copied = row;
+        Scale scale = measure;
+        if (draft) scale = draft_scale;
+        sweep_one(copied, chunk, scale, to);
       }
       return false;
     };
-    u32 at = rank * kWarps + thread_index() / 32;
-    bool more = find(at, now);
-    Logits<P> next;
-    if (more) next = load_logits(now.row, now.chunk);
 #pragma unroll 1
-    while (more) {
-      Logits<P> logits = next;
-      at += stride;
-      more = find(at, then);
-      if (more) next = load_logits(then.row, then.chunk);
-      const Partial partial = chunk_partial(logits, now.scale);
-      if (lane_index() == 0) store_global(now.to, partial);
-      now = then;
+    for (;;) {
+      Swept<P> now, next;
+      Logits<P> of_now, of_next;
+      bool more = find(now), further = false;
+      if (more) {
+        of_now = detail::load_wide(now.from, 0);
+        go_on();
+        further = find(next);
+        if (further) of_next = detail::load_wide(next.from, 0);
+      }
+#pragma unroll 1
+      while (more) {
+        const float top = lane_maximum(of_now);
+        nan = nan || top != top;
+        Scale scale = measure;
+        if (now.draft) scale = draft_scale;
+        const Partial partial = partial_of_numbers(of_now, top, scale);
+        if (lane_index() == 0) store_global(now.to, partial);
+        more = further;
+        if (!more) break;
+        now = next;
+        of_now = of_next;
+        go_on();
+        further = find(next);
+        if (further) of_next = detail::load_wide(next.from, 0);
+      }
+      if (again || !warp_any(nan)) break;
+      again = true;
+      at = begin;
+      i = at / chunks;
+      number = at - i * chunks;
     }
   } else {
 #pragma unroll 1
-    for (u32 at = rank * kWarps + thread_index() / 32; at < all; at += stride) {
-      u32 i, number;
+    for (; at < all; go_on()) {
       Partial partial;
-      if (of_draft(at, i, number)) {
+      if (number >= step.of_target) {
         if (!step.swept(r, i)) continue;
         Logits<Q> logits = load_logits(step.draft_row(step.draft_index(r, i)), number - step.of_target);
         partial = chunk_partial(logits, r.draft_scale);

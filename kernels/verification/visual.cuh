@@ -288,7 +288,7 @@ template <typename E, typename O> struct VisualBlock {
       sum = fma(difference, difference, sum);
     }
     warp_sync();
-    return shuffle(scan(sum), 31);
+    return sum_of_lanes(sum);
   }
 
   // All of the block: p and q of the draft's group, in warp 0.
@@ -336,8 +336,8 @@ template <typename E, typename O> struct VisualBlock {
     if (warp == 0) {
       const float w = member != kNothing ? p_weight(member) : 0.0f, v = member != kNothing ? q_weight(member) : 0.0f;
       warp_sync();
-      of_p = shuffle(scan(w), 31);
-      of_q = shuffle(scan(v), 31);
+      of_p = sum_of_lanes(w);
+      of_q = sum_of_lanes(v);
     }
   }
 
@@ -381,7 +381,7 @@ template <typename E, typename O> struct VisualBlock {
       float sum = 0;
 #pragma unroll
       for (u32 place = 0; place < 32; ++place) sum = sum + weights(place);
-      sum = shuffle(scan(sum), 31);
+      sum = sum_of_lanes(sum);
       if (lane_index() == 0) store_global(sums + chunk, sum);
     }
     block_sync();

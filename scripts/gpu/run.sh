@@ -96,8 +96,8 @@ run_sanitize() {
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return 1
   # Kernels are what is under test, and nothing else is worth the time: one thread, few cases, tests that launch.
   local launching="agree edges widths_of bitwise graphs streams wide many_keys tables_of empty another_plan infinite values_of indices \
-      trials harm ties lists ada_keeps twice_is_once bad_indices those_of_the_formula published_rules are_split every_form duplicates depend_on"
-  local known="rvq_decode rvq_encode multi_scale scalar_quantize philox scale_attention attention_merge attention_prepare draft_sample verifier visual_verifier pooled_verifier typical_verifier confidence_rank candidates tree_verifier tree_builder drift select compact importance redundancy pack packed_attention" test words tool
+      trials harm ties lists ada_keeps twice_is_once bad_indices those_of_the_formula published_rules are_split every_form duplicates depend_on every_policy pages_and_windows"
+  local known="rvq_decode rvq_encode multi_scale scalar_quantize philox scale_attention attention_merge attention_prepare draft_sample verifier visual_verifier pooled_verifier typical_verifier confidence_rank candidates tree_verifier tree_builder drift select compact compress_event importance redundancy pack packed_attention" test words tool
   for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
     for test in ${SANITIZE:-$known}; do
       words=$launching

@@ -11,9 +11,11 @@
 mod cache;
 mod compact;
 mod drift;
+mod event;
 mod importance;
 mod key_norms;
 mod pack;
+mod places;
 mod redundancy;
 mod rotate;
 mod select;
@@ -21,16 +23,18 @@ mod select;
 pub use crate::packed::{Format, Rotation};
 pub use crate::plan::Traffic;
 pub use cache::{
-    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, PageCopy, Placed, Policy, PolicyScores,
-    Region, Run, Segment,
+    CacheLayout, CacheSpec, ChunkCache, ChunkId, ChunkState, Compaction, Packed, PageCopy, Placed, Policy,
+    PolicyScores, Region, Run, Segment,
 };
 pub use compact::{Compact, CompactArgs, CompactBuilder, CompactSchedule, EXTRAS, RopePairs, Turn, flags};
 pub use drift::{Drift, DriftArgs, DriftBuilder, Force};
+pub use event::{Event, EventArgs, EventBuilder};
 pub use importance::{
     Aggregation, Importance, ImportanceArgs, ImportanceBuilder, ImportanceSchedule, ImportanceVariant, Pool, Reduction,
 };
 pub use key_norms::{KeyNorms, KeyNormsArgs, KeyNormsBuilder};
 pub use pack::{Pack, PackArgs, PackBuilder, UnpackArgs};
+pub use places::KeyPages;
 pub use redundancy::{Form, Redundancy, RedundancyArgs, RedundancyBuilder, Retain, Similar};
 pub use rotate::{Rotate, RotateArgs, RotateBuilder};
 pub use select::{PositionWeight, Scope, Select, SelectArgs, SelectBuilder, Tie, status};

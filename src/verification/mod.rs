@@ -10,8 +10,9 @@
 //! on its place in a batch or on who else is in it. The counter's third word is `use | row << 8`, where `use` is 0 for a
 //! drafter's token, 1 for an accept test, 2 for the residual, 3 for a token of the target, 4 for a trial of thinning, 8 for
 //! noise that belongs to a token of a position, 9 and 10 for candidates and their ranks, 11 for which of several is selected,
-//! and `row` is the number of the row in the step (of a tree: the depth of the node), 0 for uses 3, 8 and 11: two steps that see the same position draw
-//! independently, and a token of the target is the same with drafts and without.
+//! and `row` is the number of the row in the step (of a tree: the depth of the node, for a drafter's tokens the number of the
+//! node that they follow), 0 for uses 3, 8 and 11: two steps that see the same position draw independently, and a token of the
+//! target is the same with drafts and without.
 //!
 //! # Lossless and lossy
 //! [`Verifier`] and [`VisualRule::Jacobi`] give tokens that have the target's law; the other rules of [`VisualVerifier`],
@@ -21,6 +22,7 @@ mod candidates;
 mod confidence;
 mod draft_sample;
 mod host_rows;
+mod items;
 mod log2;
 mod moments;
 mod pooled;

@@ -4,8 +4,8 @@
 
 use nextscale::dtype::Float;
 use nextscale::verification::{
-    Accepted, Drafts, Emitted, Rule, Siblings, Tree, TreeLinks, TreeVerifier, TreeVerifierArgs, TreeVerifierBuilder,
-    TreeVerifierOptions, TreeVerifierOut,
+    Accepted, DraftSample, DraftSampleArgs, Drafts, Emitted, Rule, Siblings, Tree, TreeLinks, TreeVerifier,
+    TreeVerifierArgs, TreeVerifierBuilder, TreeVerifierOptions, TreeVerifierOut,
 };
 use nextscale::{DeviceInfo, philox};
 
@@ -506,12 +506,68 @@ pub struct How {
     pub flaw: Option<Flaw>,
     /// The residual's uniforms are those of the drafter's first child.
     pub shares_noise: bool,
+    /// The children of a node are drawn in one go, like this, instead of one after the other from rows that lack the
+    /// others.
+    pub at_once: Option<Siblings>,
 }
 
 impl How {
     pub fn plain(parents: &[i32], rule: Rule, kind: Drafts, siblings: Siblings) -> Self {
         let tree = Tree::from_parents(parents).unwrap();
-        How { tree, rule, kind, siblings, temperature: 1.0, flaw: None, shares_noise: false }
+        How { tree, rule, kind, siblings, temperature: 1.0, flaw: None, shares_noise: false, at_once: None }
+    }
+}
+
+/// The children of a node, drawn by one call.
+struct Children {
+    count: usize,
+    parent: usize,
+    drawing: Siblings,
+    temperature: f32,
+}
+
+impl Children {
+    /// Tokens, `count` a row, and the op's stats.
+    fn draw(
+        &self,
+        device: &TestDevice,
+        logits: &[f32],
+        vocab: usize,
+        seeds: &[i64],
+        positions: &[i64],
+    ) -> (Vec<i32>, Vec<f32>) {
+        let rows = seeds.len();
+        let plan = DraftSample::<f32>::builder(rows, vocab).drafts(self.count as u32).siblings(self.drawing);
+        let plan = plan.build(&DeviceInfo::H200).unwrap();
+        let logits = Buffer::of(device, logits, 0);
+        let temperature = Buffer::of(device, &vec![self.temperature; rows], 0);
+        let (seeds, positions) = (Buffer::of(device, seeds, 0), Buffer::of(device, positions, 0));
+        let numbers = Buffer::of(device, &vec![self.parent as i32; rows], 0);
+        let mut tokens = Buffer::<i32>::poisoned(device, rows * self.count, 0);
+        let mut stats = Buffer::<f32>::poisoned(device, rows * 4, 0);
+        let mut status = Buffer::<u32>::poisoned(device, rows, 0);
+        let mut workspace = Buffer::<u8>::poisoned(device, plan.workspace_bytes() as usize, 0);
+        let mut counters = Buffer::of(device, &vec![0u32; plan.counter_words()], 0);
+        let args = DraftSampleArgs {
+            logits: logits.input(),
+            temperature: Some(temperature.input()),
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            draft_to_target: None,
+            seeds: Some(seeds.input()),
+            positions: Some(positions.input()),
+            rows_in_step: Some(numbers.input()),
+            uniforms: None,
+            tokens: tokens.output(),
+            stats: Some(stats.output()),
+            log_probs: None,
+            status: status.output(),
+            workspace: workspace.output(),
+            counters: counters.output(),
+        };
+        plan.run(&device.stream(), args).unwrap();
+        (tokens.read(), stats.read())
     }
 }
 
@@ -553,7 +609,18 @@ pub fn run(chain: &Chain, device: &TestDevice, how: &How, requests: usize, first
                     }
                 }
                 let at: Vec<i64> = positions.iter().map(|at| at + i64::from(depths[parent]) - node as i64).collect();
-                let drawn = draft(device, &drafting, v, node, how.temperature, &seeds, &at);
+                let drawn = match how.at_once {
+                    Some(drawing) => {
+                        let drafting: Vec<f32> =
+                            (0..requests).flat_map(|b| step.draft[(b * n + parent) * v..][..v].to_vec()).collect();
+                        let count = (1..n).filter(|&other| how.tree.parents()[other] == parent as i32).count();
+                        let at: Vec<i64> = positions.iter().map(|at| at + i64::from(depths[parent])).collect();
+                        let of = Children { count, parent, drawing, temperature: how.temperature };
+                        let (tokens, stats) = of.draw(device, &drafting, v, &seeds, &at);
+                        (tokens.chunks_exact(count).map(|of_row| of_row[siblings.len()]).collect(), stats)
+                    }
+                    None => draft(device, &drafting, v, node, how.temperature, &seeds, &at),
+                };
                 for b in 0..requests {
                     step.drafts[b * n + node] = match how.kind {
                         // The most probable ones.

@@ -278,7 +278,12 @@ pub fn draws(seed: u64, position: u64, i: usize) -> Draws {
 
 /// The draws of a drafter.
 pub fn draft_draws(seed: u64, position: u64, i: usize) -> [f32; 3] {
-    let [a, b, c, _] = philox::block(seed, position + i as u64, (i as u32) << 8, 0).map(philox::uniform);
+    sibling_draws(seed, position + i as u64, i as u32, 0)
+}
+
+/// The draws of a drafter for draft `j` of a row.
+pub fn sibling_draws(seed: u64, position: u64, row: u32, j: u32) -> [f32; 3] {
+    let [a, b, c, _] = philox::block(seed, position, row << 8, j).map(philox::uniform);
     [a, b, c]
 }
 
@@ -787,6 +792,7 @@ pub fn draft(
             draft_to_target: None,
             seeds: Some(seeds.input()),
             positions: Some(positions.input()),
+            rows_in_step: None,
             uniforms: None,
             tokens: tokens.output(),
             stats: Some(stats.output()),

@@ -180,8 +180,8 @@ impl<T: Float> ScaleAttention<T> {
     }
 
     /// [`ScaleAttention::run`] of a plan whose keys and values are [packed](ScaleAttentionBuilder::packed): each row is unpacked
-    /// to `T`, as [`Pack`](crate::compression::Pack) unpacks it, where it is used, so that the result is that of the portable
-    /// kernel on the unpacked cache, bit for bit.
+    /// to `T`, as [`Pack`](crate::compression::Pack) unpacks it, where it is used, so that the result is that of the same
+    /// [`Variant`] on the unpacked cache, bit for bit, where it is cut alike ([`Schedule::groups`], splits, packed heads).
     ///
     /// # Errors
     /// As [`ScaleAttention::run`]; a plan of keys that are not packed.

@@ -177,7 +177,7 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         /// rows whose logits are all 80 below it lose precision.
         logit_bound(logit_bound: f32);
         /// Forces how many tiles of 64 rows share their keys: 1, 2 or 3; beyond a head_dim of 64 1, 2, or 4 in a pair of thread
-        /// blocks; 1 for [`Variant::Portable`].
+        /// blocks, of packed caches 1 or 2; 1 for [`Variant::Portable`].
         tiles_an_item(groups: u32);
         /// Forces into how many parts the keys are split: 1 to 32.
         splits(splits: u32);
@@ -324,10 +324,6 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let many = self.dim <= 64 && self.batch * self.heads >= 4 * device.sm_count.max(1) as u64;
         let small = rows <= 64 && keys <= if many { 160 } else { 64 } && self.groups.is_none();
         let variant = match self.variant {
-            Variant::Hopper if self.packed.is_some() => {
-                return refuse("variant", "Variant::Portable of packed keys and values");
-            }
-            _ if self.packed.is_some() => Variant::Portable,
             Variant::Auto if hopper_can && !small => Variant::Hopper,
             Variant::Auto => Variant::Portable,
             Variant::Hopper if !hopper_can => {
@@ -352,12 +348,17 @@ impl<T: Float> ScaleAttentionBuilder<T> {
         let possible: &[u32] = match (variant, self.dim) {
             (Variant::Portable, _) => &[1],
             (_, ..=64) => &[1, 2, 3],
+            // A pair of blocks would unpack all twice.
+            _ if self.packed.is_some() => &[1, 2],
             _ => &[1, 2, 4],
         };
         if let Some(groups) = self.groups {
             size("tiles_an_item", u64::from(groups), 1, u64::from(possible[possible.len() - 1]))?;
             if !possible.contains(&groups) {
-                return refuse("tiles_an_item", "1, 2 or 3; beyond a head_dim of 64, 1, 2 or 4");
+                return refuse(
+                    "tiles_an_item",
+                    "1, 2 or 3; beyond a head_dim of 64, 1, 2 or 4, of packed caches 1 or 2",
+                );
             }
         }
         let mut schedule = possible

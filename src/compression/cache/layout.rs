@@ -2,10 +2,47 @@
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::packed::Format;
 
 /// Regions begin at multiples of this.
 const ALIGN: u64 = 256;
 const MOST: u64 = i32::MAX as u64;
+
+/// Keys and values in few bits: rows of codes ([`Pack`](super::super::Pack)), with numbers of f32.
+///
+/// Rows are chosen and moved one by one, so that they have numbers of their own: formats by channels are refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Packed {
+    /// Of keys.
+    pub k: Format,
+    /// Of values.
+    pub v: Format,
+    /// The numbers of a row lie in its slot, not in regions of their own.
+    pub inline: bool,
+}
+
+impl Packed {
+    /// Bytes of a slot.
+    fn slot(&self, format: Format, dim: usize) -> usize {
+        if self.inline { format.inline_bytes(dim) } else { format.code_bytes(dim) }
+    }
+
+    /// Numbers beside a slot.
+    fn numbers(&self, format: Format, dim: usize) -> usize {
+        if self.inline { 0 } else { format.groups(dim) * format.numbers() }
+    }
+
+    fn check(&self, format: Format, dim: usize) -> Result<()> {
+        format.check(dim)?;
+        match format {
+            Format::Channel { .. } => Err(Error::Unsupported { arg: "packed", what: "formats whose rows stand alone" }),
+            _ if self.inline && format.groups(dim) != 1 => {
+                Err(Error::Unsupported { arg: "inline", what: "of formats with one group a row" })
+            }
+            _ => Ok(()),
+        }
+    }
+}
 
 /// What a cache holds, and within how many bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -20,8 +57,10 @@ pub struct CacheSpec {
     pub k_dim: usize,
     /// Elements of a value.
     pub v_dim: usize,
-    /// Type of keys and values.
+    /// Type of keys and values; of packed ones that of what is packed.
     pub dtype: DType,
+    /// Keys and values are packed.
+    pub packed: Option<Packed>,
     /// Rows of a page: of a chunk where chunks are all of one size, or a part of it.
     pub page_rows: usize,
     /// Pages that stay free for compressing what is shared: as many as a compressed chunk has, or none.
@@ -47,8 +86,9 @@ pub struct Region {
 ///
 /// | region | shape |
 /// |---|---|
-/// | `k` | `[pages, page_rows, heads, k_dim]` |
-/// | `v` | `[pages, page_rows, heads, v_dim]` |
+/// | `k` | `[pages, page_rows, heads, k_dim]`, or slots of bytes |
+/// | `v` | `[pages, page_rows, heads, v_dim]`, or slots of bytes |
+/// | `k_numbers`, `v_numbers` | `[pages, page_rows, heads, groups * numbers]` f32, of packed ones that are not inline |
 /// | `positions` | `[pages, page_rows, heads]` i32 |
 /// | `extras` | `[extras, pages, page_rows, heads]` f32 |
 /// | `tables` | `[branches, layers, ceil(most_rows / page_rows)]` i32: pages |
@@ -61,6 +101,10 @@ pub struct CacheLayout {
     pub k: Region,
     /// Values.
     pub v: Region,
+    /// Numbers of packed keys.
+    pub k_numbers: Region,
+    /// Numbers of packed values.
+    pub v_numbers: Region,
     /// Positions of rows.
     pub positions: Region,
     /// Other values of rows.
@@ -79,9 +123,25 @@ impl CacheSpec {
         self.most_rows.div_ceil(self.page_rows.max(1))
     }
 
+    /// Bytes of a key and of a value, without numbers beside them.
+    pub fn row_bytes(&self) -> [usize; 2] {
+        match &self.packed {
+            Some(packed) => [packed.slot(packed.k, self.k_dim), packed.slot(packed.v, self.v_dim)],
+            None => [self.k_dim * self.dtype.size(), self.v_dim * self.dtype.size()],
+        }
+    }
+
+    /// Numbers beside a key and a value.
+    pub fn numbers(&self) -> [usize; 2] {
+        self.packed
+            .map_or([0; 2], |packed| [packed.numbers(packed.k, self.k_dim), packed.numbers(packed.v, self.v_dim)])
+    }
+
     /// Bytes of a page with what belongs to its rows.
     pub fn page_bytes(&self) -> u64 {
-        let row = (self.k_dim + self.v_dim) as u64 * self.dtype.size() as u64 + 4 + 4 * self.extras as u64;
+        let numbers = self.numbers();
+        let row = self.row_bytes().iter().sum::<usize>() + 4 * (numbers[0] + numbers[1] + 1 + self.extras);
+        let row = row as u64;
         self.page_rows as u64 * self.heads as u64 * row
     }
 
@@ -94,20 +154,20 @@ impl CacheSpec {
             end = (end + bytes).next_multiple_of(ALIGN);
             region
         };
-        let element = self.dtype.size() as u64;
-        let k = region(rows * self.k_dim as u64 * element);
-        let v = region(rows * self.v_dim as u64 * element);
+        let ([k, v], [k_numbers, v_numbers]) = (self.row_bytes(), self.numbers());
+        let [k, v, k_numbers, v_numbers] = [k, v, 4 * k_numbers, 4 * v_numbers].map(|row| region(rows * row as u64));
         let positions = region(rows * 4);
         let extras = region(rows * 4 * self.extras as u64);
         let tables = region(lists * self.table_pages() as u64 * 4);
         let lengths = region(lists * self.heads as u64 * 4);
         let bytes = lengths.offset + lengths.bytes;
-        CacheLayout { pages: pages as usize, k, v, positions, extras, tables, lengths, bytes }
+        CacheLayout { pages: pages as usize, k, v, k_numbers, v_numbers, positions, extras, tables, lengths, bytes }
     }
 
     /// As many pages as the budget holds.
     ///
     /// # Errors
+    /// [`Error::Unsupported`] for formats that the cache does not hold ([`Packed`]), or those of [`Format::check`];
     /// [`Error::Size`] for a size of 0 or beyond 2^31 - 1 rows, or a budget that does not hold a page besides the spare ones.
     pub fn layout(&self) -> Result<CacheLayout> {
         let size = |arg, got: u64, min, max| {
@@ -125,6 +185,10 @@ impl CacheSpec {
         size("branches * layers * heads", (self.branches as u64) * self.layers as u64 * self.heads as u64, 1, MOST)?;
         size("k_dim", self.k_dim as u64, 1, 1024)?;
         size("v_dim", self.v_dim as u64, 1, 1024)?;
+        if let Some(packed) = &self.packed {
+            packed.check(packed.k, self.k_dim)?;
+            packed.check(packed.v, self.v_dim)?;
+        }
         size("extras", self.extras as u64, 0, super::super::EXTRAS as u64)?;
         size("bytes", self.bytes, 0, i64::MAX as u64)?;
         let least = self.with_pages(self.spare_pages as u64 + 1);

@@ -4,11 +4,11 @@ mod layout;
 mod policy;
 mod pool;
 
-pub use layout::{CacheLayout, CacheSpec, Region};
+pub use layout::{CacheLayout, CacheSpec, Packed, Region};
 pub use policy::{Policy, PolicyScores};
 
-use super::{Compact, CompactBuilder};
-use crate::dtype::Element;
+use super::{Compact, CompactBuilder, EventBuilder, Pack, PackBuilder};
+use crate::dtype::{DType, Element, Float};
 use crate::error::{Error, Result};
 use pool::Pool;
 
@@ -33,7 +33,7 @@ pub type ChunkId = u64;
 /// use nextscale::DType;
 /// use nextscale::compression::{CacheSpec, ChunkCache};
 /// let spec = CacheSpec {
-///     branches: 2, layers: 1, heads: 8, k_dim: 128, v_dim: 128, dtype: DType::BF16,
+///     branches: 2, layers: 1, heads: 8, k_dim: 128, v_dim: 128, dtype: DType::BF16, packed: None,
 ///     page_rows: 64, spare_pages: 1, extras: 0, most_rows: 1024, bytes: 1 << 20,
 /// };
 /// let mut cache = ChunkCache::new(spec)?;
@@ -107,7 +107,8 @@ pub struct Placed {
 /// What a compression moves: the operands of [`Compact`](super::Compact).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Compaction {
-    /// Rows of the sealed chunks, of which to choose: row `r` of them in page `input_pages[r / page_rows]`.
+    /// Rows of the sealed chunks, of which to choose: row `r` of them in page `input_pages[r / page_rows]`. Those of a
+    /// chunk that was compressed before are all of its pages' rows, whatever it has kept.
     pub tokens: usize,
     /// Rows that each head may keep.
     pub kept: usize,
@@ -117,9 +118,12 @@ pub struct Compaction {
     pub input_pages: Vec<u32>,
     /// Pages of what is kept; in place the first of `input_pages`.
     pub out_pages: Vec<u32>,
-    /// The chunk that was compressed before begins the list. If its heads have different lengths, rows of it beyond a head's
-    /// length hold nothing: their scores are to be NaN, which is dropped first.
-    pub was_compressed: bool,
+    /// Rows at the start that a compression left, whole pages: a head has so many of them as the region `lengths` says,
+    /// and the stages pass over the others ([`KeyPages`](super::KeyPages),
+    /// [`SelectBuilder::first_rows`](super::SelectBuilder::first_rows)). 0: no compression has been.
+    pub first_rows: usize,
+    /// The most of them that a head has.
+    pub first_kept: usize,
 }
 
 /// A chunk as attention sees it.
@@ -135,6 +139,29 @@ pub struct Segment<'a> {
     pub first_position: u32,
     /// Its pages.
     pub pages: &'a [u32],
+}
+
+impl Segment<'_> {
+    /// Where its rows lie, as attention over views of the pool reads them: rows that follow each other are one run.
+    pub fn runs(&self, page_rows: usize) -> Vec<Run> {
+        runs(self.pages, page_rows, 0, self.rows)
+    }
+}
+
+fn runs(pages: &[u32], page_rows: usize, first: usize, rows: usize) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let (mut at, end) = (first, first + rows);
+    while at < end {
+        let within = at % page_rows;
+        let count = (page_rows - within).min(end - at);
+        let place = u64::from(pages[at / page_rows]) * page_rows as u64 + within as u64;
+        match runs.last_mut() {
+            Some(last) if last.place + last.rows as u64 == place => last.rows += count,
+            _ => runs.push(Run { place, rows: count }),
+        }
+        at += count;
+    }
+    runs
 }
 
 impl ChunkCache {
@@ -210,20 +237,7 @@ impl ChunkCache {
     }
 
     fn runs(&self, chunk: &Chunk, first: usize, rows: usize) -> Vec<Run> {
-        let page_rows = self.spec.page_rows;
-        let mut runs: Vec<Run> = Vec::new();
-        let (mut at, end) = (first, first + rows);
-        while at < end {
-            let within = at % page_rows;
-            let count = (page_rows - within).min(end - at);
-            let place = u64::from(chunk.pages[at / page_rows]) * page_rows as u64 + within as u64;
-            match runs.last_mut() {
-                Some(last) if last.place + last.rows as u64 == place => last.rows += count,
-                _ => runs.push(Run { place, rows: count }),
-            }
-            at += count;
-        }
-        runs
+        runs(&chunk.pages, self.spec.page_rows, first, rows)
     }
 
     /// Room for `rows` rows at the end of a layer: of chunk `chunk`, if it is the last one and active, else of a new chunk whose
@@ -392,13 +406,12 @@ impl ChunkCache {
         Ok(())
     }
 
-    /// Sealed chunks at the start of a layer, the compressed one among them, become one of up to `kept` rows a head; `None` if
-    /// they have no more. Says what to move: choose with [`Select`](super::Select) among `tokens` rows, its counts going to the
-    /// region `lengths`, and move with [`Compact`](super::Compact), before anything else is written. Active chunks stay where
-    /// they are.
+    /// Sealed chunks at the start of a layer, the compressed one among them, become one of up to `kept` rows a head;
+    /// `None` if they have no more. Says what to move: [`ChunkCache::event`] is all of it, before anything else is
+    /// written. Active chunks stay where they are.
     ///
-    /// The rows of several chunks are rows of one list only where all but the last fill their pages: `kept` is best a multiple of
-    /// `page_rows`, and so are the chunks.
+    /// The rows of several chunks are rows of one list only where all that were not compressed, but for the last, fill
+    /// their pages.
     ///
     /// Out of place, the pages that are read are given back here too: another owner holds those that are shared, and the others
     /// are not taken by anything before the move if it is enqueued next.
@@ -411,18 +424,24 @@ impl ChunkCache {
         let page_rows = self.spec.page_rows;
         let sealed = self.lists[list].iter().take_while(|chunk| chunk.state != ChunkState::Active).count();
         let chunks = &self.lists[list][..sealed];
-        let tokens: usize = chunks.iter().map(|chunk| chunk.rows).sum();
-        if tokens <= kept {
+        let rows: usize = chunks.iter().map(|chunk| chunk.rows).sum();
+        if rows <= kept {
             return Ok(None);
         }
-        if chunks[..sealed - 1].iter().any(|chunk| chunk.rows % page_rows > 0) {
+        let was_compressed = chunks[0].state == ChunkState::Compressed;
+        let first_kept = if was_compressed { chunks[0].rows } else { 0 };
+        let first_rows = if was_compressed { chunks[0].pages.len() * page_rows } else { 0 };
+        let tokens = first_rows + rows - first_kept;
+        if chunks[usize::from(was_compressed).min(sealed - 1)..sealed - 1]
+            .iter()
+            .any(|chunk| chunk.rows % page_rows > 0)
+        {
             return Err(Error::Unsupported {
                 arg: "kept",
-                what: "chunks before the last sealed one that fill their pages",
+                what: "chunks between the compressed and the last sealed one that fill their pages",
             });
         }
         let input_pages: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.pages.iter().copied()).collect();
-        let was_compressed = chunks[0].state == ChunkState::Compressed;
         let first = &chunks[0];
         let (id, first_position) = (first.id, first.first_position);
         let out = kept.div_ceil(page_rows);
@@ -442,7 +461,7 @@ impl ChunkCache {
             Chunk { id, state: ChunkState::Compressed, rows: kept, first_position, pages: out_pages.clone() };
         let begin = if kept > 0 { vec![compressed] } else { Vec::new() };
         self.lists[list].splice(..sealed, begin);
-        Ok(Some(Compaction { tokens, kept, in_place, input_pages, out_pages, was_compressed }))
+        Ok(Some(Compaction { tokens, kept, in_place, input_pages, out_pages, first_rows, first_kept }))
     }
 
     /// The plan that moves what `sets` compressions of one shape say, in place over the regions `k`, `v`, `positions` and
@@ -450,30 +469,86 @@ impl ChunkCache {
     /// pages, one set after the other, and so are `out_pages`, which are given unless all are `in_place`.
     ///
     /// # Errors
-    /// [`Error::DType`] if `T` is not the cache's type.
+    /// [`Error::DType`] if `T` is not the cache's type, of a packed one `u8`.
     pub fn compact<T: Element>(&self, sets: usize, compaction: &Compaction) -> Result<CompactBuilder<T, T>> {
-        if T::DTYPE != self.spec.dtype {
-            return Err(Error::DType { arg: "T", what: "the cache's type" });
+        let stored = if self.spec.packed.is_some() { DType::U8 } else { self.spec.dtype };
+        if T::DTYPE != stored {
+            return Err(Error::DType { arg: "T", what: "the cache's type, u8 of a packed one" });
         }
+        Ok(self.compact_rows(sets, compaction, self.spec.row_bytes().map(|bytes| bytes / size_of::<T>())))
+    }
+
+    /// The plan that moves the numbers of packed keys and values, after the slots, by the same indices: over the
+    /// regions `k_numbers` and `v_numbers`, the operands `k_out` and `v_out`. `None` where there are none.
+    pub fn compact_numbers(&self, sets: usize, compaction: &Compaction) -> Option<CompactBuilder<f32, f32>> {
+        let numbers = self.spec.numbers();
+        (numbers != [0, 0]).then(|| self.compact_rows(sets, compaction, numbers))
+    }
+
+    /// How the keys and the values of a run of `rows` rows are packed. Slots and numbers begin at row `place` of their
+    /// regions: at byte `place * heads * slot`, and at number `place * heads * n`.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] of a cache that is not packed.
+    pub fn pack<T: Float>(&self, rows: usize) -> Result<[PackBuilder<T, f32>; 2]> {
+        let spec = &self.spec;
+        let packed =
+            spec.packed.ok_or(Error::Unsupported { arg: "packed", what: "a cache of packed keys and values" })?;
+        Ok([(packed.k, spec.k_dim), (packed.v, spec.v_dim)].map(|(format, dim)| {
+            let builder = Pack::builder(format, rows, spec.heads, dim);
+            if packed.inline { builder.inline() } else { builder }
+        }))
+    }
+
+    fn compact_rows<T: Element>(
+        &self,
+        sets: usize,
+        compaction: &Compaction,
+        [k_dim, v_dim]: [usize; 2],
+    ) -> CompactBuilder<T, T> {
         let (heads, pages) = (self.spec.heads, self.layout.pages);
         // All sets lie in one pool.
         let of = |dim: usize| [0, (heads * dim) as i64, dim as i64];
         let values = [0, 1, heads as i64];
         let builder = Compact::builder(sets, heads, compaction.tokens, compaction.kept)
-            .k(self.spec.k_dim)
-            .k_strides(of(self.spec.k_dim))
-            .k_out_strides(of(self.spec.k_dim))
-            .v(self.spec.v_dim)
-            .v_strides(of(self.spec.v_dim))
-            .v_out_strides(of(self.spec.v_dim))
+            .k(k_dim)
+            .k_strides(of(k_dim))
+            .k_out_strides(of(k_dim))
+            .v(v_dim)
+            .v_strides(of(v_dim))
+            .v_out_strides(of(v_dim))
             .values_strides(values)
             .values_out_strides(values)
             .input_pages(self.spec.page_rows, pages)
             .in_place();
-        Ok(match compaction.in_place {
+        match compaction.in_place {
             true => builder,
             false => builder.out_pages(self.spec.page_rows, pages),
-        })
+        }
+    }
+
+    /// The whole event of a policy: scores, selection and move of what `compactions` say, which are of one shape, one a
+    /// set. A set is a layer of a branch.
+    ///
+    /// # Errors
+    /// [`Error::DType`] if `T` is not the cache's type; [`Error::Unsupported`] for no compactions, or of different
+    /// shapes, or of packed keys, which are not scored: [`Select`](super::Select) with scores of one's own, and
+    /// [`ChunkCache::compact`].
+    pub fn event<T: Float>(&self, policy: Policy, compactions: &[Compaction]) -> Result<EventBuilder<T>> {
+        if self.spec.packed.is_some() {
+            return Err(Error::Unsupported { arg: "packed", what: "keys that are not packed: these are not scored" });
+        }
+        let Some(first) = compactions.first() else {
+            return Err(Error::Unsupported { arg: "compactions", what: "at least one" });
+        };
+        let shape = |of: &Compaction| (of.tokens, of.kept, of.in_place, of.first_rows, of.first_kept);
+        if compactions.iter().any(|other| shape(other) != shape(first)) {
+            return Err(Error::Unsupported { arg: "compactions", what: "of one shape: more events for more shapes" });
+        }
+        // The pages are operands.
+        let shape = Compaction { input_pages: Vec::new(), out_pages: Vec::new(), ..*first };
+        let compact = self.compact::<T>(compactions.len(), first)?;
+        Ok(EventBuilder::new(policy, self.spec, self.layout.pages, compactions.len(), shape, compact))
     }
 
     /// The chunks of a layer, in order.

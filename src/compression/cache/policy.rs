@@ -1,6 +1,13 @@
 //! The field's policies, as what the stages are set to.
 
-use crate::compression::{PositionWeight, Scope, Select, SelectBuilder, Tie};
+use crate::compression::{
+    Aggregation, Form, Importance, ImportanceBuilder, Pool, PositionWeight, Reduction, Scope, Select, SelectBuilder,
+    Similar, Tie,
+};
+use crate::dtype::Float;
+
+/// ScaleKV's queries along either axis.
+const GRID: usize = 4;
 
 /// What to keep, by the names of the field. A policy of one's own is a [`SelectBuilder`] with scores of one's own.
 ///
@@ -64,12 +71,14 @@ pub enum Policy {
         /// Part of the budget that every head gets.
         floor: f32,
     },
-    /// arXiv 2505.19602: raw logits of a 4 x 4 grid of queries, max-pool 5; the `window` stays.
+    /// arXiv 2505.19602: raw logits of the queries at the centres of a 4 x 4 grid over the last scale, max-pool 5; the
+    /// tokens of these queries stay: their scores are +inf
+    /// ([`ImportanceBuilder::protect_masked`](super::super::ImportanceBuilder::protect_masked)).
     ScaleKv {
         /// Tokens to keep of each head: the layer's budget for the scale.
         budget: usize,
-        /// Last tokens that stay.
-        window: usize,
+        /// Rows and columns of the last scale, 4 or more.
+        scale: [usize; 2],
     },
 }
 
@@ -80,6 +89,11 @@ pub struct PolicyScores {
     pub importance: bool,
     /// [`SelectArgs::redundancy`](super::super::SelectArgs::redundancy)
     pub redundancy: bool,
+}
+
+/// SnapKV's and H2O's scores: of queries that are those of the last keys.
+fn probabilities<T: Float>(builder: ImportanceBuilder<T>) -> ImportanceBuilder<T> {
+    builder.aggregation(Aggregation::MeanProb).reduction(Reduction::Sum).causal()
 }
 
 impl Policy {
@@ -114,11 +128,66 @@ impl Policy {
         match *self {
             Policy::FlowCache { lambda, weight, .. } => builder.lambda(lambda).relative(weight != PositionWeight::None),
             Policy::RKv { window, lambda, .. } => builder.lambda(lambda).recent(window),
-            Policy::SnapKv { window, .. } | Policy::ScaleKv { window, .. } => builder.recent(window),
+            Policy::SnapKv { window, .. } => builder.recent(window),
             Policy::H2o { recent, .. } => builder.recent(recent),
-            Policy::KeyDiff { .. } => builder,
+            Policy::KeyDiff { .. } | Policy::ScaleKv { .. } => builder,
             Policy::StreamingLlm { sink, .. } => builder.sink(sink).tie(Tie::Newest),
             Policy::AdaKv { window, floor, .. } => builder.recent(window).scope(Scope::Ada { floor }),
+        }
+    }
+
+    /// Rows that a head has place for after the event: its budget, or with Ada-KV all that it can win. What
+    /// [`ChunkCache::compress`](super::ChunkCache::compress) is told.
+    pub fn rows(&self, heads: usize) -> usize {
+        match self {
+            Policy::AdaKv { budget, .. } => budget * heads,
+            _ => self.budget(),
+        }
+    }
+
+    /// The queries that it wants, where it says so: the last `window`, or 16 of a grid.
+    pub fn queries(&self) -> Option<usize> {
+        match *self {
+            Policy::RKv { window, .. } | Policy::SnapKv { window, .. } | Policy::AdaKv { window, .. } => Some(window),
+            Policy::ScaleKv { .. } => Some(GRID * GRID),
+            _ => None,
+        }
+    }
+
+    /// Rows of the last scale that are its queries; else none.
+    pub fn grid(&self) -> Vec<i32> {
+        let Policy::ScaleKv { scale: [height, width], .. } = *self else { return Vec::new() };
+        let centres = |size: usize| (0..GRID).map(move |i| i * (size / GRID) + (size / GRID).saturating_sub(1) / 2);
+        centres(height).flat_map(|y| centres(width).map(move |x| (y * width + x) as i32)).collect()
+    }
+
+    /// The scores that it wants of the queries, without their numbers; `None`: no importance.
+    pub fn importance<T: Float>(&self, heads: usize, groups: usize, dim: usize) -> Option<ImportanceBuilder<T>> {
+        let builder = Importance::builder(heads, groups, dim);
+        Some(match *self {
+            Policy::FlowCache { .. } => builder.pool(Pool::Max(7)),
+            Policy::RKv { window, .. } => builder.excluded(window).pool(Pool::Max(7)),
+            Policy::SnapKv { window, .. } => probabilities(builder).unscored(window).pool(Pool::Average(5)),
+            Policy::AdaKv { window, .. } => probabilities(builder).unscored(window).pool(Pool::Max(7)),
+            Policy::H2o { .. } => probabilities(builder),
+            Policy::ScaleKv { scale: [height, width], .. } => builder
+                .aggregation(Aggregation::Logit)
+                .reduction(Reduction::Sum)
+                .listed_queries(height * width)
+                .masked(GRID * GRID)
+                .protect_masked()
+                .pool(Pool::Max(5)),
+            Policy::KeyDiff { .. } | Policy::StreamingLlm { .. } => return None,
+        })
+    }
+
+    /// The form of the redundancy that it wants; `None`: none.
+    pub fn redundancy(&self) -> Option<Form> {
+        match self {
+            Policy::FlowCache { .. } => Some(Form::Softmax),
+            Policy::RKv { .. } => Some(Form::Similar(Similar::default())),
+            Policy::KeyDiff { .. } => Some(Form::Cosine),
+            _ => None,
         }
     }
 

@@ -67,6 +67,12 @@ impl<I: Element, O: Element> CompactBuilder<I, O> {
         }
     }
 
+    /// Another number of sets.
+    pub(in crate::compression) fn sets(mut self, sets: usize) -> Self {
+        self.sets = sets as u64;
+        self
+    }
+
     /// There are keys of `dim` elements.
     pub fn k(mut self, dim: usize) -> Self {
         self.dims[K] = Some(dim as u64);

@@ -1,5 +1,6 @@
 //! The formula on the host: the oracle of the tests.
 
+use super::super::places::HostPlaces;
 use super::ImportanceArgs;
 use super::plan::{Aggregation, Plan, Pool};
 use crate::dtype::Float;
@@ -17,6 +18,7 @@ struct Item<'a, T> {
     head: u64,
     length: u64,
     seen: u64,
+    places: &'a HostPlaces<'a>,
 }
 
 impl<T: Float> Item<'_, T> {
@@ -30,7 +32,7 @@ impl<T: Float> Item<'_, T> {
         let q_rows = self.plan.q.shape()[1] as i64;
         let row = self.rows.map_or(i, |rows| i64::from(rows[i as usize]).clamp(0, q_rows - 1) as u64);
         let q = self.plan.q.offset([self.set, row, self.head * self.plan.groups + g, 0]) as usize;
-        let k = self.plan.k.offset([self.set, j, self.head, 0]) as usize;
+        let k = self.plan.k.offset([self.set, self.places.place(self.set, self.head, j), self.head, 0]) as usize;
         let dim = self.plan.k.shape()[3] as usize;
         let pairs = self.q[q..q + dim].iter().zip(&self.k[k..k + dim]);
         pairs.map(|(q, k)| q.to_f32() * k.to_f32()).sum::<f32>() * self.plan.scale()
@@ -93,11 +95,11 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut ImportanceArgs<'_, T>) {
     if plan.scores_len == 0 {
         return;
     }
+    let places = HostPlaces::new(plan.places, &args.pages, plan.scores.shape());
     for (set, head) in (0..sets).flat_map(|set| (0..heads).map(move |head| (set, head))) {
-        let length = lengths.map_or(tokens as i64, |all| all[plan.lengths.offset([set, head]) as usize].into());
+        let length = places.length(set, head, lengths.map(|all| all[plan.lengths.offset([set, head]) as usize]));
         let (seen, scored) = plan.seen_and_scored(length);
-        let length = length.clamp(0, tokens as i64) as u64;
-        let item = Item { plan, q, k, rows, set, head, length, seen };
+        let item = Item { plan, q, k, rows, set, head, length, seen, places: &places };
         let at_row = |row: u64| 4 * ((set * heads + head) * plan.stat_rows() + row) as usize;
         if plan.stats_bytes() > 0 {
             for row in 0..plan.stat_rows() {
@@ -133,6 +135,7 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut ImportanceArgs<'_, T>) {
             let around = || (j.saturating_sub(half)..(j + half + 1).min(scored)).map(|j| ring[j as usize % RING]);
             let score = match plan.pool {
                 _ if j >= scored => 0.0,
+                _ if plan.protect && i32::try_from(j).is_ok_and(|j| masked.contains(&j)) => f32::INFINITY,
                 Pool::None => ring[j as usize % RING],
                 Pool::Max(_) => around().fold(f32::NEG_INFINITY, maximum),
                 Pool::Average(width) => around().sum::<f32>() / width as f32,

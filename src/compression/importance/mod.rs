@@ -8,7 +8,7 @@ pub use plan::{Aggregation, ImportanceBuilder, ImportanceSchedule, ImportanceVar
 
 use core::marker::PhantomData;
 
-use super::Traffic;
+use super::{KeyPages, Traffic};
 use crate::device::Device;
 use crate::dtype::Float;
 use crate::error::Result;
@@ -35,7 +35,7 @@ use crate::view::{In, Out};
 /// | operand | shape | layout |
 /// |---|---|---|
 /// | `q` | `[sets, q_rows, heads * groups, dim]` | strides of all but `dim`, multiples of 8; the queries of a KV head together |
-/// | `k` | `[sets, tokens, heads, dim]` | the same |
+/// | `k` | `[sets, tokens, heads, dim]` | the same; or in [pages](ImportanceBuilder::pages) |
 /// | `scores` | `[sets, heads, tokens]` f32 | strides of set and head; must not overlap |
 /// | `rows` | `[queries]` i32, optional | rows of `q` that are the queries; for all sets |
 /// | `masked` | `[masked]` i32, optional | columns that are -inf before the pooling; for all sets |
@@ -80,6 +80,7 @@ use crate::view::{In, Out};
 ///     rows: None,
 ///     masked: None,
 ///     lengths: None,
+///     pages: None,
 ///     lse: None,
 ///     workspace: Some(Out::host(&mut workspace[skip..])),
 /// })?;
@@ -109,6 +110,8 @@ where
     pub rows: Option<In<'a, i32>>,
     /// `[masked]`, if the plan masks columns. Those that a set does not have are ignored.
     pub masked: Option<In<'a, i32>>,
+    /// Of plans with pages.
+    pub pages: Option<KeyPages<'a>>,
     /// `[sets, heads]`: keys there are; all `tokens` if not given.
     pub lengths: Option<In<'a, i32>>,
     /// `[sets, heads * groups, queries]`, if the plan is given an LSE: natural logarithm.
@@ -147,14 +150,15 @@ impl<T: Float> Importance<T> {
     /// Scores on `stream`. On a CUDA stream it enqueues up to three kernels and returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: a buffer missing, too short, misaligned, overlapping an output, on another device or
-    /// ordered on another stream; on CUDA `f32`, and what CUDA said.
+    /// Nothing was launched or written: pages that the plan has no use for, a buffer missing, too short, misaligned,
+    /// overlapping an output, on another device or ordered on another stream; on CUDA `f32`, and what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: ImportanceArgs<'_, T>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;
         let nothing = plan.scores_len == 0;
         let needed = |is: bool, len: u64| if is && !nothing { len } else { 0 };
-        Operands::of(&stream)
+        plan.places
+            .operands(Operands::of(&stream), plan.scores.shape(), &args.pages, args.lengths.is_some())?
             .input("q", &args.q, plan.q_len)?
             .input("k", &args.k, plan.k_len)?
             .input_needed("rows", &args.rows, needed(plan.listed, plan.queries))?

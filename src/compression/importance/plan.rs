@@ -5,6 +5,7 @@ use core::marker::PhantomData;
 use super::super::key_norms::plan::{
     MOST_ITEMS, MOST_TOKENS, check_sizes, keys_layout, lengths_layout, rows_layout, vectors_layout,
 };
+use super::super::places::Places;
 use super::{Importance, Traffic};
 use crate::device::DeviceInfo;
 use crate::dtype::Float;
@@ -96,6 +97,8 @@ pub struct ImportanceBuilder<T> {
     given_lse: bool,
     scale: Option<f32>,
     variant: ImportanceVariant,
+    protect: bool,
+    places: Places,
     types: PhantomData<T>,
 }
 
@@ -125,6 +128,8 @@ impl<T: Float> ImportanceBuilder<T> {
             given_lse: false,
             scale: None,
             variant: ImportanceVariant::Auto,
+            protect: false,
+            places: Places::default(),
             types: PhantomData,
         }
     }
@@ -156,6 +161,26 @@ impl<T: Float> ImportanceBuilder<T> {
     /// So many columns are listed that are -inf before the pooling (ScaleKV's window).
     pub fn masked(mut self, masked: usize) -> Self {
         self.masked = masked as u64;
+        self
+    }
+
+    /// The keys lie in the pages of a pool: `k` is `[sets, pages * page_rows, heads, dim]`, of which a set's stride is
+    /// 0 where sets share the pool, and `tokens` rows are found by [`KeyPages`](super::super::KeyPages).
+    pub fn pages(mut self, page_rows: usize, pages: usize) -> Self {
+        self.places = Places { first_rows: self.places.first_rows, ..Places::paged(page_rows, pages) };
+        self
+    }
+
+    /// The first `rows` rows, whole pages, are what a compression left, which heads may have less of:
+    /// [`KeyPages::kept`](super::super::KeyPages::kept).
+    pub fn first_rows(mut self, rows: usize) -> Self {
+        self.places.first_rows = rows as u64;
+        self
+    }
+
+    /// Scores of masked columns are +inf: they are kept, whatever their neighbours are.
+    pub fn protect_masked(mut self) -> Self {
+        self.protect = true;
         self
     }
 
@@ -253,12 +278,12 @@ impl<T: Float> ImportanceBuilder<T> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `dim` other than 64, 96 and 128, `heads` or `groups` of 0, more than 16 `groups` with a maximum over
-    /// them, `sets * heads` beyond 65535, `tokens` or `queries * groups` of about 2^31, `masked` beyond 1024, a pool wider
-    /// than 63; [`Error::Stride`] for a negative stride, one of `q` or `k` that is no multiple of 8, scores that overlap;
-    /// [`Error::Unsupported`] for an even pool, an LSE that does not fit the aggregation, masked columns that accumulate, a
-    /// scale that is not positive and finite, or Hopper's kernels on another device; [`Error::UnsupportedDevice`] below
-    /// compute capability 8.0.
+    /// [`Error::Size`] for `dim` other than 64, 96 and 128, `heads` or `groups` of 0, more than 16 `groups` with a
+    /// maximum over them, `sets * heads` beyond 65535, `tokens` or `queries * groups` of about 2^31, `masked` beyond
+    /// 1024, a pool wider than 63; [`Error::Stride`] for a negative stride, one of `q` or `k` that is no multiple of 8,
+    /// scores that overlap; [`Error::Unsupported`] for an even pool, an LSE that does not fit the aggregation, masked
+    /// columns that accumulate, first rows that are no pages, a scale that is not positive and finite, or Hopper's
+    /// kernels on another device; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Importance<T>> {
         let size = |arg, got, min, max| {
             if (min..=max).contains(&got) { Ok(()) } else { Err(Error::Size { arg, got, min, max }) }
@@ -288,6 +313,7 @@ impl<T: Float> ImportanceBuilder<T> {
         if self.masked > 0 && self.accumulate {
             return Err(Error::Unsupported { arg: "masked", what: "-inf cannot be added to scores" });
         }
+        self.places.check(tokens)?;
         let scale = self.scale.unwrap_or((dim as f32).sqrt().recip());
         if !(scale > 0.0 && scale.is_finite()) {
             return Err(Error::Unsupported { arg: "scale", what: "it is positive and finite" });
@@ -298,7 +324,7 @@ impl<T: Float> ImportanceBuilder<T> {
         }
 
         let q_shape = [sets, q_rows, heads * groups, dim];
-        let k_shape = [sets, tokens, heads, dim];
+        let k_shape = [sets, self.places.rows(tokens), heads, dim];
         let (q, k) = (vectors_layout("q", q_shape, self.q)?, keys_layout(k_shape, self.k)?);
         let scores = rows_layout([sets, heads, tokens], self.scores);
         scores.require_disjoint("scores")?;
@@ -338,6 +364,7 @@ impl<T: Float> ImportanceBuilder<T> {
             needs_stats: !self.given_lse && aggregation != Aggregation::Logit,
             finishes: self.pool != Pool::None || self.masked > 0,
             variant: self.variant,
+            places: self.places,
         })?;
         let plan = Plan {
             q_len: q.required_len("q")?,
@@ -350,6 +377,8 @@ impl<T: Float> ImportanceBuilder<T> {
             scores,
             lengths,
             lse,
+            places: self.places,
+            protect: self.protect && self.masked > 0,
             queries,
             groups,
             listed: self.q_rows.is_some(),
@@ -382,6 +411,8 @@ pub(super) struct Plan {
     pub(super) scores_len: u64,
     pub(super) lengths_len: u64,
     pub(super) lse_len: u64,
+    pub(super) places: Places,
+    pub(super) protect: bool,
     pub(super) queries: u64,
     pub(super) groups: u64,
     pub(super) listed: bool,
@@ -428,8 +459,7 @@ impl Plan {
     }
 
     /// Keys of the softmax and keys scored, of so many.
-    pub(super) fn seen_and_scored(&self, length: i64) -> (u64, u64) {
-        let length = length.clamp(0, self.scores.shape()[2] as i64) as u64;
+    pub(super) fn seen_and_scored(&self, length: u64) -> (u64, u64) {
         let seen = length.saturating_sub(self.excluded);
         (seen, seen.saturating_sub(self.unscored))
     }
@@ -470,6 +500,7 @@ struct Shape<'a> {
     needs_stats: bool,
     finishes: bool,
     variant: ImportanceVariant,
+    places: Places,
 }
 
 impl Shape<'_> {
@@ -536,7 +567,10 @@ impl ImportanceSchedule {
         let (stat_rows, each) = if aggregation == Aggregation::MaxLogit { (128, 1) } else { (256, groups) };
         let spans = tokens.div_ceil(SPAN).max(1);
         let stat_blocks = heads * each * queries.div_ceil(stat_rows).max(1);
-        let stat_span = spans.div_ceil(multiprocessors.div_ceil(stat_blocks).min(spans)) * SPAN;
+        // Keys are loaded 128 at a time, none beyond a page.
+        let stat_keys = shape.places.chunk_rows(tokens, 128);
+        let stat_spans = stat_keys.div_ceil(SPAN).max(1);
+        let stat_span = stat_spans.div_ceil(multiprocessors.div_ceil(stat_blocks).min(stat_spans)) * SPAN;
         let sum_rows = 64;
         let tiles = queries.div_ceil(sum_rows).max(1);
         let sum_tiles = tiles.div_ceil(multiprocessors.div_ceil(heads * spans).min((tiles / 8).max(1)));
@@ -546,7 +580,7 @@ impl ImportanceSchedule {
             has_stats: shape.needs_stats,
             stat_rows,
             stat_span,
-            stat_splits: tokens.div_ceil(stat_span).max(1),
+            stat_splits: stat_keys.div_ceil(stat_span).max(1),
             sum_rows,
             sum_span: SPAN,
             sum_rows_split: sum_tiles * sum_rows,

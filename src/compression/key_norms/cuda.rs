@@ -21,7 +21,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &KeyNormsArg
     let [norms_stride_set, norms_stride_head, _] = plan.inverse_norms.strides();
     let [sum_stride_set, sum_stride_head, _] = plan.unit_sum.strides();
     let [lengths_stride_set, lengths_stride_head] = plan.lengths.strides();
-    let [sets, tokens, heads, dim] = plan.k.shape();
+    let [sets, tokens, heads, dim] = plan.sizes();
     let params = ffi::nxs_key_norms_params {
         // Of an empty view only the length is meant.
         k: if plan.k_len > 0 { args.k.span().address as *const _ } else { core::ptr::null() },
@@ -33,6 +33,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &KeyNormsArg
             .as_ref()
             .filter(|_| plan.workspace_bytes() > 0)
             .map_or(core::ptr::null_mut(), |view| view.span().address as *mut _),
+        places: plan.places.params(&args.pages, plan.inverse_norms.shape()),
         k_stride_set,
         k_stride_token,
         k_stride_head,

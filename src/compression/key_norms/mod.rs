@@ -8,7 +8,7 @@ pub use plan::KeyNormsBuilder;
 
 use core::marker::PhantomData;
 
-use super::Traffic;
+use super::{KeyPages, Traffic};
 use crate::device::Device;
 use crate::dtype::Float;
 use crate::error::Result;
@@ -25,7 +25,7 @@ use crate::view::{In, Out};
 ///
 /// | operand | shape | layout |
 /// |---|---|---|
-/// | `k` | `[sets, tokens, heads, dim]` | strides of all but `dim`, multiples of 8 |
+/// | `k` | `[sets, tokens, heads, dim]` | strides of all but `dim`, multiples of 8; or in [pages](KeyNormsBuilder::pages) |
 /// | `inverse_norms` | `[sets, heads, tokens]` f32 | strides of set and head; must not overlap |
 /// | `unit_sum` | `[sets, heads, dim]` f32 | the same |
 /// | `lengths` | `[sets, heads]` i32, optional | strides of both; keys there are, clamped into `0..=tokens` |
@@ -56,6 +56,7 @@ use crate::view::{In, Out};
 ///     inverse_norms: Out::host(&mut inverse_norms),
 ///     unit_sum: Out::host(&mut unit_sum),
 ///     lengths: None,
+///     pages: None,
 ///     workspace: Some(Out::host(&mut workspace[skip..])),
 /// })?;
 /// assert_eq!(inverse_norms, [0.5, 0.2]);
@@ -80,6 +81,8 @@ where
     pub inverse_norms: Out<'a, f32>,
     /// `[sets, heads, dim]`. Read too when accumulating.
     pub unit_sum: Out<'a, f32>,
+    /// Of plans with pages.
+    pub pages: Option<KeyPages<'a>>,
     /// `[sets, heads]`: keys there are; all `tokens` if not given.
     pub lengths: Option<In<'a, i32>>,
     /// [`KeyNorms::workspace_bytes`], 256-byte aligned; its content is of no interest.
@@ -105,12 +108,13 @@ impl<T: Float> KeyNorms<T> {
     /// Runs on `stream`. On a CUDA stream it enqueues up to two kernels and returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: a buffer missing, too short, misaligned, overlapping an output, on another device or
-    /// ordered on another stream; on CUDA `f32`, and what CUDA said.
+    /// Nothing was launched or written: pages that the plan has no use for, a buffer missing, too short, misaligned,
+    /// overlapping an output, on another device or ordered on another stream; on CUDA `f32`, and what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: KeyNormsArgs<'_, T>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;
-        Operands::of(&stream)
+        plan.places
+            .operands(Operands::of(&stream), plan.inverse_norms.shape(), &args.pages, args.lengths.is_some())?
             .input("k", &args.k, plan.k_len)?
             .input_if("lengths", &args.lengths, plan.lengths_len)?
             .output("inverse_norms", &args.inverse_norms, plan.inverse_norms_len)?

@@ -2,6 +2,7 @@
 
 use core::marker::PhantomData;
 
+use super::super::places::Places;
 use super::{KeyNorms, Traffic};
 use crate::device::{Arch, DeviceInfo};
 use crate::dtype::Float;
@@ -28,6 +29,7 @@ pub struct KeyNormsBuilder<T> {
     lengths: Option<[i64; 2]>,
     accumulate: bool,
     eps: f32,
+    places: Places,
     types: PhantomData<T>,
 }
 
@@ -44,6 +46,7 @@ impl<T: Float> KeyNormsBuilder<T> {
             lengths: None,
             accumulate: false,
             eps: 1e-8,
+            places: Places::default(),
             types: PhantomData,
         }
     }
@@ -57,6 +60,20 @@ impl<T: Float> KeyNormsBuilder<T> {
     /// Keys of each set, those that are new; 1 if not given.
     pub fn tokens(mut self, tokens: usize) -> Self {
         self.tokens = tokens as u64;
+        self
+    }
+
+    /// The keys lie in the pages of a pool: `k` is `[sets, pages * page_rows, heads, dim]`, of which a set's stride is
+    /// 0 where sets share the pool, and `tokens` rows are found by [`KeyPages`](super::super::KeyPages).
+    pub fn pages(mut self, page_rows: usize, pages: usize) -> Self {
+        self.places = Places { first_rows: self.places.first_rows, ..Places::paged(page_rows, pages) };
+        self
+    }
+
+    /// The first `rows` rows, whole pages, are what a compression left, which heads may have less of:
+    /// [`KeyPages::kept`](super::super::KeyPages::kept).
+    pub fn first_rows(mut self, rows: usize) -> Self {
+        self.places.first_rows = rows as u64;
         self
     }
 
@@ -109,7 +126,8 @@ impl<T: Float> KeyNormsBuilder<T> {
         if !(self.eps >= 0.0 && self.eps.is_finite()) {
             return Err(Error::Unsupported { arg: "eps", what: "it is not negative, and finite" });
         }
-        let k = keys_layout([sets, tokens, heads, dim], self.k)?;
+        let k = keys_layout([sets, self.places.rows(tokens), heads, dim], self.k)?;
+        self.places.check(tokens)?;
         let per_token = [sets, heads, tokens];
         let inverse_norms = rows_layout(per_token, self.inverse_norms);
         let unit_sum = rows_layout([sets, heads, dim], self.unit_sum);
@@ -125,6 +143,7 @@ impl<T: Float> KeyNormsBuilder<T> {
             inverse_norms,
             unit_sum,
             lengths,
+            places: self.places,
             accumulate: self.accumulate,
             eps: self.eps.to_bits(),
         };
@@ -187,6 +206,7 @@ pub(super) struct Plan {
     pub(super) inverse_norms: Layout<3>,
     pub(super) unit_sum: Layout<3>,
     pub(super) lengths: Layout<2>,
+    pub(super) places: Places,
     pub(super) k_len: u64,
     pub(super) inverse_norms_len: u64,
     pub(super) unit_sum_len: u64,
@@ -196,21 +216,27 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// `[sets, tokens, heads, dim]`.
+    pub(super) fn sizes(&self) -> [u64; 4] {
+        let [sets, _, heads, dim] = self.k.shape();
+        [sets, self.inverse_norms.shape()[2], heads, dim]
+    }
+
     pub(super) fn eps(&self) -> f32 {
         f32::from_bits(self.eps)
     }
 
     pub(super) fn span(&self) -> u64 {
-        span_of(self.k.shape()[1])
+        span_of(self.sizes()[1])
     }
 
     pub(super) fn workspace_bytes(&self) -> u64 {
-        let [sets, tokens, heads, dim] = self.k.shape();
+        let [sets, tokens, heads, dim] = self.sizes();
         tokens.div_ceil(self.span()) * sets * heads * dim * 4
     }
 
     pub(super) fn traffic(&self, element: usize) -> Traffic {
-        let [sets, tokens, heads, dim] = self.k.shape();
+        let [sets, tokens, heads, dim] = self.sizes();
         let sums = sets * heads * dim * 4;
         Traffic {
             read: (sets * tokens * heads * dim).saturating_mul(element as u64) + if self.accumulate { sums } else { 0 },

@@ -25,7 +25,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &RedundancyA
     let [sum_stride_set, sum_stride_head, _] = plan.unit_sum.strides();
     let [scores_stride_set, scores_stride_head, _] = plan.scores.strides();
     let [lengths_stride_set, lengths_stride_head] = plan.lengths.strides();
-    let [sets, tokens, heads, dim] = plan.k.shape();
+    let [sets, tokens, heads, dim] = plan.sizes();
     let workspace = args.workspace.as_ref().map_or(null_mut(), |view| view.span().address as *mut f32);
     let mut params = ffi::nxs_redundancy_params {
         k: args.k.span().address as *const _,
@@ -33,6 +33,7 @@ pub(super) fn run<T: Float>(plan: &Plan, stream: &Stream<'_>, args: &RedundancyA
         unit_sum: args.unit_sum.span().address as *const _,
         scores: args.scores.span().address as *mut _,
         lengths_or_null: crate::launch::address(&args.lengths),
+        places: plan.places.params(&args.pages, plan.scores.shape()),
         k_stride_set,
         k_stride_token,
         k_stride_head,

@@ -1,5 +1,6 @@
 //! The formula on the host: the oracle of the tests.
 
+use super::super::places::HostPlaces;
 use super::RedundancyArgs;
 use super::plan::{Kind, Neighbour, Plan};
 use crate::dtype::Float;
@@ -12,14 +13,14 @@ pub(super) fn run<T: Float>(plan: &Plan, args: &mut RedundancyArgs<'_, T>) {
     let lengths = args.lengths.as_ref().map(|view| view.as_host().expect(HERE));
     let scores = args.scores.as_host().expect(HERE);
     let workspace = args.workspace.as_mut().map_or(&mut [][..], |view| view.as_host().expect(HERE));
-    let [sets, tokens, heads, dim] = plan.k.shape();
+    let [sets, tokens, heads, dim] = plan.sizes();
     if plan.scores_len == 0 {
         return;
     }
+    let places = HostPlaces::new(plan.places, &args.pages, plan.scores.shape());
     for (set, head) in (0..sets).flat_map(|set| (0..heads).map(move |head| (set, head))) {
-        let length = lengths.map_or(tokens as i64, |all| all[plan.lengths.offset([set, head]) as usize].into());
-        let length = length.clamp(0, tokens as i64) as u64;
-        let key = |j: u64| &k[plan.k.offset([set, j, head, 0]) as usize..][..dim as usize];
+        let length = places.length(set, head, lengths.map(|all| all[plan.lengths.offset([set, head]) as usize]));
+        let key = |j: u64| &k[plan.k.offset([set, places.place(set, head, j), head, 0]) as usize..][..dim as usize];
         let norm = |j: u64| norms[plan.inverse_norms.offset([set, head, j]) as usize];
         let sum = &sums[plan.unit_sum.offset([set, head, 0]) as usize..][..dim as usize];
         let to_sum = |j: u64| key(j).iter().zip(sum).map(|(x, s)| x.to_f32() * s).sum::<f32>() * norm(j);

@@ -8,7 +8,7 @@ pub use plan::{Form, RedundancyBuilder, Retain, Similar};
 
 use core::marker::PhantomData;
 
-use super::Traffic;
+use super::{KeyPages, Traffic};
 use crate::device::Device;
 use crate::dtype::Float;
 use crate::error::Result;
@@ -39,7 +39,7 @@ use crate::view::{In, Out};
 ///
 /// | operand | shape | layout |
 /// |---|---|---|
-/// | `k` | `[sets, tokens, heads, dim]` | strides of all but `dim`, multiples of 8 |
+/// | `k` | `[sets, tokens, heads, dim]` | strides of all but `dim`, multiples of 8; or in [pages](RedundancyBuilder::pages) |
 /// | `inverse_norms` | `[sets, heads, tokens]` f32 | strides of set and head |
 /// | `unit_sum` | `[sets, heads, dim]` f32 | the same |
 /// | `scores` | `[sets, heads, tokens]` f32 | the same; must not overlap |
@@ -72,6 +72,7 @@ use crate::view::{In, Out};
 ///     unit_sum: In::host(&unit_sum),
 ///     scores: Out::host(&mut scores),
 ///     lengths: None,
+///     pages: None,
 ///     workspace: None,
 /// })?;
 /// assert!((scores[0] - 2.0 / 5f32.sqrt()).abs() < 1e-6 && scores[0] == scores[1] && scores[2] < scores[1]);
@@ -97,6 +98,8 @@ where
     pub unit_sum: In<'a, f32>,
     /// `[sets, heads, tokens]`.
     pub scores: Out<'a, f32>,
+    /// Of plans with pages.
+    pub pages: Option<KeyPages<'a>>,
     /// `[sets, heads]`: keys there are; all `tokens` if not given.
     pub lengths: Option<In<'a, i32>>,
     /// [`Redundancy::workspace_bytes`], 256-byte aligned; its content is of no interest.
@@ -122,12 +125,13 @@ impl<T: Float> Redundancy<T> {
     /// Scores on `stream`. On a CUDA stream it enqueues up to two kernels and returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: a buffer missing, too short, misaligned, overlapping an output, on another device or
-    /// ordered on another stream; on CUDA `f32`, and what CUDA said.
+    /// Nothing was launched or written: pages that the plan has no use for, a buffer missing, too short, misaligned,
+    /// overlapping an output, on another device or ordered on another stream; on CUDA `f32`, and what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: RedundancyArgs<'_, T>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;
-        Operands::of(&stream)
+        plan.places
+            .operands(Operands::of(&stream), plan.scores.shape(), &args.pages, args.lengths.is_some())?
             .input("k", &args.k, plan.k_len)?
             .input("inverse_norms", &args.inverse_norms, plan.inverse_norms_len)?
             .input("unit_sum", &args.unit_sum, plan.unit_sum_len)?

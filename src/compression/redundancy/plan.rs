@@ -3,6 +3,7 @@
 use core::marker::PhantomData;
 
 use super::super::key_norms::plan::{MOST_TOKENS, check_sizes, keys_layout, lengths_layout, rows_layout, span_of};
+use super::super::places::Places;
 use super::{Redundancy, Traffic};
 use crate::device::DeviceInfo;
 use crate::dtype::Float;
@@ -68,6 +69,7 @@ pub struct RedundancyBuilder<T> {
     scores: Option<[i64; 2]>,
     lengths: Option<[i64; 2]>,
     form: Form,
+    places: Places,
     types: PhantomData<T>,
 }
 
@@ -84,6 +86,7 @@ impl<T: Float> RedundancyBuilder<T> {
             scores: None,
             lengths: None,
             form: Form::default(),
+            places: Places::default(),
             types: PhantomData,
         }
     }
@@ -97,6 +100,20 @@ impl<T: Float> RedundancyBuilder<T> {
     /// Keys of each set; 1 if not given.
     pub fn tokens(mut self, tokens: usize) -> Self {
         self.tokens = tokens as u64;
+        self
+    }
+
+    /// The keys lie in the pages of a pool: `k` is `[sets, pages * page_rows, heads, dim]`, of which a set's stride is
+    /// 0 where sets share the pool, and `tokens` rows are found by [`KeyPages`](super::super::KeyPages).
+    pub fn pages(mut self, page_rows: usize, pages: usize) -> Self {
+        self.places = Places { first_rows: self.places.first_rows, ..Places::paged(page_rows, pages) };
+        self
+    }
+
+    /// The first `rows` rows, whole pages, are what a compression left, which heads may have less of:
+    /// [`KeyPages::kept`](super::super::KeyPages::kept).
+    pub fn first_rows(mut self, rows: usize) -> Self {
+        self.places.first_rows = rows as u64;
         self
     }
 
@@ -169,7 +186,8 @@ impl<T: Float> RedundancyBuilder<T> {
                 lonely: similar.lonely_leave_first || matches!(similar.retain, Retain::Zero | Retain::FirstPercent(_)),
             },
         };
-        let k = keys_layout([sets, tokens, heads, dim], self.k)?;
+        let k = keys_layout([sets, self.places.rows(tokens), heads, dim], self.k)?;
+        self.places.check(tokens)?;
         let per_token = [sets, heads, tokens];
         let inverse_norms = rows_layout(per_token, self.inverse_norms);
         let unit_sum = rows_layout([sets, heads, dim], self.unit_sum);
@@ -187,6 +205,7 @@ impl<T: Float> RedundancyBuilder<T> {
             unit_sum,
             scores,
             lengths,
+            places: self.places,
             form,
         };
         Ok(Redundancy { inner: plan, types: PhantomData })
@@ -231,6 +250,7 @@ pub(super) struct Plan {
     pub(super) unit_sum: Layout<3>,
     pub(super) scores: Layout<3>,
     pub(super) lengths: Layout<2>,
+    pub(super) places: Places,
     pub(super) k_len: u64,
     pub(super) inverse_norms_len: u64,
     pub(super) unit_sum_len: u64,
@@ -240,17 +260,23 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// `[sets, tokens, heads, dim]`.
+    pub(super) fn sizes(&self) -> [u64; 4] {
+        let [sets, _, heads, dim] = self.k.shape();
+        [sets, self.scores.shape()[2], heads, dim]
+    }
+
     pub(super) fn span(&self) -> u64 {
-        span_of(self.k.shape()[1])
+        span_of(self.sizes()[1])
     }
 
     /// Of a row of retained keys, in entries.
     pub(super) fn retained_row(&self) -> u64 {
-        self.k.shape()[1].next_multiple_of(2)
+        self.sizes()[1].next_multiple_of(2)
     }
 
     pub(super) fn workspace_bytes(&self) -> u64 {
-        let [sets, tokens, heads, _] = self.k.shape();
+        let [sets, tokens, heads, _] = self.sizes();
         match self.form {
             Kind::Anchor { softmax: false } => 0,
             Kind::Anchor { softmax: true } => tokens.div_ceil(self.span()) * sets * heads * 4,
@@ -259,7 +285,7 @@ impl Plan {
     }
 
     pub(super) fn traffic(&self, element: usize) -> Traffic {
-        let [sets, tokens, heads, dim] = self.k.shape();
+        let [sets, tokens, heads, dim] = self.sizes();
         let rows = sets * tokens * heads;
         Traffic { read: rows.saturating_mul(dim * element as u64 + 4) + sets * heads * dim * 4, written: rows * 4 }
     }

@@ -39,6 +39,7 @@ pub(super) fn run(plan: &Plan, stream: &Stream<'_>, args: &SelectArgs<'_>) -> Re
             Kind::Shared => ffi::NXS_SELECT_SHARED,
             Kind::Ada => ffi::NXS_SELECT_ADA,
         } as i32,
+        first_rows: plan.first_rows as i32,
         length: plan.length as i32,
         budget: plan.budget as i32,
         sink: plan.sink as i32,

@@ -77,6 +77,8 @@ impl Scores<'_> {
 #[derive(Clone, Copy)]
 struct Quota {
     length: u64,
+    /// Tokens of the first rows, which a compression left, and rows after them that hold none.
+    first_rows: [u64; 2],
     items: u64,
     /// Candidates.
     first: u64,
@@ -86,19 +88,38 @@ struct Quota {
 }
 
 impl Quota {
-    fn of(plan: &Plan, list: u64, lengths: Option<&[i32]>, budgets: Option<&[i32]>) -> Self {
+    fn of(plan: &Plan, list: u64, lengths: Lengths<'_>, budgets: Option<&[i32]>) -> Self {
         let most = plan.capacity - plan.active;
         let read = |array: &[i32], most: u64| {
             let asked = i64::from(array[list as usize]);
             let clamped = asked.clamp(0, most as i64);
             (clamped as u64, clamped != asked)
         };
-        let (length, length_clamped) = lengths.map_or((plan.length, false), |array| read(array, plan.tokens()));
+        let first_rows = plan.first_rows;
+        let (mut first, mut length_clamped) = (0, false);
+        let length = match lengths {
+            Lengths::Planned => plan.length,
+            Lengths::Given(array) => {
+                let (length, clamped) = read(array, plan.tokens());
+                length_clamped = clamped;
+                length
+            }
+            Lengths::First(array) => {
+                (first, length_clamped) = read(array, first_rows);
+                plan.tokens() - first_rows + first
+            }
+        };
         let (budget, budget_clamped) = budgets.map_or((plan.budget.min(most), false), |array| read(array, most));
-        Self::with_budget(plan, length, budget, length_clamped || budget_clamped)
+        let first_rows = [first, first_rows - first];
+        Self::with_budget(plan, length, first_rows, budget, length_clamped || budget_clamped)
     }
 
-    fn with_budget(plan: &Plan, length: u64, budget: u64, clamped: bool) -> Self {
+    fn row(&self, token: u64) -> u64 {
+        let [first, skipped] = self.first_rows;
+        if token < first { token } else { token + skipped }
+    }
+
+    fn with_budget(plan: &Plan, length: u64, first_rows: [u64; 2], budget: u64, clamped: bool) -> Self {
         let items = length.div_ceil(plan.block);
         let budget = if budget >= length { items } else { budget / plan.block };
         let recent = match plan.recent {
@@ -108,8 +129,19 @@ impl Quota {
         let first = plan.sink.div_ceil(plan.block).min(budget).min(items);
         let recent = recent.min(budget - first).min(items - first);
         let end = items - recent;
-        Quota { length, items, first, end, kept: (budget - first - recent).min(end - first), clamped }
+        Quota { length, first_rows, items, first, end, kept: (budget - first - recent).min(end - first), clamped }
     }
+}
+
+/// How long lists are.
+#[derive(Clone, Copy)]
+enum Lengths<'a> {
+    /// As the plan says.
+    Planned,
+    /// As it is given.
+    Given(&'a [i32]),
+    /// As the first rows are, with the rest.
+    First(&'a [i32]),
 }
 
 /// Keys above `key` are kept, and `need` of those that equal it.
@@ -142,7 +174,7 @@ fn keeps(threshold: Threshold, newest: bool, rank: u64) -> bool {
 struct Split<'a> {
     scores: &'a Scores<'a>,
     lists: &'a Lists<'a>,
-    lengths: Option<&'a [i32]>,
+    lengths: Lengths<'a>,
     budgets: Option<&'a [i32]>,
 }
 
@@ -221,8 +253,17 @@ impl Lists<'_> {
     }
 }
 
+fn lengths_of<'a>(plan: &Plan, given: Option<&'a [i32]>, counts: &'a [i32]) -> Lengths<'a> {
+    match given {
+        _ if plan.first_rows > 0 => Lengths::First(counts),
+        Some(given) => Lengths::Given(given),
+        None => Lengths::Planned,
+    }
+}
+
 pub(super) fn run(plan: &Plan, args: &mut SelectArgs<'_>) {
-    let lengths = args.lengths.as_ref().map(|view| view.as_host().expect(HERE));
+    let counts = args.counts.as_host().expect(HERE);
+    let given = args.lengths.as_ref().map(|view| view.as_host().expect(HERE));
     let budgets = args.budgets.as_ref().map(|view| view.as_host().expect(HERE));
     let weights = args.weights.as_ref().map(|view| view.as_host().expect(HERE));
     let scores = Scores {
@@ -237,6 +278,7 @@ pub(super) fn run(plan: &Plan, args: &mut SelectArgs<'_>) {
     let mut split: Option<&[i32]> = None;
     if plan.aggregates() {
         let to: &mut [f32] = bytemuck::cast_slice_mut(workspace);
+        let lengths = lengths_of(plan, given, counts);
         for list in 0..lists {
             let quota = Quota::of(plan, list, lengths, budgets);
             for item in 0..quota.items {
@@ -246,6 +288,7 @@ pub(super) fn run(plan: &Plan, args: &mut SelectArgs<'_>) {
         averaged = Some(&*to);
     } else if plan.scope == Kind::Ada {
         let to: &mut [i32] = bytemuck::cast_slice_mut(workspace);
+        let lengths = lengths_of(plan, given, counts);
         let of_set = Lists { scores: &scores, averaged: None, weights };
         let of_set = Split { scores: &scores, lists: &of_set, lengths, budgets };
         for set in 0..plan.sets() {
@@ -255,13 +298,13 @@ pub(super) fn run(plan: &Plan, args: &mut SelectArgs<'_>) {
     }
     let of_list = Lists { scores: &scores, averaged, weights };
     let indices = args.indices.as_host().expect(HERE);
-    let counts = args.counts.as_host().expect(HERE);
     let mut statuses = args.status.as_mut().map(|view| view.as_host().expect(HERE));
     for list in 0..lists {
-        let mut quota = Quota::of(plan, list, lengths, budgets);
+        let mut quota = Quota::of(plan, list, lengths_of(plan, given, counts), budgets);
         if let Some(split) = split {
             let (budget, most) = (split[list as usize] as u64, plan.capacity - plan.active);
-            quota = Quota::with_budget(plan, quota.length, budget.min(most), quota.clamped || budget > most);
+            let clamped = quota.clamped || budget > most;
+            quota = Quota::with_budget(plan, quota.length, quota.first_rows, budget.min(most), clamped);
         }
         let candidates = quota.first..quota.end;
         let mut least = f32::INFINITY;
@@ -289,13 +332,13 @@ pub(super) fn run(plan: &Plan, args: &mut SelectArgs<'_>) {
                 });
             if kept {
                 for token in item * plan.block..((item + 1) * plan.block).min(quota.length) {
-                    to[count] = token as i32;
+                    to[count] = quota.row(token) as i32;
                     count += 1;
                 }
             }
         }
         for token in quota.length..quota.length + plan.active {
-            to[count] = token as i32;
+            to[count] = quota.row(token) as i32;
             count += 1;
         }
         to[count..].fill(-1);

@@ -10,7 +10,7 @@ pub use weights::PositionWeight;
 
 use super::Traffic;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::launch::Operands;
 use crate::stream::AsStream;
 use crate::view::{In, Out};
@@ -34,7 +34,7 @@ use crate::view::{In, Out};
 /// | `lengths` | `[lists]` i32, optional | tokens that a list has; else the plan's `length` |
 /// | `budgets` | `[lists]` i32, optional | else the plan's `budget` |
 /// | `indices` | `[lists, capacity]` i32 | ascending, -1 after them |
-/// | `counts` | `[lists]` i32 | how many they are |
+/// | `counts` | `[lists]` i32 | how many they are; read too with [`SelectBuilder::first_rows`] |
 /// | `status` | `[lists]` u32, optional | bits of [`status`](super::status) |
 ///
 /// `[lists]` is `[sets, heads]`, `[sets]` or `[1]`.
@@ -176,11 +176,14 @@ impl Select {
     /// returns.
     ///
     /// # Errors
-    /// Nothing was launched or written: a buffer too short, misaligned, overlapping an
-    /// output, on another device or ordered on another stream; on CUDA what CUDA said.
+    /// Nothing was launched or written: lengths that the plan has no use for, a buffer too short, misaligned,
+    /// overlapping an output, on another device or ordered on another stream; on CUDA what CUDA said.
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: SelectArgs<'_>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;
+        if plan.first_rows > 0 && args.lengths.is_some() {
+            return Err(Error::Unsupported { arg: "lengths", what: "none where `counts` has those of the first rows" });
+        }
         Operands::of(&stream)
             .input_if("importance", &args.importance, plan.importance_len)?
             .input_if("redundancy", &args.redundancy, plan.redundancy_len)?

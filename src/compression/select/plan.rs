@@ -25,6 +25,7 @@ pub struct SelectBuilder {
     importance: Option<[i64; 2]>,
     redundancy: Option<[i64; 2]>,
     length: Option<u64>,
+    first_rows: u64,
     budget: u64,
     capacity: Option<u64>,
     sink: u64,
@@ -49,6 +50,7 @@ impl SelectBuilder {
             importance: None,
             redundancy: None,
             length: None,
+            first_rows: 0,
             budget: 0,
             capacity: None,
             sink: 0,
@@ -85,6 +87,16 @@ impl SelectBuilder {
     /// Tokens of each list where no `lengths` are given; `tokens` if not given.
     pub fn length(mut self, length: usize) -> Self {
         self.length = Some(length as u64);
+        self
+    }
+
+    /// The first `rows` rows of the tokens are what a compression left: a list has as many of them as `counts` says,
+    /// which is read before it is written, and the other tokens follow at row `rows`. Indices are rows, as
+    /// [`Compact`](super::super::Compact) wants them; scores are those of the tokens that there are, one behind the
+    /// other, as [`Importance`](super::super::Importance) and [`Redundancy`](super::super::Redundancy) write them of a
+    /// cache.
+    pub fn first_rows(mut self, rows: usize) -> Self {
+        self.first_rows = rows as u64;
         self
     }
 
@@ -165,12 +177,11 @@ impl SelectBuilder {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for 2^30 tokens or places, 2^31 lists, a length of more than `tokens`, a capacity that does not hold
-    /// the budget and the active tokens, a block of no tokens, less than 16 KiB of shared memory, or with
-    /// [`Scope::Ada`] more than 1024 heads or 2^30 tokens of a set;
-    /// [`Error::Stride`] for a negative stride; [`Error::Unsupported`] for Ada-KV with blocks or relative scores, or for a
-    /// `lambda`, demotion or floor that is not a number (the floor: from 0 to 1); [`Error::UnsupportedDevice`] below compute
-    /// capability 8.0.
+    /// [`Error::Size`] for 2^30 tokens or places, 2^31 lists, a length or first rows of more than `tokens`, a capacity
+    /// that does not hold the budget and the active tokens, a block of no tokens, less than 16 KiB of shared memory, or
+    /// with [`Scope::Ada`] more than 1024 heads or 2^30 tokens of a set; [`Error::Stride`] for a negative stride;
+    /// [`Error::Unsupported`] for Ada-KV with blocks or relative scores, or for a `lambda`, demotion or floor that is
+    /// not a number (the floor: from 0 to 1); [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<Select> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
@@ -185,6 +196,7 @@ impl SelectBuilder {
         size("sets * heads", sets * heads, 0, MOST_LISTS)?;
         let length = self.length.unwrap_or(tokens);
         size("length", length, 0, tokens)?;
+        size("first_rows", self.first_rows, 0, tokens)?;
         size("block", self.block, 1, MOST)?;
         size("active", self.active, 0, MOST)?;
         let unsupported = |arg, what| Err(Error::Unsupported { arg, what });
@@ -193,6 +205,9 @@ impl SelectBuilder {
         }
         if self.demotion.is_nan() {
             return unsupported("demotion", "numbers only");
+        }
+        if self.first_rows > 0 && length < tokens {
+            return unsupported("length", "all tokens, where first rows have lengths of their own");
         }
         let mut floor_alpha = 0;
         if let Scope::Ada { floor } = self.scope {
@@ -242,6 +257,7 @@ impl SelectBuilder {
                 },
                 floor_alpha,
                 length,
+                first_rows: self.first_rows,
                 budget,
                 capacity,
                 sink: self.sink.min(tokens),
@@ -279,6 +295,7 @@ pub(super) struct Plan {
     /// Of 65536.
     pub(super) floor_alpha: u32,
     pub(super) length: u64,
+    pub(super) first_rows: u64,
     pub(super) budget: u64,
     pub(super) capacity: u64,
     pub(super) sink: u64,

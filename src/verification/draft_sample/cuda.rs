@@ -10,6 +10,7 @@ use crate::stream::Stream;
 pub(super) fn run<Q: Float>(plan: &Plan, stream: &Stream<'_>, args: &DraftSampleArgs<'_, Q>) -> Result<()> {
     use crate::ffi;
     use crate::launch::{address, address_mut};
+    use crate::verification::Siblings;
 
     let schedule = plan.schedule();
     let params = ffi::nxs_draft_sample_params {
@@ -21,6 +22,7 @@ pub(super) fn run<Q: Float>(plan: &Plan, stream: &Stream<'_>, args: &DraftSample
         draft_to_target_or_null: address(&args.draft_to_target),
         seeds_or_null: address(&args.seeds),
         positions_or_null: address(&args.positions),
+        rows_in_step_or_null: address(&args.rows_in_step),
         uniforms_or_null: address(&args.uniforms),
         tokens: args.tokens.span().address as *mut _,
         stats_or_null: address_mut(&args.stats),
@@ -32,6 +34,8 @@ pub(super) fn run<Q: Float>(plan: &Plan, stream: &Stream<'_>, args: &DraftSample
         rows: plan.rows as i64,
         vocab: plan.vocab as i64,
         row_in_step: plan.row_in_step as i32,
+        drafts: plan.drafts as i32,
+        with_replacement: i32::from(plan.siblings == Siblings::WithReplacement),
         fallback: plan.fallback,
         chunks_per_item: schedule.chunks_per_item as i32,
         blocks: schedule.blocks as i32,

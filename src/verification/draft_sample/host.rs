@@ -1,17 +1,19 @@
 //! The drafter's sampler on the host.
 
 use super::DraftSampleArgs;
-use super::plan::Plan;
+use super::plan::{MOST_DRAFTS, Plan};
 use crate::dtype::Float;
 use crate::verification::rows::{
-    Domain, Partial, Scale, Shape, Summary, Truncation, chunks, column, key_bits, lanes_with_columns, uniforms,
+    CHUNK, Domain, Partial, Scale, Shape, Summary, Truncation, chunks, column, key_bits, lane_sums, lanes_with_columns,
+    scan, uniforms,
 };
-use crate::verification::status;
+use crate::verification::{Siblings, status};
 
 pub(super) fn run<Q: Float>(plan: &Plan, args: &mut DraftSampleArgs<'_, Q>) {
     const HERE: &str = "operands are on the stream's device";
     let logits = args.logits.as_host().expect(HERE);
     let map = args.draft_to_target.as_ref().map(|view| view.as_host().expect(HERE));
+    let numbers = args.rows_in_step.as_ref().map(|view| view.as_host().expect(HERE));
     let given = args.uniforms.as_ref().map(|view| view.as_host().expect(HERE));
     let floats = |view: &Option<crate::view::In<'_, f32>>, at: usize, or: f32| {
         view.as_ref().map_or(or, |view| view.as_host().expect(HERE)[at])
@@ -47,20 +49,63 @@ pub(super) fn run<Q: Float>(plan: &Plan, args: &mut DraftSampleArgs<'_, Q>) {
         }
         let mut summary = Summary::of(partials, scale.as_ref());
         truncation.apply(&mut summary, partials, key_bits(Q::DTYPE), plan.vocab, logit);
-        let draws = match given {
-            Some(given) => given[row * 4..][..4].try_into().expect("four"),
-            None => {
-                let position = words(&args.positions, row).wrapping_add(plan.row_in_step.into());
-                uniforms(words(&args.seeds, row), position, Domain::Draft, plan.row_in_step, 0)
+        let (position, row_in_step) = match numbers {
+            Some(numbers) => (words(&args.positions, row), numbers[row] as u32 & 0xff_ffff),
+            None => (words(&args.positions, row).wrapping_add(plan.row_in_step.into()), plan.row_in_step),
+        };
+        let seed = words(&args.seeds, row);
+        // The columns drawn so far.
+        let (mut taken, mut count) = ([0u64; MOST_DRAFTS as usize], 0);
+        for draft in 0..plan.drafts as usize {
+            let at = row * plan.drafts as usize + draft;
+            let [a, b, c, _] = match given {
+                Some(given) => given[at * 4..][..4].try_into().expect("four"),
+                None => uniforms(seed, position, Domain::Draft, row_in_step, draft as u32),
+            };
+            // What is taken has no weight any more.
+            let left = |column| if taken[..count].contains(&column) { f32::NEG_INFINITY } else { logit(column) };
+            let drawn = match summary.shape {
+                Shape::Peak => {
+                    let top = partials.iter().fold(f32::NEG_INFINITY, |top, partial| top.max(partial.max));
+                    (top > f32::NEG_INFINITY).then(|| Summary { top, ..summary }.peak(partials, left)).flatten()
+                }
+                _ => summary.sample(partials, [a, b, c], plan.vocab, left),
+            };
+            tokens[at] = match (drawn, map) {
+                (Some(column), Some(map)) => map[column as usize],
+                (Some(column), None) => column as i32,
+                (None, _) if draft == 0 => plan.fallback,
+                (None, _) => -1,
+            };
+            if let Some(log_probs) = &mut log_probs {
+                log_probs[at] = match (drawn, summary.shape) {
+                    (Some(column), Shape::Spread { .. }) => summary.log_probability(logit(column)),
+                    (Some(_), _) if count == 0 => 0.0,
+                    (Some(_), _) => f32::NEG_INFINITY,
+                    (None, _) => f32::NAN,
+                };
             }
-        };
-        let [a, b, c, _] = draws;
-        let drawn = summary.sample(partials, [a, b, c], plan.vocab, logit);
-        tokens[row] = match (drawn, map) {
-            (Some(column), Some(map)) => map[column as usize],
-            (Some(column), None) => column as i32,
-            (None, _) => plan.fallback,
-        };
+            let Some(of) = drawn else { continue };
+            if plan.siblings == Siblings::WithReplacement {
+                continue;
+            }
+            taken[count] = of;
+            count += 1;
+            let left = |column| if taken[..count].contains(&column) { f32::NEG_INFINITY } else { logit(column) };
+            let chunk = of / CHUNK;
+            let partial = &mut partials[chunk as usize];
+            match summary.shape {
+                Shape::Spread { scale, cut, .. } => {
+                    let reference = scale.reference(partial.max).expect("something was drawn from it");
+                    let weight = |lane, place| scale.weight(left(column(chunk, lane, place)), reference, cut);
+                    partial.sum = scan(lane_sums(lanes_with_columns(chunk, plan.vocab), &weight))[31];
+                }
+                _ => {
+                    let all = (chunk * CHUNK..(chunk + 1) * CHUNK).map(left);
+                    partial.max = all.fold(f32::NEG_INFINITY, f32::max) + 0.0;
+                }
+            }
+        }
         let mut said = if summary.nan { status::TARGET_NAN } else { 0 };
         if summary.beyond || summary.top == f32::INFINITY {
             said |= status::TARGET_BEYOND;
@@ -77,13 +122,6 @@ pub(super) fn run<Q: Float>(plan: &Plan, args: &mut DraftSampleArgs<'_, Q>) {
                 _ => [summary.top, if summary.nan { -0.0 } else { 0.0 }, f32::NEG_INFINITY, 0.0],
             };
             stats[row * 4..][..4].copy_from_slice(&of_row);
-        }
-        if let Some(log_probs) = &mut log_probs {
-            log_probs[row] = match (drawn, summary.shape) {
-                (Some(column), Shape::Spread { .. }) => summary.log_probability(logit(column)),
-                (Some(_), _) => 0.0,
-                (None, _) => f32::NAN,
-            };
         }
     }
 }

@@ -17,10 +17,19 @@ use crate::plan::typed_plan;
 use crate::stream::AsStream;
 use crate::view::{In, Out};
 
-/// A plan that draws one draft for each row, and stores what [`Verifier`](super::Verifier) needs to know of the row.
+/// A plan that draws one or several drafts of each row, and stores what [`Verifier`](super::Verifier) and
+/// [`TreeVerifier`](super::TreeVerifier) need to know of the row.
 ///
-/// Called once for each draft of a step, with [`DraftSampleBuilder::row_in_step`] counting, and with the seeds and
-/// positions that the verifier gets: its draws are then independent of the verifier's, as losslessness demands.
+/// For chains it is called once for each draft of a step, with [`DraftSampleBuilder::row_in_step`] counting, and with
+/// the seeds and positions that the verifier gets: its draws are then independent of the verifier's, as losslessness
+/// demands.
+///
+/// For trees it is called once for each level, with [`DraftSampleBuilder::drafts`], a row for each node that gets
+/// children: `rows_in_step` has the nodes' numbers, and `positions` those of the children, the verifier's plus the depth
+/// of the node. Distinct drafts of a row are drawn one after the other, each with the probabilities that the ones before
+/// it left: the law that recursive rejection without replacement takes siblings to have (arXiv 2402.14160). What is
+/// drawn is taken out of the sum of its chunk, which is made again without it. A greedy row gives its greatest logits in
+/// turn, ties by column. Where nothing is left, drafts are -1, which is none.
 ///
 /// | operand | shape | |
 /// |---|---|---|
@@ -28,13 +37,15 @@ use crate::view::{In, Out};
 /// | `temperature`, `top_k`, `top_p`, `min_p` | `[rows]` f32, i32, f32, f32, optional | as the verifier's |
 /// | `draft_to_target` | `[vocab]` i32, optional | the token of a column; else the column itself |
 /// | `seeds`, `positions` | `[rows]` i64, optional | the request's seed, the absolute position of the step's first draft; else 0 |
-/// | `uniforms` | `[rows, 4]` f32, optional | of `[0, 1)`, in place of seeds; three are used |
-/// | `tokens` | `[rows]` i32 | the drafts, as tokens of the target |
+/// | `rows_in_step` | `[rows]` i32, optional | the number of each row in its step, of a tree its node, below 2^24, in place of the plan's; `positions` are then those of the drafts themselves |
+/// | `uniforms` | `[rows, drafts, 4]` f32, optional | of `[0, 1)`, in place of seeds; three are used |
+/// | `tokens` | `[rows, drafts]` i32 | the drafts, as tokens of the target |
 /// | `stats` | `[rows, 4]` f32, optional | greatest logit; sum of weights by its reference (its sign: a NaN); least logit kept; log2(e) / temperature, 0 for a greedy row |
-/// | `log_probs` | `[rows]` f32, optional | natural logarithm of the probability with which the draft was drawn; NaN if none was |
+/// | `log_probs` | `[rows, drafts]` f32, optional | natural logarithm of the draft's probability in the row before anything was drawn from it; NaN if there is no draft |
 /// | `status` | `[rows]` u32 | bits of [`status`](super::status), the row being the target |
 ///
-/// Arithmetic, bad rows, determinism and `counters` are as [`Verifier`](super::Verifier) has them.
+/// Draft `j` of a row is draw `j` of use 0. Arithmetic, bad rows, determinism and `counters` are as
+/// [`Verifier`](super::Verifier) has them.
 ///
 /// ```
 /// use nextscale::{DeviceInfo, In, Out, Stream, verification::{DraftSample, DraftSampleArgs}};
@@ -55,6 +66,7 @@ use crate::view::{In, Out};
 ///     draft_to_target: None,
 ///     seeds: Some(In::host(&[42])),
 ///     positions: Some(In::host(&[7])),
+///     rows_in_step: None,
 ///     uniforms: None,
 ///     tokens: Out::host(&mut tokens),
 ///     stats: Some(Out::host(&mut stats)),
@@ -94,13 +106,15 @@ where
     pub seeds: Option<In<'a, i64>>,
     /// `[rows]`; 0 if not given.
     pub positions: Option<In<'a, i64>>,
-    /// `[rows, 4]`; drawn if not given.
+    /// `[rows]`; the plan's if not given.
+    pub rows_in_step: Option<In<'a, i32>>,
+    /// `[rows, drafts, 4]`; drawn if not given.
     pub uniforms: Option<In<'a, f32>>,
-    /// `[rows]`.
+    /// `[rows, drafts]`.
     pub tokens: Out<'a, i32>,
     /// `[rows, 4]`.
     pub stats: Option<Out<'a, f32>>,
-    /// `[rows]`.
+    /// `[rows, drafts]`.
     pub log_probs: Option<Out<'a, f32>>,
     /// `[rows]`.
     pub status: Out<'a, u32>,
@@ -144,7 +158,7 @@ impl<Q: Float> DraftSample<Q> {
     pub fn run<S: AsStream + ?Sized>(&self, stream: &S, mut args: DraftSampleArgs<'_, Q>) -> Result<()> {
         let stream = stream.as_stream();
         let plan = &self.inner;
-        let rows = plan.rows;
+        let (rows, drafts) = (plan.rows, plan.rows * plan.drafts);
         Operands::of(&stream)
             .input("logits", &args.logits, plan.len)?
             .input_if("temperature", &args.temperature, rows)?
@@ -154,10 +168,11 @@ impl<Q: Float> DraftSample<Q> {
             .input_if("draft_to_target", &args.draft_to_target, plan.vocab)?
             .input_if("seeds", &args.seeds, rows)?
             .input_if("positions", &args.positions, rows)?
-            .input_if("uniforms", &args.uniforms, rows * 4)?
-            .output("tokens", &args.tokens, rows)?
+            .input_if("rows_in_step", &args.rows_in_step, rows)?
+            .input_if("uniforms", &args.uniforms, drafts * 4)?
+            .output("tokens", &args.tokens, drafts)?
             .output_if("stats", &args.stats, rows * 4)?
-            .output_if("log_probs", &args.log_probs, rows)?
+            .output_if("log_probs", &args.log_probs, drafts)?
             .output("status", &args.status, rows)?
             .workspace(&args.workspace, plan.workspace_bytes())?
             .output("counters", &args.counters, rows)?

@@ -7,15 +7,14 @@ use crate::device::{Arch, DeviceInfo};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
-use crate::verification::Traffic;
+use crate::verification::items::{self, BLOCKS_A_MULTIPROCESSOR, WARPS};
 use crate::verification::rows::chunks;
+use crate::verification::{Siblings, Traffic};
 
 const MOST_VOCAB: u64 = 1 << 24;
 const MOST_ROWS: u64 = 1 << 20;
-/// Warps of a block, each with a chunk of its own.
-const WARPS: u64 = 8;
-/// Blocks that share a multiprocessor.
-const BLOCKS_A_MULTIPROCESSOR: u64 = 3;
+/// Drafts of a row: a lane keeps the column of each.
+pub(super) const MOST_DRAFTS: u64 = 32;
 
 /// Describes a drafter's sampler; [`DraftSampleBuilder::build`] makes the plan.
 #[derive(Debug, Clone)]
@@ -24,6 +23,8 @@ pub struct DraftSampleBuilder<Q> {
     vocab: u64,
     stride: Option<i64>,
     row_in_step: u32,
+    drafts: u64,
+    siblings: Siblings,
     fallback: i32,
     types: PhantomData<Q>,
 }
@@ -35,6 +36,8 @@ impl<Q: Float> DraftSampleBuilder<Q> {
             vocab: vocab as u64,
             stride: None,
             row_in_step: 0,
+            drafts: 1,
+            siblings: Siblings::WithoutReplacement,
             fallback: 0,
             types: PhantomData,
         }
@@ -52,7 +55,21 @@ impl<Q: Float> DraftSampleBuilder<Q> {
         self
     }
 
-    /// The token of a row in which none can be drawn; 0 if not given.
+    /// How many drafts of each row, 1 to 32; 1 if not given. Those of a row are the children of a node of a tree, in
+    /// the order in which [`TreeVerifier`](super::super::TreeVerifier) is to try them.
+    pub fn drafts(mut self, drafts: u32) -> Self {
+        self.drafts = drafts.into();
+        self
+    }
+
+    /// Whether the drafts of a row are distinct; [`Siblings::WithoutReplacement`] if not given. The verifier is to be
+    /// told the same.
+    pub fn siblings(mut self, siblings: Siblings) -> Self {
+        self.siblings = siblings;
+        self
+    }
+
+    /// The first draft of a row in which none can be drawn; 0 if not given.
     pub fn fallback_token(mut self, token: i32) -> Self {
         self.fallback = token;
         self
@@ -61,8 +78,8 @@ impl<Q: Float> DraftSampleBuilder<Q> {
     /// Checks the description.
     ///
     /// # Errors
-    /// [`Error::Size`] for `vocab` outside 1 to 2^24, more than 2^20 rows, `row_in_step` above 1023; [`Error::Stride`] for
-    /// rows that overlap; [`Error::UnsupportedDevice`] below compute capability 8.0.
+    /// [`Error::Size`] for `vocab` outside 1 to 2^24, more than 2^20 rows, `row_in_step` above 1023, `drafts` outside 1
+    /// to 32; [`Error::Stride`] for rows that overlap; [`Error::UnsupportedDevice`] below compute capability 8.0.
     pub fn build(self, device: &DeviceInfo) -> Result<DraftSample<Q>> {
         if device.arch < (Arch { major: 8, minor: 0 }) {
             return Err(Error::UnsupportedDevice { have: Some(device.arch), need: "sm_80 and newer" });
@@ -73,6 +90,7 @@ impl<Q: Float> DraftSampleBuilder<Q> {
         size("vocab", self.vocab, 1, MOST_VOCAB)?;
         size("rows", self.rows, 0, MOST_ROWS)?;
         size("row_in_step", self.row_in_step.into(), 0, 1023)?;
+        size("drafts", self.drafts, 1, MOST_DRAFTS)?;
         let layout = Layout::strided([self.rows, self.vocab], [self.stride.unwrap_or(self.vocab as i64), 1]);
         if self.rows > 1 {
             layout.require_disjoint("logits")?;
@@ -83,6 +101,8 @@ impl<Q: Float> DraftSampleBuilder<Q> {
             stride: layout.strides()[0],
             len: layout.required_len("logits")?,
             row_in_step: self.row_in_step,
+            drafts: self.drafts,
+            siblings: self.siblings,
             fallback: self.fallback,
             multiprocessors: device.sm_count.max(1) as u64,
         };
@@ -98,6 +118,8 @@ pub(super) struct Plan {
     pub(super) stride: i64,
     pub(super) len: u64,
     pub(super) row_in_step: u32,
+    pub(super) drafts: u64,
+    pub(super) siblings: Siblings,
     pub(super) fallback: i32,
     multiprocessors: u64,
 }
@@ -109,14 +131,14 @@ impl Plan {
 
     pub(super) fn traffic(&self, element: usize) -> Traffic {
         let read = self.rows.saturating_mul(self.vocab).saturating_mul(element as u64);
-        Traffic { read, written: self.rows * 8 }
+        Traffic { read, written: self.rows * (self.drafts + 1) * 4 }
     }
 
     pub(super) fn schedule(&self) -> DraftSampleSchedule {
         let chunks = chunks(self.vocab);
         let blocks = self.multiprocessors * BLOCKS_A_MULTIPROCESSOR;
         let items_of = |rounds: u64| self.rows * chunks.div_ceil(rounds * WARPS);
-        let rounds = [4, 2].into_iter().find(|&rounds| items_of(rounds) >= 8 * blocks).unwrap_or(1);
+        let rounds = items::rounds(self.multiprocessors, items_of);
         let items = items_of(rounds);
         DraftSampleSchedule {
             chunks,

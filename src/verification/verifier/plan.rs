@@ -8,6 +8,7 @@ use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::layout::Layout;
 use crate::verification::Traffic;
+use crate::verification::items::{self, BLOCKS_A_MULTIPROCESSOR, WARPS};
 use crate::verification::rows::chunks;
 
 /// Columns of a row, and rows of a batch, are counted in 32 bits with room.
@@ -17,10 +18,6 @@ const MOST_DRAFTS: u64 = 1023;
 const MOST_TRIALS: u32 = 4096;
 /// What the kernel keeps of a pair of rows.
 const SUMMARY_BYTES: u64 = 64;
-/// Warps of a block, each with a chunk of its own.
-const WARPS: u64 = 8;
-/// Blocks that share a multiprocessor.
-const BLOCKS_A_MULTIPROCESSOR: u64 = 3;
 
 /// When a draft is accepted. `p` is the target's probability, `q` the draft's.
 ///
@@ -326,9 +323,10 @@ impl Plan {
         let of_target = chunks(self.vocab);
         let of_draft = self.swept_draft_chunks();
         let blocks = self.multiprocessors * BLOCKS_A_MULTIPROCESSOR;
-        // Small problems have a chunk a warp; large ones arrive at their counters less often.
-        let items_of = |rounds: u64| self.rows() * (of_target + of_draft).div_ceil(rounds * WARPS);
-        let rounds = [4, 2].into_iter().find(|&rounds| items_of(rounds) >= 8 * blocks).unwrap_or(1);
+        let rounds = items::rounds(self.multiprocessors, |rounds| {
+            let of_pairs = self.max_drafts * (of_target + of_draft).div_ceil(rounds * WARPS);
+            self.batch * (of_pairs + of_target.div_ceil(rounds * WARPS))
+        });
         let slices = (of_target + of_draft).div_ceil(rounds * WARPS);
         let items = self.rows() * slices;
         // As many blocks a request as keep two on each multiprocessor, and their warps busy.

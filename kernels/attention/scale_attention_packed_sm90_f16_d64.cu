@@ -1,0 +1,5 @@
+#include "attention/scale_attention_packed_sm90.cuh"
+
+namespace nxs::attention {
+template nxs_status scale_attention_packed_sm90<f16, 64>(const ScaleParams&, void*);
+}
