@@ -121,15 +121,17 @@ def select(program, number, rng):
         for first in range(0, lists, heads):
             of_set = slice(first, first + heads)
             split = keep.split_ada(raw[of_set], quotas[of_set], floor, tie == "newest")
-            quotas[of_set] = [(a, b, count, items) for count, (a, b, _, items) in zip(split, quotas[of_set])]
+            # What a head wins is its budget: where that protects more than its own did, so be it.
+            won = [a + b + count for count, (a, b, _, _) in zip(split, quotas[of_set])]
+            quotas[of_set] = [keep.quota(length, n, sink, recent) for length, n in zip(lengths[of_set], won)]
     elif scope == "ada":
         for first in range(0, lists, heads):
             of_set = slice(first, first + heads)
             total = sum(a + b + kept + active for a, b, kept, _ in quotas[of_set])
             if sum(counts[of_set]) != total:
                 return what, f"{sum(counts[of_set])} tokens in a set instead of {total}", 0.0
-            quotas[of_set] = [(a, b, count - a - b - active, items)
-                              for count, (a, b, _, items) in zip(counts[of_set], quotas[of_set])]
+            quotas[of_set] = [keep.quota(length, count - active, sink, recent)
+                              for length, count in zip(lengths[of_set], counts[of_set])]
     worst = 0.0
     for i, (first, last, kept, items) in enumerate(quotas):
         got = out["indices"][i].tolist()

@@ -43,7 +43,8 @@ def importance(q, k, *, aggregation="max_logit", reduction="mean", causal=False,
             of_q = q[s : s + 1, :, h * groups : (h + 1) * groups].double()
             of_k = k[s : s + 1, :seen, h : h + 1].double()
             x = logits(of_q, of_k, scale)[0, 0]
-            most = logits(of_q.abs(), of_k.abs(), scale)[0, 0].amax((0, 2))[:, None]
+            # A NaN is one whatever the bound is.
+            most = logits(of_q.abs(), of_k.abs(), scale)[0, 0].nan_to_num(0.0).amax((0, 2))[:, None]
             hidden = torch.zeros(queries, seen, dtype=torch.bool)
             if causal:
                 hidden = torch.arange(seen) > length - queries + torch.arange(queries)[:, None]
