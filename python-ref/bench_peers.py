@@ -41,7 +41,9 @@ import torch
 import torch.nn.functional as F
 
 from nextscale_ref import attention, rvq
-from peers_attention import ALWAYS, BEST, FULL, ScaleAttention
+from nextscale_ref.dtypes import DTYPES
+from peers_attention import ScaleAttention
+from peers_common import ALWAYS, BEST, COMPILERS, FULL, Case, compiled
 from peers_compression import Pack, PackedAttention
 from peers_decode_rules import DecodeRules
 from peers_events import CompressEvent
@@ -63,38 +65,16 @@ LONG_MS = 200
 REST_S = 0.2
 # Of ops with products or convolutions a compiler chooses kernels by timing them, and keeps the choice with the code.
 TUNED = ("rvq_encode", "importance", "redundancy", "multi_scale", "scale_attention", "pack")
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-COMPILERS = [("default", "compile"), ("max-autotune-no-cudagraphs", "compile max-autotune")]
-# When an expression is worth the time of a compiler: of the two the thorough one is the likelier best.
-COMPILED = {"default": FULL, "max-autotune-no-cudagraphs": BEST}
 
 
-def compiled(expression, mode):
-    """The expression as torch.compile makes it."""
-    # Else the compiler would give up after a few shapes and run the expression as it is.
-    torch._dynamo.reset()
-    return torch.compile(expression, mode=mode, dynamic=False)
-
-
-class Expressions:
-    """What ops have in common whose shapes are their cases and whose peers are expressions."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
+class Expressions(Case):
+    """What ops have in common whose peers are expressions."""
 
     @staticmethod
     def smaller(case):
         """A version of a case for checking only."""
         most = {"rows": 33, "batch": 3, "entries": 100, "cache_rows": 99, "append_at": 7}
         return case | {size: min(case[size], most[size]) for size in most if size in case}
-
-    def result(self, out):
-        """What a call returned, like the reference."""
-        return out
 
 
 # ---- rvq_decode
@@ -137,10 +117,10 @@ class RvqDecode(Expressions):
             yield f"gather and sum ({index})", ALWAYS, lambda i=index: self.call(self.gather_sum, i)
             yield f"embedding_bag ({index})", ALWAYS, lambda i=index: self.call(self.embedding_bag, i)
             yield f"embedding_bag, flat indices given ({index})", ALWAYS, lambda i=index: self.prepared_bag(i)
-        for mode, name in COMPILERS:
+        for mode, name, when in COMPILERS:
             for expression, what, when in [
                 (self.embedding_sum, "embedding per level, summed", FULL),
-                (self.gather_sum, "gather and sum", COMPILED[mode]),
+                (self.gather_sum, "gather and sum", when),
             ]:
                 yield (
                     f"{name}: {what} ({self.indices[0]})",
@@ -215,8 +195,8 @@ class AttentionMerge(Expressions):
         else:
             expression, what, arguments = self.weighted, "softmax and sum", (self.parts, self.lse)
         yield what, ALWAYS, lambda: lambda: expression(*arguments)
-        for mode, name in COMPILERS:
-            yield f"{name}: {what}", COMPILED[mode], lambda m=mode: self.call(expression, m, *arguments)
+        for mode, name, when in COMPILERS:
+            yield f"{name}: {what}", when, lambda m=mode: self.call(expression, m, *arguments)
 
     def call(self, expression, mode, *arguments):
         expression = compiled(expression, mode)
@@ -284,9 +264,9 @@ class AttentionPrepare(Expressions):
         arguments = (*self.qkv, *self.caches, self.weights, self.multiplier, self.table)
         yield "as written, concatenated", ALWAYS, lambda: lambda: self.concatenated(*arguments)
         yield "as written, copied into a cache", ALWAYS, lambda: lambda: self.copied(*arguments)
-        for mode, name in COMPILERS:
+        for mode, name, when in COMPILERS:
             for expression, what in [(self.concatenated, "concatenated"), (self.copied, "copied into a cache")]:
-                yield f"{name}: {what}", COMPILED[mode], lambda e=expression, m=mode: self.call(e, m, arguments)
+                yield f"{name}: {what}", when, lambda e=expression, m=mode: self.call(e, m, arguments)
 
     def call(self, expression, mode, arguments):
         expression = compiled(expression, mode)

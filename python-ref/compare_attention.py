@@ -3,8 +3,8 @@
 import torch
 
 from nextscale_ref import scale_attention as reference
+from nextscale_ref.dtypes import DTYPES
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 DIMS = [64, 128, 96, 40, 64, 8, 120, 72]
 VARIANTS = ["hopper", "portable", "auto"]
 # |difference| of the log-sum-exps of 16-bit inputs.

@@ -5,8 +5,8 @@ import itertools
 import torch
 
 from nextscale_ref import packing
+from nextscale_ref.dtypes import DTYPES
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = [("fp8", 8, None), ("int8", 8, None), ("uniform", 4, None), ("uniform", 2, 32), ("uniform", 3, None),
            ("uniform", 8, 64), ("channel", 2, 32), ("channel", 4, 64), ("channel", 3, 128), ("lloyd_max", 2, None),
            ("lloyd_max", 3, None), ("lloyd_max", 4, None)]

@@ -3,8 +3,8 @@
 import torch
 
 from nextscale_ref import events, keep
+from nextscale_ref.dtypes import DTYPES
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 POLICIES = ["flowcache", "rkv", "snapkv", "h2o", "keydiff", "streaming", "adakv", "scalekv"]
 
 

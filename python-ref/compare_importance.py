@@ -5,8 +5,8 @@ import itertools
 import torch
 
 from nextscale_ref import importance as reference
+from nextscale_ref.dtypes import DTYPES
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 AGGREGATIONS = ["max_logit", "mean_prob", "max_prob", "logit"]
 
 

@@ -5,8 +5,8 @@ import math
 import torch
 
 from nextscale_ref import verification
+from nextscale_ref.dtypes import DTYPES
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FLOATS = list(DTYPES)
 RULES = ["greedy", "match", "reject", "block"]
 # Closer than this, f32 may decide otherwise than f64.

@@ -3,8 +3,8 @@
 import torch
 
 from nextscale_ref import verification, visual
+from nextscale_ref.dtypes import DTYPES
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FLOATS = list(DTYPES)
 RULES = [visual.LANTERN, visual.LANTERN, visual.GROUPED, visual.JACOBI]
 REDRAFTS = ["none", "independent", "maximal", "gumbel"]

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nextscale_ref import scale_cases
+from peers_common import ALWAYS, BEST, FULL, compiled
 
 try:
     import fa3_fwd_interface as fa3
@@ -20,9 +21,6 @@ except ImportError as error:
     print(f"SKIPPED FlashAttention-3 (fa3-fwd): {error}", flush=True)
 
 CUDNN = SDPBackend.CUDNN_ATTENTION
-# When a peer is worth its time: always, if it is quick to make or often the best; where it is known to be the best but
-# takes a compiler tens of seconds; in a full run.
-ALWAYS, BEST, FULL = range(3)
 # Masks of more elements than this take peers that read them too long.
 DENSE_MASK = 1 << 23
 # Bytes of logits that the reference holds at a time.
@@ -238,9 +236,7 @@ class ScaleAttention:
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k[:, : self.keys], self.v[:, : self.keys]))
         attend = flex_attention
         if device.type == "cuda":
-            # Else the compiler would give up after a few shapes and run the expression as it is.
-            torch._dynamo.reset()
-            attend = torch.compile(flex_attention, mode=mode, dynamic=False)
+            attend = compiled(flex_attention, mode)
         more = {"block_mask": blocks, "scale": self.scale, "enable_gqa": case.heads != case.kv_heads}
         return lambda: attend(q, k, v, **more).transpose(1, 2)
 
@@ -295,8 +291,7 @@ class ScaleAttention:
             ).to(out.dtype)
 
         if self.q.is_cuda:
-            torch._dynamo.reset()
-            merge = torch.compile(merge, dynamic=False)
+            merge = compiled(merge)
 
         def call():
             out, lse, *_ = clean()

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from nextscale_ref import packing
-from peers_attention import ALWAYS, BEST, FULL, fa3
-
-COMPILERS = [("default", "compile", BEST), ("max-autotune-no-cudagraphs", "compile max-autotune", FULL)]
+from peers_attention import fa3
+from peers_common import ALWAYS, PLAIN_COMPILERS, compiled
 
 
 def pack_fp8(x):
@@ -144,12 +143,11 @@ class Pack:
     def peers(self):
         expression, arguments = (self.pack, (self.x,)) if self.packed is None else (self.unpack, self.packed)
         yield "eager", ALWAYS, lambda: lambda: expression(*arguments)
-        for mode, name, when in COMPILERS:
+        for mode, name, when in PLAIN_COMPILERS:
             yield name, when, lambda m=mode: self.compiled(expression, m, arguments)
 
     def compiled(self, expression, mode, arguments):
-        torch._dynamo.reset()
-        expression = torch.compile(expression, mode=mode, dynamic=False)
+        expression = compiled(expression, mode)
         return lambda: expression(*arguments)
 
 
@@ -208,14 +206,13 @@ class PackedAttention:
     def peers(self):
         yield "sdpa", ALWAYS, lambda: self.compute
         if self.case["format"] != "bf16":
-            for mode, name, when in COMPILERS:
+            for mode, name, when in PLAIN_COMPILERS:
                 yield f"{name}: unpack, then sdpa", when, lambda m=mode: self.compiled(m)
         elif fa3:
             yield "fa3, splits=auto", ALWAYS, self.fa3
 
     def compiled(self, mode):
-        torch._dynamo.reset()
-        return torch.compile(self.compute, mode=mode, dynamic=False)
+        return compiled(self.compute, mode)
 
     def fa3(self):
         # Rows before heads, as FlashAttention has them.

@@ -16,9 +16,9 @@ What depends on chance is drawn and added with the factor 0, so that it is not l
 
 import torch
 
-ALWAYS, BEST, FULL = range(3)
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-COMPILERS = [("default", "compile", FULL), ("max-autotune-no-cudagraphs", "compile max-autotune", BEST)]
+from nextscale_ref.dtypes import DTYPES
+from peers_common import ALWAYS, COMPILERS, FULL, Case, compiled
+
 DEPTH = 5
 
 
@@ -27,14 +27,8 @@ def race(p):
     return (p / torch.empty_like(p).exponential_()).argmax(-1)
 
 
-class DecodeRules:
+class DecodeRules(Case):
     """Inputs of one case and the calls that decide it."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -108,9 +102,6 @@ class DecodeRules:
             tolerance = torch.where(self.close(), tolerance, 0).expand_as(want)
         return want, tolerance
 
-    def result(self, out):
-        return out
-
     def peers(self):
         """Yields (name, when it is worth its time, a function that makes the call)."""
         rule = self.case["rule"]
@@ -121,8 +112,7 @@ class DecodeRules:
             yield f"{name}: as written", when, lambda m=mode: self.compiled(m)
 
     def compiled(self, mode):
-        torch._dynamo.reset()
-        call = torch.compile(getattr(self, self.case["rule"]), mode=mode, dynamic=False)
+        call = compiled(getattr(self, self.case["rule"]), mode)
         return lambda: call(torch.float32)
 
     def close(self):

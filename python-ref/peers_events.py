@@ -6,7 +6,8 @@ that fit, sorted indices, and compiled. bench_peers.py checks and times them.
 import torch
 
 from nextscale_ref import importance as reference
-from peers_importance import ALWAYS, BEST, FULL, COMPILERS, Importance, Redundancy, compiled, random
+from peers_importance import Importance, Redundancy, random
+from peers_common import ALWAYS, BEST, FULL, PLAIN_COMPILERS, Case, compiled
 
 SCORES = {
     "flowcache": {"aggregation": "max_logit", "reduction": "mean", "pool": "max", "pool_width": 7},
@@ -16,14 +17,8 @@ SCORES = {
 }
 
 
-class CompressEvent:
+class CompressEvent(Case):
     """All layers of one event: scores, selection, and K and V of what is kept, in new memory."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -71,7 +66,7 @@ class CompressEvent:
         """ScaleKV's window stays, and is no candidate."""
         if self.policy != "scalekv":
             return scores
-        return scores.index_fill(1, self.scorer.masked, -torch.inf)
+        return scores.index_fill(1, self.scorer.columns, -torch.inf)
 
     def reference(self):
         """The least score that is kept in each head, of the exact ones."""
@@ -99,7 +94,7 @@ class CompressEvent:
         when = FULL if large else ALWAYS
         yield "published, layer by layer, top-k on the GPU", when, lambda: self.whole(self.published)
         yield "lean", BEST, lambda: self.whole(self.lean(None))
-        for mode, name, when in COMPILERS:
+        for mode, name, when in PLAIN_COMPILERS:
             yield f"{name}: lean", when, lambda m=mode: self.whole(self.lean(m))
 
     def whole(self, of_layer):
@@ -112,7 +107,7 @@ class CompressEvent:
     def protected_rows(self, x):
         if self.window:
             return x[:, -self.window :]
-        return x[:, self.scorer.masked] if self.protected else x[:, :0]
+        return x[:, self.scorer.columns] if self.protected else x[:, :0]
 
     def published(self, q, k, v):
         scores = self.scorer.published(q, k)

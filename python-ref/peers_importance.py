@@ -7,15 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nextscale_ref import importance as reference
-
-ALWAYS, BEST, FULL = range(3)
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-COMPILERS = [("default", "compile", BEST), ("max-autotune-no-cudagraphs", "compile max-autotune", FULL)]
-
-
-def compiled(expression, mode):
-    torch._dynamo.reset()
-    return torch.compile(expression, mode=mode, dynamic=False)
+from nextscale_ref.dtypes import DTYPES
+from peers_common import ALWAYS, FULL, PLAIN_COMPILERS, Case, compiled
 
 
 def random(shape, dtype, device, seed):
@@ -27,14 +20,8 @@ def random(shape, dtype, device, seed):
     return out
 
 
-class Importance:
+class Importance(Case):
     """All layers of one event."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -122,7 +109,7 @@ class Importance:
         """Yields (name, when it is worth its time, a function that makes the call)."""
         large = self.sets * self.heads * self.tokens * self.queries > 2**32
         yield "published, layer by layer", FULL if large else ALWAYS, lambda: lambda: self.all_layers(self.published)
-        for mode, name, when in COMPILERS:
+        for mode, name, when in PLAIN_COMPILERS:
             yield f"{name}: lean", when, lambda m=mode: self.lean(m)
 
     def published(self, q, k):
@@ -150,14 +137,8 @@ class Importance:
         return lambda: self.all_layers(lambda q, k: self.layer(q, k, piece=self.piece, sums=sums))
 
 
-class Redundancy:
+class Redundancy(Case):
     """All layers of one event."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -206,7 +187,7 @@ class Redundancy:
         lean = {"update": self.update, "softmax": self.anchor, "cosine": self.keydiff, "similar": self.matrix_all}[self.what]
         expression = published[self.what]
         yield "published, layer by layer", ALWAYS, lambda: lambda: torch.stack([expression(l) for l in range(len(self.k))])
-        for mode, name, when in COMPILERS:
+        for mode, name, when in PLAIN_COMPILERS:
             yield f"{name}: lean", when, lambda m=mode: self.lean(lean, m)
 
     def lean(self, expression, mode):

@@ -6,25 +6,8 @@ result in as little work as PyTorch does it in. bench_peers.py checks and times 
 
 import torch
 
-ALWAYS, BEST, FULL = range(3)
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-COMPILERS = [("default", "compile", FULL), ("max-autotune-no-cudagraphs", "compile max-autotune", BEST)]
-
-
-def compiled(expression, mode):
-    torch._dynamo.reset()
-    return torch.compile(expression, mode=mode, dynamic=False)
-
-
-class Case:
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
-
-    def result(self, out):
-        return out
+from nextscale_ref.dtypes import DTYPES
+from peers_common import ALWAYS, COMPILERS, FULL, Case, compiled
 
 
 class Drift(Case):

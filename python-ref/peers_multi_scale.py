@@ -8,20 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from nextscale_ref.multi_scale import Quantizer
+from peers_common import ALWAYS, COMPILERS, Case, compiled
 
-ALWAYS, BEST, FULL = range(3)
-COMPILERS = [("default", "compile", FULL), ("max-autotune-no-cudagraphs", "compile max-autotune", BEST)]
 TABLES = {10: [0, 0, 1, 1, 1, 2, 2, 3, 3, 3], 14: [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]}
 
 
-class MultiScale:
+class MultiScale(Case):
     """Inputs of one case and the expressions that compute it."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -81,9 +74,8 @@ class MultiScale:
             yield f"{name}: as written", when, lambda m=mode: self.call(expression, m, arguments)
 
     def call(self, expression, mode, arguments):
-        torch._dynamo.reset()
-        compiled = torch.compile(expression, mode=mode, dynamic=False)
-        return lambda: compiled(*arguments)
+        call = compiled(expression, mode)
+        return lambda: call(*arguments)
 
     def looked_up(self, tokens, scale):
         side = self.sides[scale]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nextscale_ref import rvq_encode as reference
-from peers_attention import ALWAYS, BEST, FULL
+from peers_common import ALWAYS, BEST, FULL, compiled
 
 try:
     from flash_kmeans.assign_euclid_triton import euclid_assign_triton
@@ -96,8 +96,7 @@ class RvqEncode:
         return lambda: self.encode(nearest, tf32)
 
     def compiled(self, tf32, mode):
-        torch._dynamo.reset()
-        nearest = torch.compile(self.expanded, mode=mode, dynamic=False)
+        nearest = compiled(self.expanded, mode)
         return lambda: self.encode(nearest, tf32)
 
     def encode(self, nearest, tf32):

@@ -8,9 +8,8 @@ follows.
 
 import torch
 
-ALWAYS, BEST, FULL = range(3)
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-COMPILERS = [("default", "compile", FULL), ("max-autotune-no-cudagraphs", "compile max-autotune", BEST)]
+from nextscale_ref.dtypes import DTYPES
+from peers_common import ALWAYS, COMPILERS, Case, compiled
 
 
 def parents_of(levels):
@@ -23,14 +22,8 @@ def parents_of(levels):
     return parents
 
 
-class TreeVerify:
+class TreeVerify(Case):
     """Inputs of one case and the calls that decide it."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -126,11 +119,7 @@ class TreeVerify:
         for name, way in [("walking", self.walk_by_token), ("all rows", self.all_rows)]:
             yield f"as written: {name}", ALWAYS, lambda way=way: way
             for mode, label, when in COMPILERS:
-                yield f"{label}: {name}", when, lambda way=way, mode=mode: self.compiled(way, mode)
-
-    def compiled(self, expression, mode):
-        torch._dynamo.reset()
-        return torch.compile(expression, mode=mode, dynamic=False)
+                yield f"{label}: {name}", when, lambda way=way, mode=mode: compiled(way, mode)
 
     def drawn(self, rows):
         """A token of each row."""

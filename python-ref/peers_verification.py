@@ -10,6 +10,9 @@ import os
 
 import torch
 
+from nextscale_ref.dtypes import DTYPES
+from peers_common import ALWAYS, COMPILERS, Case, compiled
+
 try:
     import flashinfer
 except ImportError as error:
@@ -22,9 +25,6 @@ except ImportError as error:
     triton = None
     print(f"SKIPPED Triton: {error}", flush=True)
 
-ALWAYS, BEST, FULL = range(3)
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-COMPILERS = [("default", "compile", FULL), ("max-autotune-no-cudagraphs", "compile max-autotune", BEST)]
 BLOCK = 8192
 
 if triton is not None:
@@ -96,14 +96,8 @@ if triton is not None:
         tl.store(tokens + b * (K + 1) + i, tl.where(i < count, d, tl.where(i == count, token, -1)), mask=i < K + 1)
 
 
-class Verify:
+class Verify(Case):
     """Inputs of one case and the calls that decide it."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -163,8 +157,7 @@ class Verify:
             yield "FlashInfer: softmax of both, chain sampling", ALWAYS, lambda: self.by_flashinfer
 
     def compiled(self, expression, mode, arguments):
-        torch._dynamo.reset()
-        expression = torch.compile(expression, mode=mode, dynamic=False)
+        expression = compiled(expression, mode)
         return lambda: expression(*arguments)
 
     def emit(self, ok, drafts, last):

@@ -6,20 +6,14 @@ drafts of each request it accepts is checked against f64.
 
 import torch
 
-ALWAYS, BEST, FULL = range(3)
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-COMPILERS = [("default", "compile", FULL), ("max-autotune-no-cudagraphs", "compile max-autotune", BEST)]
+from nextscale_ref.dtypes import DTYPES
+from peers_common import ALWAYS, COMPILERS, Case, compiled
+
 NEIGHBOURS, DIM = 1000, 8
 
 
-class VisualVerify:
+class VisualVerify(Case):
     """Inputs of one case and the calls that decide it."""
-
-    MODES = ["graph", "eager", "cold"]
-
-    @staticmethod
-    def cases(shape):
-        return [(shape["name"], shape)]
 
     @staticmethod
     def smaller(case):
@@ -111,11 +105,7 @@ class VisualVerify:
         """Yields (name, when it is worth its time, a function that makes the call)."""
         yield "as written", ALWAYS, lambda: self.call
         for mode, name, when in COMPILERS:
-            yield f"{name}: as written", when, lambda m=mode: self.compiled(m)
-
-    def compiled(self, mode):
-        torch._dynamo.reset()
-        return torch.compile(self.call, mode=mode, dynamic=False)
+            yield f"{name}: as written", when, lambda m=mode: compiled(self.call, m)
 
     def call(self):
         ok, p, q = self.test()
