@@ -90,7 +90,6 @@ struct Shape {
     q_stride_set: i64,
     rows: Vec<i32>,
     columns: Vec<i32>,
-    weights: usize,
     k_len: u64,
     v_len: u64,
     /// Places times heads.
@@ -278,7 +277,7 @@ impl<T: Float> Event<T> {
         rule("q", args.q.is_some(), scored)?;
         rule("rows", args.rows.is_some(), !shape.rows.is_empty())?;
         rule("columns", args.columns.is_some(), !shape.columns.is_empty())?;
-        rule("weights", args.weights.is_some(), shape.weights > 0)?;
+        rule("weights", args.weights.is_some(), self.weights.is_some())?;
         rule("out_pages", args.out_pages.is_some(), shape.out_pages > 0)?;
         rule("cos", args.cos.is_some(), shape.turns)?;
         rule("sin", args.sin.is_some(), shape.turns)?;
@@ -293,7 +292,7 @@ impl<T: Float> Event<T> {
             .input_if("out_pages", &args.out_pages, (shape.sets * shape.out_pages) as u64)?
             .input_if("rows", &args.rows, shape.rows.len() as u64)?
             .input_if("columns", &args.columns, shape.columns.len() as u64)?
-            .input_if("weights", &args.weights, shape.weights as u64)?
+            .input_if("weights", &args.weights, self.weights.as_ref().map_or(0, Vec::len) as u64)?
             .input_if("cos", &args.cos, 0)?
             .input_if("sin", &args.sin, 0)?
             .output_if("status", &args.status, lists)?

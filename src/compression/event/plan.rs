@@ -178,7 +178,6 @@ impl<T: Float> EventBuilder<T> {
                 q_stride_set: q.strides()[0],
                 rows: self.policy.grid(),
                 columns,
-                weights: weights.as_ref().map_or(0, Vec::len),
                 k_len: pool * self.spec.k_dim as u64,
                 v_len: pool * self.spec.v_dim as u64,
                 pool,
@@ -345,8 +344,7 @@ impl<T: Float> Clone for Stages<T> {
 
 impl<T: Float> PartialEq for Stages<T> {
     fn eq(&self, other: &Self) -> bool {
-        (self.sets, &self.importance, &self.redundancy, &self.select, &self.compact)
-            == (other.sets, &other.importance, &other.redundancy, &other.select, &other.compact)
+        self.key() == other.key()
     }
 }
 impl<T: Float> Eq for Stages<T> {}
